@@ -1,0 +1,1 @@
+"""What runs a job: the executor, trainers, servers, and the transports between them."""

@@ -1,0 +1,88 @@
+"""What roles say to each other about named values. Data only: no sockets, no pickle, no code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+import torch
+
+
+class Kind(StrEnum):
+    TRAINER = "trainer"
+    SERVER = "server"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """One role of the job: `trainer 0`, `server 2`."""
+
+    kind: Kind
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.rank}"
+
+
+class Header(msgspec.Struct, frozen=True, tag_field="type"):
+    """What a message is about; a tensor may travel behind it."""
+
+
+class Hello(Header, frozen=True, tag="hello"):
+    """Sent once to every server by every role that will talk to it, before anything else.
+
+    digest: of the job that the sender derived; a server answers a digest that differs from its own with `Failure`.
+    """
+
+    digest: str
+
+
+class Push(Header, frozen=True, tag="push"):
+    """One trainer's contribution to `channel` at `step`; the tensor is already multiplied by weight / trainers.
+
+    weight: this trainer's examples / the nominal number (1.0 when all batches are equal).
+    hypers: the values that the user's scheduler set, of the hyper-parameters that the update of this value reads.
+    """
+
+    channel: str
+    step: int
+    weight: float
+    hypers: dict[str, float] = {}
+
+
+class Pull(Header, frozen=True, tag="pull"):
+    """Asks for `channel` as it is once `version` steps are in it. Parked until then."""
+
+    channel: str
+    version: int
+
+
+class Value(Header, frozen=True, tag="value"):
+    """A whole value after `version` steps: the answer to a pull, a global value on its way, or (version 0) a start."""
+
+    channel: str
+    version: int
+
+
+class Leave(Header, frozen=True, tag="leave"):
+    """The sender contributes to no step from `step` on; merges go on with those that are left."""
+
+    step: int
+
+
+class Failure(Header, frozen=True, tag="failure"):
+    """The sender cannot go on; `reason` is for people. Whoever hears it ends with it."""
+
+    reason: str
+
+
+HEADERS = (Hello, Push, Pull, Value, Leave, Failure)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A header and, for `Push` and `Value`, one contiguous tensor."""
+
+    header: Hello | Push | Pull | Value | Leave | Failure
+    tensor: torch.Tensor | None = None

@@ -1,0 +1,54 @@
+"""Transport: the only thing that knows the network. Everything above it is the same in loopback and in processes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from syncwright.runtime.messages import Address, Message
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Returns when the result stands in the tensor that was given; raises `PeerLost` or `DeadlineExceeded`."""
+        ...
+
+
+class Transport(Protocol):
+    """How one role reaches the others.
+
+    Used from one thread, the role's own. Order is kept between two roles; nothing is promised between three.
+    """
+
+    me: Address
+
+    def send(self, to: Address, message: Message) -> None:
+        """Queues `message` and returns. The tensor must not be changed afterwards (a transport may not copy it)."""
+        ...
+
+    def receive(self, seconds: float) -> tuple[Address, Message] | None:
+        """The next message from anyone, or None when none came within `seconds`."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
+        """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
+        ...
+
+    def progress(self, step: int, node: str) -> None:
+        """Notes how far this role is, for the errors of those who wait for it."""
+        ...
+
+    def late(self, peers: list[Address]) -> str:
+        """Who among `peers` is silent or behind, as a sentence for an error."""
+        ...
+
+    def close(self) -> None:
+        """Frees sockets and threads. Safe to call twice."""
+        ...
