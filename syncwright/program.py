@@ -120,8 +120,8 @@ class Program:
     def slice(self, results: Mapping[str, Node], stop_at: Mapping[Node, Variable] | None = None) -> Program:
         """The part of the graph that computes `results`, with the nodes of `stop_at` as variables that it reads.
 
-            before  %g = gradient(...), %new = sub(%w, %g)          results {"w": %new}, stop_at {%g: w.grad}
-            after   w.grad = placeholder, w = placeholder, %new = sub(w, w.grad), output({"w": %new})
+        before  %g = gradient(...), %new = sub(%w, %g)          results {"w": %new}, stop_at {%g: w.grad}
+        after   w.grad = placeholder, w = placeholder, %new = sub(w, w.grad), output({"w": %new})
         """
         stops = dict(stop_at or {})
         wanted = self._ancestors(results.values(), stops)
@@ -174,4 +174,3 @@ def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
 def set_results(program: Program, results: Mapping[str, Node]) -> None:
     """Replaces what the (copied) program writes."""
     program.output.args = (dict(results),)
-
