@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import sympy
 import torch
@@ -78,8 +77,8 @@ def compiling() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_extremes(modules: list[ModuleType]) -> Iterator[None]:
-    """`min` and `max` of two traced host numbers stay in the graph inside `modules` (optimizers')."""
+def symbolic_extremes(scopes: list[dict]) -> Iterator[None]:
+    """`min` and `max` of two traced host numbers stay in the graph where the globals are `scopes` (optimizers')."""
 
     def extreme(symbolic: Callable, plain: Callable) -> Callable:
         def choose(*args, **kwargs):
@@ -90,14 +89,14 @@ def symbolic_extremes(modules: list[ModuleType]) -> Iterator[None]:
         return choose
 
     replaced = {"min": extreme(torch.sym_min, min), "max": extreme(torch.sym_max, max)}
-    changed = [(m, name) for m in modules for name in replaced if name not in vars(m)]
-    for module, name in changed:
-        setattr(module, name, replaced[name])
+    changed = [(scope, name) for scope in scopes for name in replaced if name not in scope]
+    for scope, name in changed:
+        scope[name] = replaced[name]
     try:
         yield
     finally:
-        for module, name in changed:
-            delattr(module, name)
+        for scope, name in changed:
+            scope.pop(name, None)
 
 
 @contextmanager

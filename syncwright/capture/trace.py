@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 import traceback
@@ -166,8 +167,8 @@ class _Trace:
                 undo.callback(handle.remove)
 
     def _wrap_optimizers(self, given: Mapping[str, object], undo: ExitStack) -> None:
-        modules = [sys.modules[c.__module__] for o in self.binding.optimizers.values() for c in type(o).__mro__[:-1]]
-        undo.enter_context(private.symbolic_extremes(modules))
+        scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
+        undo.enter_context(private.symbolic_extremes(scopes))
         for each in self.binding.optimizers.values():
             original = each.step
             each.step = self._stepper(each, original)  # type: ignore[method-assign]
