@@ -23,6 +23,7 @@ _IDENTITY = frozenset(
         torch.ops.aten.lift_fresh_copy.default,
     }
 )
+_SCALAR = torch.ops.aten.scalar_tensor.default
 
 
 def normalize(traced: Traced, constants: dict[str, torch.Tensor]) -> Program:
@@ -64,6 +65,8 @@ class _Builder:
         for node in nodes:
             if node.op == "call_function":
                 self._call(node, last)
+            elif node.op == "get_attr" and node not in self.made:
+                self.made[node] = self._number(node)
         self.graph.output(self._results(nodes[-1]))
         remove_dead(self.graph)
         self._refuse_stale()
@@ -75,8 +78,17 @@ class _Builder:
             self.variables[variable.name] = variable
         for node in constants:
             value = getattr(self.traced.module, str(node.target))
+            if value.dim() == 0:
+                continue
             known = next((m for n, m in self.made.items() if n.op == "get_attr" and n.target == node.target), None)
             self.made[node] = known if known is not None else self._constant(node, value)
+
+    def _number(self, node: Node) -> Node:
+        """A 0-d tensor that the step makes from a number stays a number in the graph."""
+        value = getattr(self.traced.module, str(node.target))
+        made = self.graph.call_function(_SCALAR, (value.item(),), {"dtype": value.dtype})
+        made.meta = {"val": host_type(node.meta["val"])}
+        return made
 
     def _constant(self, node: Node, value: torch.Tensor) -> Node:
         name = f"constant.{len(self.constants)}"
