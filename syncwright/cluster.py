@@ -52,9 +52,7 @@ class Cluster:
         check_fields(self, ClusterError)
         names = [host.name for host in self.hosts]
         if len(set(names)) < len(names):
-            raise ClusterError(
-                f"hosts: found {', '.join(names)}, expected each name once. Rename or join them."
-            )
+            raise ClusterError(f"hosts: found {', '.join(names)}, expected each name once. Rename or join them.")
         for role, count in (("trainers", self.trainers), ("servers", self.servers)):
             placed = sorted(index for host in self.hosts for index in getattr(host, role))
             if placed != list(range(count)):
@@ -198,7 +196,5 @@ def _host_names(environment: Mapping[str, str], trainers: int) -> tuple[str, ...
     for key, count in (("RANK", trainers), ("GROUP_RANK", hosts)):
         number = _count(environment, key, least=0)
         if number is not None and number >= count:
-            raise ClusterError(
-                f"{key}: found {number}, expected less than {count}. Correct it or WORLD_SIZE."
-            )
+            raise ClusterError(f"{key}: found {number}, expected less than {count}. Correct it or WORLD_SIZE.")
     return tuple(f"node{host}" for host in range(hosts)) if hosts > 1 else ("localhost",)

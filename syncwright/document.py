@@ -124,9 +124,7 @@ def _file_text(path: Path, kind: type[SyncwrightError]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
-        raise kind(
-            f"{path}: found bytes that are not UTF-8 ({fault.reason}). Save it as UTF-8 text."
-        ) from None
+        raise kind(f"{path}: found bytes that are not UTF-8 ({fault.reason}). Save it as UTF-8 text.") from None
     except OSError as fault:
         raise kind(f"{path}: cannot be read ({fault.strerror}). Check the path.") from None
 

@@ -79,9 +79,7 @@ def describe(hint: Any, in_python: bool = False) -> str:
         case origin if origin in (Union, types.UnionType):
             return " or ".join(describe(kind, in_python) for kind in get_args(hint))
         case origin if origin is tuple and in_python:
-            return "a tuple of " + " and ".join(
-                describe(kind, True) for kind in get_args(hint) if kind is not ...
-            )
+            return "a tuple of " + " and ".join(describe(kind, True) for kind in get_args(hint) if kind is not ...)
         case origin if origin is tuple:
             return f"a list, each item {describe(get_args(hint)[0])}"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -43,9 +43,7 @@ def _differences(plan: Plan, variables: Sequence[Variable]) -> list[str]:
             continue
         expected = axis_length(parameters[name].shape)
         if length != expected:
-            found.append(
-                f"variable {name!r} (the plan's sizes add up to {length}, its axis 0 has {expected})"
-            )
+            found.append(f"variable {name!r} (the plan's sizes add up to {length}, its axis 0 has {expected})")
     written = [variable.name for variable in variables if variable.role is Role.BUFFER]
     return found + _names_apart("buffer", dict(plan.buffers), dict.fromkeys(written))
 

@@ -86,9 +86,7 @@ def place(cuts: Iterable[tuple[Variable, tuple[int, ...], Placement]], servers: 
 def _place_piece(variable: Variable, piece: int, rows: int, rule: Placement, tally: _Tally) -> int:
     elements = rows * _row_elements(variable)
     server = _choose(variable, piece, rule, tally)
-    tally.nbytes[server] += (
-        _traffic(variable, rows) if variable.sparse else elements * variable.dtype.itemsize
-    )
+    tally.nbytes[server] += _traffic(variable, rows) if variable.sparse else elements * variable.dtype.itemsize
     if isinstance(rule, RoundRobin):
         tally.turns += 1
     if isinstance(rule, Small) and variable.numel >= rule.below:

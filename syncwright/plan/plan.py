@@ -17,9 +17,7 @@ from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_HEADER = (
-    "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
-)
+_HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +49,7 @@ class Sharing:
         check_fields(self, PlanError)
         served = isinstance(self.sync, ParameterServer)
         if not self.sizes or (len(self.sizes) > 1 and 0 in self.sizes):
-            self._refuse(
-                f"sizes {list(self.sizes)}", "at least one piece and none empty", "Correct the sizes."
-            )
+            self._refuse(f"sizes {list(self.sizes)}", "at least one piece and none empty", "Correct the sizes.")
         if served and len(self.owners) != len(self.sizes):
             found = f"{len(self.sizes)} sizes and {len(self.owners)} owners"
             self._refuse(found, "one owner for each piece", "Give both lists the same length.")
@@ -174,9 +170,7 @@ class Plan:
 def _refuse_repeated(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise PlanError(
-                f"{name!r}: found {names.count(name)} times in one plan, expected once. Keep one."
-            )
+            raise PlanError(f"{name!r}: found {names.count(name)} times in one plan, expected once. Keep one.")
 
 
 def _written(sharing: Sharing) -> dict[str, Any]:

@@ -92,15 +92,9 @@ def _cut(
 
 
 def _placed(chosen: list[tuple[Variable, Sync, tuple[int, ...]]], servers: int) -> tuple[Sharing, ...]:
-    served = [
-        (variable, sizes, sync.place) for variable, sync, sizes in chosen if isinstance(sync, ParameterServer)
-    ]
-    owners = {
-        variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)
-    }
-    return tuple(
-        Sharing(variable.name, sync, sizes, owners.get(variable.name, ())) for variable, sync, sizes in chosen
-    )
+    served = [(variable, sizes, sync.place) for variable, sync, sizes in chosen if isinstance(sync, ParameterServer)]
+    owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
+    return tuple(Sharing(variable.name, sync, sizes, owners.get(variable.name, ())) for variable, sync, sizes in chosen)
 
 
 def _buffer_policy(rules: Rules, buffer: Variable) -> BufferPolicy:
@@ -133,9 +127,7 @@ def _refuse_idle_patterns(rules: Rules, parameters: list[Variable], buffers: lis
     _refuse_idle(rules.source, "buffers", [line[0] for line in rules.buffers], buffers, parameters)
 
 
-def _refuse_idle(
-    source: str, key: str, patterns: list[str], meant: list[Variable], others: list[Variable]
-) -> None:
+def _refuse_idle(source: str, key: str, patterns: list[str], meant: list[Variable], others: list[Variable]) -> None:
     wanted = "variable" if key == "variables" else "buffer that the step writes"
     other_key = "buffers" if key == "variables" else "variables"
     for index, pattern in enumerate(patterns):
@@ -146,9 +138,7 @@ def _refuse_idle(
             advice = f"It matches {elsewhere[0]!r}: write the line under `{other_key}`."
         else:
             names = [name for variable in meant for name in _names(variable)]
-            advice = did_you_mean(
-                pattern, names, f"Take the line out, or name one of the {len(names)} there are."
-            )
+            advice = did_you_mean(pattern, names, f"Take the line out, or name one of the {len(names)} there are.")
         raise PlanError(
             f"{source}, at {key}[{index}]: found the pattern {pattern!r}, which matches no {wanted}, "
             f"expected at least one match. {advice}"

@@ -72,9 +72,7 @@ class Rules:
             raise top.error("rules", "Read it with Plan.from_yaml.", found="a complete plan")
         nodes = top.record(_KEYS, _DEFAULT)
         if "default" not in nodes:
-            raise top.error(
-                "the sharing of variables that no pattern matches", _DEFAULT, found="no `default`"
-            )
+            raise top.error("the sharing of variables that no pattern matches", _DEFAULT, found="no `default`")
         uncuttable = nodes.get("uncuttable")
         return cls(
             default=decode(nodes["default"], Sync, _SHARING),
