@@ -17,7 +17,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
-_library.define("push(Tensor x, float weight, str channel, float[] hypers) -> Tensor")
+_library.define("push(Tensor x, str channel) -> Tensor")
 _library.define("pull(Tensor[] after, str channel, int[] shape, ScalarType dtype) -> Tensor")
 
 
@@ -31,7 +31,7 @@ torch.library.register_fake(f"{NAMESPACE}::wait", _same, lib=_library)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push", lib=_library)
-def _push(x: torch.Tensor, weight: float, channel: str, hypers: list[float]) -> torch.Tensor:
+def _push(x: torch.Tensor, channel: str) -> torch.Tensor:
     return torch.empty(0)
 
 
@@ -49,3 +49,4 @@ push = torch.ops.syncwright.push.default
 pull = torch.ops.syncwright.pull.default
 
 COMMUNICATION = frozenset({all_reduce, wait, push, pull})
+SENDS = frozenset({all_reduce, push})

@@ -125,7 +125,7 @@ class Program:
         """
         stops = dict(stop_at or {})
         wanted = self._ancestors(results.values(), stops)
-        kept = [node for node in self.graph.nodes if node in wanted]
+        kept = sorted(wanted)
         graph, made, read = Graph(), {}, {}
         for node in kept:
             if node in stops or node.op == "placeholder":

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from syncwright import ops
 from syncwright.capture.private import FakeTensor
 from syncwright.capture.trace import Traced
+from syncwright.dead import remove_dead
 from syncwright.errors import CaptureError
 from syncwright.program import Guard, Program, Role, Variable, new_placeholder
 
@@ -33,18 +34,6 @@ def normalize(traced: Traced, constants: dict[str, torch.Tensor]) -> Program:
     after   w = placeholder, ..., %gradient(%mm, "w"), ..., output({"loss": %loss, "w": %addcdiv})
     """
     return _Builder(traced, constants).build()
-
-
-def remove_dead(graph: Graph) -> None:
-    """Drops what nothing uses. A random operation stays: without it the ones behind it would draw other numbers."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("output", "placeholder") and not is_random(node):
-            graph.erase_node(node)
-
-
-def is_random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 class _Builder:
