@@ -94,12 +94,21 @@ def _communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generato
             port.push(args[1], args[0])
             return torch.empty(0)
         case ops.all_reduce:
-            port.start(args[1], args[0])
+            port.start(args[1], args[0] if _is_given_away(node) else args[0].clone())
             return args[0]
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))
         case _:
             return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]))))
+
+
+def _is_given_away(node: Node) -> bool:
+    """Whether the sum may be made in place: the value was made for it and nobody else reads it."""
+    (source,) = node.all_input_nodes
+    return len(source.users) == 1 and source.target in _FRESH
+
+
+_FRESH = frozenset({torch.ops.aten.cat.default, torch.ops.aten.mul.Tensor, torch.ops.aten.zeros.default})
 
 
 def _until(node: Node, channel: str, ask: Callable[[], torch.Tensor | None]) -> Generator[Blocked, None, torch.Tensor]:

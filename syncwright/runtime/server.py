@@ -13,8 +13,9 @@ import torch
 
 from syncwright.errors import Disagreement, JobError
 from syncwright.job import Channel, Job
-from syncwright.program import Program, Role
+from syncwright.program import Program
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
+from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
 Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
@@ -31,6 +32,7 @@ class Running:
     """A program and the step that it runs next. Changes with every step."""
 
     program: Program
+    host: frozenset[str]
     step: int = 0
 
 
@@ -48,7 +50,7 @@ class Server:
         part = job.servers[rank]
         self.job, self.rank, self._compute = job, rank, compute
         self._held = {v.name: v for v in part.holds}
-        self._running = [Running(p) for p in part.programs]
+        self._running = [Running(p, _host_reads(p)) for p in part.programs]
         self._exports = part.exports
         self._versions: dict[str, dict[int, object]] = {name: {} for name in self._held}
         self._values: dict[tuple[str, int], object] = {}
@@ -104,7 +106,7 @@ class Server:
 
     def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:
         if name in self._held:
-            self._versions[name][version] = _as_held(tensor, self._held[name].role)
+            self._versions[name][version] = _as_held(tensor)
             for running in self._running:
                 if name in running.program.writes:
                     running.step = max(running.step, version)
@@ -143,15 +145,10 @@ class Server:
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
         for name in running.program.reads:
-            if name in self._held:
-                versions = self._versions[name]
-                if running.step not in versions:
-                    return None
-                found[name] = versions[running.step]
-            elif (name, running.step) in self._values:
-                found[name] = self._values[name, running.step]
-            else:
+            value = self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
+            if value is None:
                 return None
+            found[name] = float(value) if name in running.host else value  # type: ignore[arg-type]
         return found
 
     def _run(self, running: Running) -> list[Outgoing]:
@@ -228,7 +225,11 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
     return total
 
 
-def _as_held(tensor: torch.Tensor | None, role: Role) -> object:
+def _host_reads(program: Program) -> frozenset[str]:
+    return frozenset(name for name, node in program.placeholders.items() if is_host(node.meta["val"]))
+
+
+def _as_held(tensor: torch.Tensor | None) -> torch.Tensor:
     if tensor is None:
         raise JobError("a start value came without its tensor")
     return tensor
