@@ -13,7 +13,7 @@ and `trainer.evaluate(fn, loader)` where one would call `fn(model, *batch)` in a
 
 The question is about the ARRIVAL delay. Cancelled and diverted flights never have one (9,430 of them): they
 are dropped. A prediction may use what is known at the scheduled hour of departure: the timetable, the plane,
-and the weather of that hour and of the eight before it. It may not use what happens later (the actual times,
+and the weather of that hour and of those before it. It may not use what happens later (the actual times,
 the departure delay, the time in the air).
 
 Flights of one day share that day's storms, so the split is by whole days: a random fifth of 2013 (73 days,

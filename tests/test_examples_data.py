@@ -117,3 +117,32 @@ def test_training_on_flights_learns_and_repeats(flights, data):
     assert len(first) == 60
     assert first == losses()
     assert sum(first[-10:]) < sum(first[:10])
+
+
+@pytest.fixture(scope="module")
+def gpt() -> ModuleType:
+    return example("stdlib_gpt")
+
+
+def test_tokenizer_is_lossless_and_repeats(gpt):
+    text = "def f(x):\n    return x + 1  # déjà vu\n" * 3
+    tokenizer = gpt.Tokenizer(text, size=270)
+    assert tokenizer.spelled == gpt.Tokenizer(text, size=270).spelled
+    assert len(tokenizer.spelled) <= 270
+    for sample in (text, "class Ünseen:\n\tpass\n"):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert len(tokenizer.encode(text)) < len(text.encode()) / 2
+
+
+def test_windows_predict_every_token_once(gpt):
+    windows = gpt.windows(list(range(4 * gpt.CONTEXT + 1)))
+    assert windows[:, 1:].flatten().tolist() == list(range(1, 4 * gpt.CONTEXT + 1))
+
+
+def test_no_digit_is_on_both_sides():
+    pytest.importorskip("sklearn")
+    data = example("digits").load()
+    assert len(data.train) + len(data.test) == 1797
+    assert not {image.numpy().tobytes() for image, _ in data.train} & {
+        image.numpy().tobytes() for image, _ in data.test
+    }
