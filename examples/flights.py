@@ -18,7 +18,7 @@ the departure delay, the time in the air).
 
 Flights of one day share that day's storms, so the split is by whole days: a random fifth of 2013 (73 days,
 fixed seed) is held out. Held-out days lie between training days, so this measures how well the model
-does on an unseen day of a known year, not a forecast of next year. Sizes, learning rate and penalties (the
+does on an unseen day of a known year, not a forecast of next year. Columns, sizes and penalties (the
 baseline's too) were chosen on three other sets of days, taken from the training days.
 """
 
