@@ -1,1 +1,19 @@
 """Write the training step for one device; choose per variable how it is kept in sync on many."""
+
+from syncwright.capture import capture
+from syncwright.plan import AllReduce, Local, ParameterServer, Plan, Rules
+from syncwright.program import Program, Role, Variable
+from syncwright.runtime.loopback import loopback
+
+__all__ = [
+    "AllReduce",
+    "Local",
+    "ParameterServer",
+    "Plan",
+    "Program",
+    "Role",
+    "Rules",
+    "Variable",
+    "capture",
+    "loopback",
+]

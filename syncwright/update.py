@@ -177,18 +177,32 @@ def followed(program: Program) -> dict[str, str]:
     found = {}
     for variable in program.of_role(Role.BUFFER):
         node = results.get(variable.name)
-        parameter = _reaches(node, new) if node is not None else None
+        parameter = _made_from(node, variable.name, new, program) if node is not None else None
         if parameter is not None and program.variables[parameter].shape == variable.shape:
             found[variable.name] = parameter
     return found
 
 
-def _reaches(node: Node, new: Mapping[Node, str], depth: int = 8) -> str | None:
-    if node in new:
-        return new[node]
-    if depth == 0:
-        return None
-    return next((p for n in node.all_input_nodes if (p := _reaches(n, new, depth - 1))), None)
+_LONGEST_FOLLOWING = 64
+
+
+def _made_from(node: Node, buffer: str, new: Mapping[Node, str], program: Program) -> str | None:
+    """The one parameter whose new value, with the buffer's old one and numbers, is all that `node` is made from."""
+    seen: set[Node] = set()
+    found: set[str] = set()
+    stack = [node]
+    while stack and len(seen) < _LONGEST_FOLLOWING:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in new:
+            found.add(new[node])
+        elif node.op != "placeholder":
+            stack.extend(node.all_input_nodes)
+        elif node.meta["variable"] != buffer and program.variables[node.meta["variable"]].role is not Role.HYPER:
+            return None
+    return found.pop() if len(found) == 1 and not stack else None
 
 
 def _region(program: Program, marks: set[Node]) -> set[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -115,6 +116,17 @@ class Binding:
                 self.modules[name][0].get().copy_(value)
             elif name in self.states:
                 self._write_state(self.states[name], name, value)
+
+    def state_dict(self, optimizer: object) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied."""
+        match optimizer:
+            case dict():
+                states: object = {key: each.state_dict() for key, each in optimizer.items()}
+            case tuple() | list():
+                states = [each.state_dict() for each in optimizer]
+            case _:
+                states = optimizer.state_dict()  # type: ignore[attr-defined]
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": states})
 
     def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         held = slot.optimizer.state[slot.parameter]
@@ -245,7 +257,7 @@ class Swap:
     def unknown_state(self) -> list[str]:
         """State that the step made beyond the initial state."""
         owners = {id(self.given[name]): name for name in self.binding.modules}
-        known = {name for name in self.binding.states}
+        known = set(self.binding.states)
         return [
             f"{owners[id(parameter)]}.{key}"
             for each in self.binding.optimizers.values()

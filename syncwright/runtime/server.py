@@ -145,7 +145,9 @@ class Server:
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
         for name in running.program.reads:
-            value = self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
+            value = (
+                self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
+            )
             if value is None:
                 return None
             found[name] = float(value) if name in running.host else value  # type: ignore[arg-type]
