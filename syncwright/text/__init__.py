@@ -23,7 +23,17 @@ node's meta, "val" and "variable" are kept.
 
 from syncwright.text.diff import diff
 from syncwright.text.read import parse
-from syncwright.text.words import TextError, op_name, quote
+from syncwright.text.words import TextError, op_name, quote, target_text
 from syncwright.text.write import to_text, type_text, variable_type_text
 
-__all__ = ["TextError", "diff", "op_name", "parse", "quote", "to_text", "type_text", "variable_type_text"]
+__all__ = [
+    "TextError",
+    "diff",
+    "op_name",
+    "parse",
+    "quote",
+    "target_text",
+    "to_text",
+    "type_text",
+    "variable_type_text",
+]

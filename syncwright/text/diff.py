@@ -33,7 +33,7 @@ def _counterparts(old: list[str], new: list[str]) -> dict[str, str]:
     )
     pairs = [(old[a + i], new[b + i]) for a, b, size in matcher.get_matching_blocks() for i in range(size)]
     names = {_defined(line): _defined(match) for match, line in pairs if _defined(line)}
-    taken = {_defined(line) for line in old}
+    taken = set(names.values())
     rest = [name for line in new if (name := _defined(line)) and name not in names]
     return names | {name: name + "'" * (name in taken) for name in rest}
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from syncwright.errors import ProgramError
 
@@ -61,6 +61,11 @@ def op_name(target: object) -> str | None:
     if isinstance(target, OpOverload):
         return str(target) if target.namespace in NAMESPACES else None
     return _HOST_NAMES.get(target) if callable(target) else None
+
+
+def target_text(target: object) -> str:
+    """Any target, also one that programs may not call, for messages: no addresses."""
+    return str(target) if isinstance(target, str | OpOverload | OpOverloadPacket) else torch.typename(target)
 
 
 def find_op(name: str) -> Callable[..., object] | None:

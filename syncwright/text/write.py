@@ -15,6 +15,7 @@ from syncwright.text.words import (
     dtype_text,
     op_name,
     quote,
+    target_text,
 )
 
 
@@ -109,9 +110,8 @@ def _call_text(node: Node) -> str:
     name = op_name(node.target)
     if node.op != "call_function" or name is None:
         known = ", ".join(NAMESPACES)
-        raise TextError(
-            f"found {node.op} of {node.target}, expected an op of {known} or of host numbers; trace it so"
-        )
+        found = f"{node.op} of {target_text(node.target)}"
+        raise TextError(f"found {found}, expected an op of {known} or of host numbers; trace it so")
     arguments = [_value_text(value) for value in node.args]
     arguments += [f"{key}={_value_text(value)}" for key, value in node.kwargs.items()]
     return f"{name}({', '.join(arguments)})"
