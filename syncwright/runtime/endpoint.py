@@ -39,10 +39,7 @@ class Binding:
         if not place.one_host:
             return cls._on(router, f"tcp://{_bracketed(_own_address(place))}:*")
         folder = tempfile.TemporaryDirectory(prefix="syncwright-") if place.sockets is None else None
-        path = (
-            Path(folder.name if folder else str(place.sockets))
-            / f"{me.kind}-{me.rank}-{rendezvous.generation}"
-        )
+        path = Path(folder.name if folder else str(place.sockets)) / f"{me.kind}-{me.rank}-{rendezvous.generation}"
         if len(os.fsencode(path)) <= LONGEST_PATH:
             return cls._on(router, f"ipc://{path}", folder)
         if folder:
@@ -65,9 +62,7 @@ class Binding:
 
 def _own_address(place: Membership) -> str:
     """The address of this host on the network that leads to the store."""
-    family, kind, protocol, _, there = socket.getaddrinfo(
-        place.store.host, place.store.port, type=socket.SOCK_DGRAM
-    )[0]
+    family, kind, protocol, _, there = socket.getaddrinfo(place.store.host, place.store.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(there)
         found = probe.getsockname()[0]

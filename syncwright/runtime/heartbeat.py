@@ -73,9 +73,7 @@ class Heartbeat:
         said = [self._about(peer, beat, peer in alive) for peer, beat in beats.items()]
         if any(said):
             return "; ".join(sentence for sentence in said if sentence)
-        return "all are alive: " + "; ".join(
-            f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat
-        )
+        return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
     def close(self) -> None:
         """Writes the last beat, which says that this role ended in good order. Safe to call twice."""

@@ -28,9 +28,7 @@ def diff(before: Program, after: Program) -> str:
 
 def _counterparts(old: list[str], new: list[str]) -> dict[str, str]:
     """For every node of `new` the name to show: that of the line of `old` which is equal without numbers."""
-    matcher = difflib.SequenceMatcher(
-        None, [_unnumbered(line) for line in old], [_unnumbered(line) for line in new]
-    )
+    matcher = difflib.SequenceMatcher(None, [_unnumbered(line) for line in old], [_unnumbered(line) for line in new])
     pairs = [(old[a + i], new[b + i]) for a, b, size in matcher.get_matching_blocks() for i in range(size)]
     names = {_defined(line): _defined(match) for match, line in pairs if _defined(line)}
     taken = set(names.values())

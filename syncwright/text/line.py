@@ -143,9 +143,7 @@ class Line:
         op = find_op(self.peek())
         if op is None:
             known = ", ".join(NAMESPACES)
-            self.fail(
-                f"`read` or a registered op of {known}, operator, math or torch.sym_*; import what defines it"
-            )
+            self.fail(f"`read` or a registered op of {known}, operator, math or torch.sym_*; import what defines it")
         self.at += 1
         return op
 

@@ -85,11 +85,7 @@ def find_op(name: str) -> Callable[..., object] | None:
 def quote(name: str) -> str:
     """A variable's name, or any string, as text and messages show it: JSON, escaped where unseen."""
     plain = json.dumps(name, ensure_ascii=False)
-    return (
-        plain
-        if plain.isprintable()
-        else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in plain)
-    )
+    return plain if plain.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in plain)
 
 
 def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -42,9 +42,7 @@ def type_text(val: object) -> str:
             return _sequence_text(val, [type_text(item) for item in val])
         case type() if val in HOST_TYPES.values():
             return f"host {val.__name__}"
-    raise TextError(
-        f"found the value {val!r}, expected a fake tensor, a host type or a tuple of them; trace it so"
-    )
+    raise TextError(f"found the value {val!r}, expected a fake tensor, a host type or a tuple of them; trace it so")
 
 
 def variable_type_text(variable: Variable) -> str:
@@ -56,9 +54,7 @@ def variable_type_text(variable: Variable) -> str:
 
 def _variable_text(name: str, variable: Variable) -> str:
     if name != variable.name:
-        raise TextError(
-            f"{quote(variable.name)}: found under {quote(name)}, expected its own name; file it so"
-        )
+        raise TextError(f"{quote(variable.name)}: found under {quote(name)}, expected its own name; file it so")
     facts = [f"{variable.role.value:6} {quote(name)}: {variable_type_text(variable)}"]
     if variable.of is not None:
         facts.append(f"of {quote(variable.of)}")
@@ -91,17 +87,13 @@ def _node_text(node: Node) -> str:
 
 def _write_text(name: str, result: object) -> str:
     if not isinstance(result, Node):
-        raise TextError(
-            f"{quote(name)}: found the result {result!r}, expected a node; write the value of one"
-        )
+        raise TextError(f"{quote(name)}: found the result {result!r}, expected a node; write the value of one")
     return f"write {quote(name)} = {_value_text(result)}"
 
 
 def _read_text(node: Node) -> str:
     if "variable" not in node.meta:
-        raise TextError(
-            'found a placeholder without meta["variable"], expected its variable; use new_placeholder'
-        )
+        raise TextError('found a placeholder without meta["variable"], expected its variable; use new_placeholder')
     name = node.meta["variable"]
     return f"read {quote(name)}" + ("" if node.target == mangle(name) else f" as {quote(str(node.target))}")
 
@@ -135,9 +127,7 @@ def _value_text(value: object) -> str:
             return str(value).removeprefix("torch.")
         case list() | tuple():
             return _sequence_text(value, [_value_text(item) for item in value])
-    raise TextError(
-        f"found the argument {value!r}, expected a node, constant or list of them; give it as one"
-    )
+    raise TextError(f"found the argument {value!r}, expected a node, constant or list of them; give it as one")
 
 
 def _sequence_text(sequence: list | tuple, items: list[str]) -> str:

@@ -17,9 +17,7 @@ from syncwright.verify.causes import BrokenByPass, RandomOpsChanged
 from syncwright.verify.program import never, verify
 
 
-def verify_after(
-    pass_name: str, before: Program, after: Program, may_write: Callable[[Node], bool] = never
-) -> None:
+def verify_after(pass_name: str, before: Program, after: Program, may_write: Callable[[Node], bool] = never) -> None:
     """Verifies what a pass made; raises BrokenByPass from the cause, with the pass's diff as a note."""
     try:
         verify(after, may_write)
