@@ -86,10 +86,17 @@ def measure(
         for round_ in range(settings.repeats):
             block_round(workload, everyone, settings, round_, say)
         attempt_all(everyone, lambda one: record_memory(one, settings), say)
+        crew.end(processes(everyone))
+    except BaseException:
+        crew.end(processes(everyone), patience=2.0)
+        raise
     finally:
-        crew.end([child for one in everyone for child in one.crew])
         shutil.rmtree(folder, ignore_errors=True)
     return {one.contestant.name: one.result() for one in everyone}
+
+
+def processes(everyone: Sequence[Measured]) -> list[Child]:
+    return [child for one in everyone for child in one.crew]
 
 
 def bare_memory(workload: str, settings: Settings) -> dict:

@@ -214,7 +214,7 @@ def workload_shows(
     """What is promised of `ours` on one workload."""
     names = (
         f"{workload}: overhead above the limit, over the best peer's",
-        f"{workload}: first losses, relative difference from {reference}",
+        f"{workload}: first five losses, max difference from {reference}",
         f"{workload}: time to first step, cold cache, over {reference}'s",
         f"{workload}: time to first step, warm cache, over {reference}'s",
     )
@@ -248,7 +248,7 @@ def loss_show(name: str, results: Mapping[str, Mapping], ours: str, reference: s
     if missing:
         return judge(name, None, LOSS_BAR, f"not measured: {', '.join(missing)}")
     absolute, relative = loss_difference(results[ours]["losses"], results[reference]["losses"])
-    return judge(name, relative, LOSS_BAR, f"absolute {absolute:.1e}")
+    return judge(name, absolute, LOSS_BAR, f"relative {relative:.1e}")
 
 
 def measured_in(results: Mapping[str, Mapping], name: str) -> bool:
