@@ -128,11 +128,11 @@ class Collectives:
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
-        reason = f" ({str(cause).splitlines()[0]})" if cause else ""
         if late:
             who = self._heartbeat.late(self.others)
-            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}{reason}")
-        return PeerLost(f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)}{reason}")
+            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}")
+        reason = str(cause).splitlines()[0]
+        return PeerLost(f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)} ({reason})")
 
 
 class Done:

@@ -198,6 +198,7 @@ class SocketTransport:
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))
             monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            dealer.setsockopt(zmq.IPV6, endpoint.url.startswith("tcp://["))
             dealer.connect(endpoint.url)
             self._sockets.append(monitor)
             self._dealers[server], self._monitors[server], self._peers[dealer] = dealer, monitor, server
@@ -217,7 +218,6 @@ class SocketTransport:
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, CHUNK_NBYTES)
-        socket.setsockopt(zmq.IPV6, 1)
         return socket
 
     def _poll(self, seconds: float) -> None:

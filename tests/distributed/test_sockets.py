@@ -13,9 +13,9 @@ import pytest
 import torch
 import zmq
 
-from syncwright.errors import DeadlineExceeded, JobError, PeerLost
+from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
 from syncwright.runtime.launch import Patience, launch
-from syncwright.runtime.membership import Membership, membership
+from syncwright.runtime.membership import Host, Membership, StoreAddress, membership
 from syncwright.runtime.messages import Address, Hello, Kind, Leave, Message, Push, Value
 from syncwright.runtime.rendezvous import FAILED, Rendezvous
 from syncwright.runtime.sockets import Deadlines, SocketTransport
@@ -174,6 +174,26 @@ def test_the_launchers_word_ends_a_wait(rendezvous: Rendezvous, transport: Open)
     rendezvous.clients()[1].set(FAILED, "trainer 1 (pid 7) was ended by SIGKILL")
     with pytest.raises(PeerLost, match=r"server 0 cannot go on: trainer 1 \(pid 7\) was ended by SIGKILL"):
         server.receive(5)
+
+
+def test_across_hosts_a_server_listens_on_the_address_that_it_was_given(place: Membership) -> None:
+    there = dataclasses.replace(place, one_host=False, address="127.0.0.1")
+    rendezvous = Rendezvous(there, 0)
+    server = SocketTransport(S0, rendezvous, 1)
+    zero = SocketTransport(T0, rendezvous, 1)
+    assert server._binding is not None
+    assert server._binding.url.startswith("tcp://127.0.0.1:")
+    zero.send(S0, Message(Hello("x")))
+    assert heard(server)[1].header == Hello("x")
+    zero.close()
+    server.close()
+
+
+def test_an_address_that_others_cannot_reach_is_refused(place: Membership) -> None:
+    at = StoreAddress("127.0.0.1", 9, Host.NOBODY)
+    there = dataclasses.replace(place, one_host=False, host="localhost", store=at)
+    with pytest.raises(ClusterError, match="set SYNCWRIGHT_HOST to this host's address"):
+        SocketTransport(S0, Rendezvous(there, 0), 1)
 
 
 def test_an_embedded_server_is_a_thread_of_the_process(folder: Path) -> None:
