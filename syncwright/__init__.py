@@ -1,1 +1,22 @@
 """Write the training step for one device; choose per variable how it is kept in sync on many."""
+
+from syncwright.capture import capture
+from syncwright.plan import AllReduce, Local, ParameterServer, Plan, Rules
+from syncwright.program import Program, Role, Variable
+from syncwright.runtime.loopback import loopback
+from syncwright.runtime.trainer import Trainer, distribute
+
+__all__ = [
+    "AllReduce",
+    "Local",
+    "ParameterServer",
+    "Plan",
+    "Program",
+    "Role",
+    "Rules",
+    "Trainer",
+    "Variable",
+    "capture",
+    "distribute",
+    "loopback",
+]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch.fx import Graph, GraphModule, Node
 
 
 class Role(Enum):
@@ -26,10 +29,11 @@ class Variable:
     """A named value that a program reads or writes.
 
     name     the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
-    shape    sizes, whole tensor; () for scalars and for host numbers
+    shape    sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
     of       the parameter that a GRAD or STATE belongs to
     sparse   the gradient touches few rows (every read is an embedding lookup)
     aliases  further names of the same tensor (tied weights are one variable)
+    part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
     """
 
     name: str
@@ -39,6 +43,8 @@ class Variable:
     of: str | None = None
     sparse: bool = False
     aliases: tuple[str, ...] = ()
+    whole: str | None = None
+    part: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -50,3 +56,122 @@ class Variable:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A condition on host numbers under which the graph is what the user's step does.
+
+    expression   over `symbols`, in Python ("momentum != 0")
+    reads        the HYPER variables that the symbols stand for, in the symbols' order
+    """
+
+    expression: str
+    symbols: tuple[str, ...]
+    reads: tuple[str, ...]
+
+    def holds(self, values: Mapping[str, float]) -> bool:
+        scope = {symbol: values[name] for symbol, name in zip(self.symbols, self.reads, strict=True)}
+        return bool(eval(self.expression, {"__builtins__": {}}, scope))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A functional graph: one placeholder for each variable read, one `output({variable: node})` for what it writes.
+
+    A placeholder says in `meta["variable"]` which variable it is. `meta["val"]` of every node is a fake tensor,
+    a tuple of them, or a type (float, int, bool) for a host number. Nodes never write to what they are given.
+    `edit()` copies; a pass changes the copy's graph and returns it.
+    """
+
+    graph: Graph
+    variables: Mapping[str, Variable]
+    guards: tuple[Guard, ...] = ()
+
+    @property
+    def placeholders(self) -> dict[str, Node]:
+        return {n.meta["variable"]: n for n in self.graph.nodes if n.op == "placeholder"}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(self.placeholders)
+
+    @property
+    def results(self) -> dict[str, Node]:
+        return dict(self.output.args[0])  # type: ignore[arg-type]
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return tuple(self.results)
+
+    @property
+    def output(self) -> Node:
+        return next(reversed(self.graph.nodes))
+
+    def of_role(self, *roles: Role) -> list[Variable]:
+        return [v for v in self.variables.values() if v.role in roles]
+
+    def edit(self) -> Program:
+        """A copy whose graph may be changed."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return replace(self, graph=graph, variables=dict(self.variables))
+
+    def slice(self, results: Mapping[str, Node], stop_at: Mapping[Node, Variable] | None = None) -> Program:
+        """The part of the graph that computes `results`, with the nodes of `stop_at` as variables that it reads.
+
+        before  %g = gradient(...), %new = sub(%w, %g)          results {"w": %new}, stop_at {%g: w.grad}
+        after   w.grad = placeholder, w = placeholder, %new = sub(w, w.grad), output({"w": %new})
+        """
+        stops = dict(stop_at or {})
+        wanted = self._ancestors(results.values(), stops)
+        kept = sorted(wanted)
+        graph, made, read = Graph(), {}, {}
+        for node in kept:
+            if node in stops or node.op == "placeholder":
+                variable = stops.get(node) or self.variables[node.meta["variable"]]
+                made[node] = new_placeholder(graph, variable, node.meta["val"])
+                read[variable.name] = variable
+        for node in kept:
+            if node not in made:
+                made[node] = graph.node_copy(node, made.__getitem__)
+        graph.output({name: made[node] for name, node in results.items()})
+        variables = read | {name: self.variables[name] for name in results if name in self.variables}
+        guards = tuple(g for g in self.guards if set(g.reads) <= set(read))
+        return Program(graph, variables, guards)
+
+    def run(self, values: Mapping[str, object]) -> dict[str, object]:
+        """Interprets the program on `values`, one per variable read; returns what it writes."""
+        module = GraphModule({}, self.graph)
+        results = module(*(values[name] for name in self.reads))
+        return dict(results)
+
+    def _ancestors(self, roots: Iterable[Node], stops: Mapping[Node, Variable]) -> set[Node]:
+        seen: set[Node] = set()
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node not in stops:
+                stack.extend(node.all_input_nodes)
+        return seen
+
+
+def mangle(name: str) -> str:
+    """A Python identifier for a variable's name; the true name stays in the placeholder's meta."""
+    return "v_" + re.sub(r"\W", "_", name)
+
+
+def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
+    """The placeholder of `variable`, at the graph's insertion point (behind the other placeholders)."""
+    node = graph.placeholder(mangle(variable.name))
+    node.target = node.name
+    node.meta = {"variable": variable.name, "val": val}
+    return node
+
+
+def set_results(program: Program, results: Mapping[str, Node]) -> None:
+    """Replaces what the (copied) program writes."""
+    program.output.args = (dict(results),)

@@ -76,7 +76,7 @@ class Collectives:
         self.join()
         if self._joined:
             work = dist.broadcast(tensor, src=0, async_op=True)
-            self._started(work, tensor, f"the broadcast of {note}").wait()
+            self._started(work, tensor, f"the broadcast of {note}").done()
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
@@ -138,8 +138,9 @@ class Collectives:
 class Done:
     """A collective of one trainer."""
 
-    def wait(self) -> None:
-        """Nothing to wait for."""
+    def done(self) -> bool:
+        """Always: there is nobody to wait for."""
+        return True
 
 
 class Reduction:
@@ -152,12 +153,13 @@ class Reduction:
         self._on_host = on_host
         self._started = time.monotonic()
 
-    def wait(self) -> None:
-        """Returns when the result is there; on a GPU, when what follows on its stream will find it there."""
+    def done(self) -> bool:
+        """Waits, then True: the result is there; on a GPU, what follows on its stream will find it there."""
         if self._on_host:
             self._group.waited(self._work, self._note, self._started)
         else:
             self._work.wait()
+        return True
 
 
 def _failed(work: dist.Work) -> bool:

@@ -41,10 +41,7 @@ class Binding:
             router.setsockopt(zmq.IPV6, ":" in own)
             return cls._on(router, f"tcp://[{own}]:*" if ":" in own else f"tcp://{own}:*")
         folder = tempfile.TemporaryDirectory(prefix="syncwright-") if place.sockets is None else None
-        path = (
-            Path(folder.name if folder else str(place.sockets))
-            / f"{me.kind}-{me.rank}-{rendezvous.generation}"
-        )
+        path = Path(folder.name if folder else str(place.sockets)) / f"{me.kind}-{me.rank}-{rendezvous.generation}"
         if len(os.fsencode(path)) <= LONGEST_PATH:
             return cls._on(router, f"ipc://{path}", folder)
         if folder:

@@ -73,9 +73,7 @@ class Heartbeat:
         said = [self._about(peer, beat, peer in alive) for peer, beat in beats.items()]
         if any(said):
             return "; ".join(sentence for sentence in said if sentence)
-        return "all are alive: " + "; ".join(
-            f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat
-        )
+        return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
     def lost(self, peers: Sequence[Address]) -> str:
         """Who among `peers` is gone, after a connection broke: the launcher's word, or who beats no more.

@@ -95,9 +95,7 @@ def launch(
     Must be called from the main thread, which is where signals arrive.
     """
     if trainers < 1 or servers < 0:
-        raise ClusterError(
-            f"{trainers} trainers and {servers} servers; expected at least 1 trainer and 0 servers"
-        )
+        raise ClusterError(f"{trainers} trainers and {servers} servers; expected at least 1 trainer and 0 servers")
     patience = patience or Patience()
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
@@ -169,9 +167,7 @@ def _start(me: Address, command: list[str], environment: dict[str, str], direct:
 
 def _pump(me: Address, lines: IO[bytes]) -> None:
     reader = True
-    for (
-        line
-    ) in lines:  # read on when nobody reads what is written here: the role must not block on its output
+    for line in lines:  # read on when nobody reads what is written here: the role must not block on its output
         try:
             if reader:
                 sys.stdout.write(f"[{me}] {line.decode(errors='replace').rstrip()}\n")

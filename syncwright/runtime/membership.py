@@ -82,9 +82,7 @@ class Membership:
         """
         if self.servers and servers > self.servers:
             found = f"the plan names {servers} servers, the job has {self.servers}"
-            raise ClusterError(
-                f"{found}: start it with --servers {servers}, or make the plan for {self.servers}"
-            )
+            raise ClusterError(f"{found}: start it with --servers {servers}, or make the plan for {self.servers}")
         if self.servers:
             return [self.me] if self.me.kind is Kind.SERVER and self.me.rank < servers else []
         return [Address(Kind.SERVER, rank) for rank in range(self.me.rank, servers, self.trainers)]
@@ -154,9 +152,7 @@ def _check_rank(me: Address, count: int) -> None:
 
 def _text(environment: Mapping[str, str], name: str) -> str:
     if not environment.get(name):
-        raise ClusterError(
-            f"{name} is not set, though other variables of a launcher are; start all roles with one"
-        )
+        raise ClusterError(f"{name} is not set, though other variables of a launcher are; start all roles with one")
     return environment[name]
 
 

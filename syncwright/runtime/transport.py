@@ -12,8 +12,11 @@ from syncwright.runtime.messages import Address, Message
 class Work(Protocol):
     """A collective under way."""
 
-    def wait(self) -> None:
-        """Returns when the result stands in the tensor that was given; raises `PeerLost` or `DeadlineExceeded`."""
+    def done(self) -> bool:
+        """Whether the result stands in the tensor that was given.
+
+        A transport between processes waits here and then says True, or raises `PeerLost` or `DeadlineExceeded`.
+        """
         ...
 
 

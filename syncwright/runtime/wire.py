@@ -81,9 +81,7 @@ def encode(message: Message) -> list[bytes | memoryview]:
     return [_first_frame(first), *chunks]
 
 
-def decode(
-    frames: Sequence[bytes | memoryview], limit: Limit | None = None, max_nbytes: int = LARGEST
-) -> Message:
+def decode(frames: Sequence[bytes | memoryview], limit: Limit | None = None, max_nbytes: int = LARGEST) -> Message:
     """The message that `encode` made these frames from; `WireError` for anything else.
 
     limit: which channels are expected, and what their tensors are; None accepts any.
@@ -178,9 +176,7 @@ def _check_payload(header: msgspec.Struct, nbytes: int, sizes: list[int]) -> Non
         raise WireError(f"{_about(header)}: {found}; expected {wanted}")
 
 
-def _tensor(
-    header: msgspec.Struct, spec: TensorHeader, payload: Sequence[bytes | memoryview]
-) -> torch.Tensor:
+def _tensor(header: msgspec.Struct, spec: TensorHeader, payload: Sequence[bytes | memoryview]) -> torch.Tensor:
     dtype = DTYPES[spec.dtype]
     if dtype is torch.bool and any(set(bytes(frame)) - {0, 1} for frame in payload):
         raise WireError(f"{_about(header)}: bytes of a bool tensor that are neither 0 nor 1")

@@ -92,9 +92,7 @@ def test_ctrl_c_ends_all_and_leaves_nothing(script: Path, environment: dict[str,
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: print('interrupted')\n"
     )
-    call = (
-        f"from syncwright.runtime.launch import launch; raise SystemExit(launch({str(script)!r}, [], 2, 1))"
-    )
+    call = f"from syncwright.runtime.launch import launch; raise SystemExit(launch({str(script)!r}, [], 2, 1))"
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         launcher = subprocess.Popen(
             [sys.executable, "-c", call],

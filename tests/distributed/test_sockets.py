@@ -131,9 +131,7 @@ def test_a_connection_that_breaks_is_a_lost_peer_after_its_last_words(transport:
 
 def test_a_message_to_a_trainer_that_is_not_there(transport: Open) -> None:
     server = transport(S0)
-    with pytest.raises(
-        PeerLost, match=r"server 0 cannot send to trainer 1: .*trainer 1 has never been heard of"
-    ):
+    with pytest.raises(PeerLost, match=r"server 0 cannot send to trainer 1: .*trainer 1 has never been heard of"):
         server.send(T1, Message(Leave(1)))
 
 
@@ -163,9 +161,7 @@ def test_what_does_not_fit_the_job_is_refused_with_the_sender(transport: Open) -
 
 def test_a_server_that_is_missing_is_named(transport: Open) -> None:
     transport(S0, servers=2)
-    with pytest.raises(
-        DeadlineExceeded, match=r"server 1 has not published its address within 0\.1 s; server 0 "
-    ):
+    with pytest.raises(DeadlineExceeded, match=r"server 1 has not published its address within 0\.1 s; server 0 "):
         transport(T0, servers=2)
 
 
@@ -212,7 +208,7 @@ def test_an_embedded_server_is_a_thread_of_the_process(folder: Path) -> None:
         zero.send(S0, Message(Push("w", 0, 1.0), torch.ones(2)))
         assert heard(zero)[1].header == Value("w", 1)
         ones = torch.ones(2)
-        zero.all_reduce(ones, "ones").wait()
+        assert zero.all_reduce(ones, "ones").done()
         zero.broadcast(ones, "ones")
         assert ones.tolist() == [1, 1]
         assert list(folder.iterdir()) == []

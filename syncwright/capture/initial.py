@@ -1,0 +1,144 @@
+"""The state that an optimizer gives a parameter before its first update, found by watching a first update."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncwright.errors import CaptureError
+
+StateValue = torch.Tensor | float | int
+
+
+def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> dict[str, StateValue]:
+    """What `optimizer.state[parameter]` is just before the first update, exactly, for any optimizer class.
+
+    A shadow of the optimizer updates a copy of the parameter while every tensor is photographed before it is first
+    written to. State that the first update computes from the gradient (SGD's momentum) starts at zero. An experiment
+    then checks that an update from the state found equals an update from none. The user's optimizer, parameter and
+    random state are not touched.
+
+    Raises `CaptureError` for an optimizer whose first update differs, or whose state is no tensor or number.
+    """
+    if not parameter.requires_grad:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        fresh, other = _Shadow(optimizer, group, parameter), _Shadow(optimizer, group, parameter)
+        found, elsewhere = fresh.watch(_probe_gradient(parameter, 0)), other.watch(_probe_gradient(parameter, 1))
+        found = {k: v if _equal(v, elsewhere[k]) else _zero(v) for k, v in found.items()}
+        again = _Shadow(optimizer, group, parameter)
+        again.update({key: _clone(value) for key, value in found.items()}, _probe_gradient(parameter, 0))
+    _check_same(name, type(optimizer).__name__, fresh, again)
+    return found
+
+
+def _probe_gradient(parameter: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+
+
+class _Shadow:
+    """A copy of an optimizer with one parameter and a state of its own."""
+
+    def __init__(self, optimizer: Optimizer, group: dict, parameter: torch.Tensor):
+        self.parameter = parameter.detach().clone().requires_grad_()
+        shadow = object.__new__(type(optimizer))
+        shadow.__dict__.update(optimizer.__dict__)
+        hooks = [key for key, value in vars(optimizer).items() if isinstance(value, OrderedDict)]
+        shadow.__dict__.update({key: OrderedDict() for key in hooks})
+        shadow.param_groups = [_own_copy(group) | {"params": [self.parameter]}]
+        shadow.state = defaultdict(_Recorder)
+        self.optimizer = shadow
+
+    def watch(self, gradient: torch.Tensor) -> dict[str, StateValue]:
+        with _Photographs() as photographs:
+            self._step(gradient)
+        recorder = self.optimizer.state[self.parameter]
+        return {k: photographs.before(v) for k, v in recorder.first.items() if v is not None}
+
+    def update(self, state: Mapping[str, StateValue], gradient: torch.Tensor) -> None:
+        self.optimizer.state[self.parameter].update(state)
+        self._step(gradient)
+
+    def _step(self, gradient: torch.Tensor) -> None:
+        self.parameter.grad = gradient.clone()
+        self.optimizer.step()
+
+
+class _Recorder(dict):
+    """One parameter's state, remembering what each key was first set to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, object] = {}
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.first.setdefault(key, value)
+        super().__setitem__(key, value)
+
+
+class _Photographs(TorchDispatchMode):
+    """Keeps what every tensor was before it was first written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        for declared in func._schema.arguments:
+            if declared.alias_info is not None and declared.alias_info.is_write:
+                given = named[declared.name]
+                for tensor in given if isinstance(given, list | tuple) else [given]:
+                    self._keep(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._kept:
+            self._kept[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def before(self, value: object) -> StateValue:
+        if isinstance(value, torch.Tensor):
+            kept = self._kept.get(id(value))
+            return kept[1] if kept is not None else value.detach().clone()
+        if isinstance(value, int | float):
+            return value
+        raise CaptureError(
+            f"an optimizer keeps a {type(value).__name__} in its state; expected tensors and numbers. "
+            "Keep the value in a tensor, or outside of the optimizer's state."
+        )
+
+
+def _check_same(name: str, kind: str, fresh: _Shadow, again: _Shadow) -> None:
+    ours, theirs = again.optimizer.state[again.parameter], fresh.optimizer.state[fresh.parameter]
+    differing = [key for key in theirs if not _equal(theirs[key], ours.get(key))]
+    if not _equal(fresh.parameter, again.parameter) or differing:
+        raise CaptureError(
+            f"{kind} treats the first update of '{name}' differently from all others "
+            f"({', '.join(differing) or 'its result differs'}), so no initial state stands for it. "
+            "Expected a state from which the first update is like the rest. "
+            "For SGD with momentum set dampening=0, or take one step before capture so that the state exists."
+        )
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(torch.nan_to_num(a.detach()), torch.nan_to_num(b.detach()))
+    return a == b
+
+
+def _clone(value: StateValue) -> StateValue:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _zero(value: StateValue) -> StateValue:
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else type(value)(0)
+
+
+def _own_copy(group: dict) -> dict:
+    return {key: copy.copy(value) for key, value in group.items() if key != "params"}

@@ -1,0 +1,176 @@
+"""Traced graph to Program: named placeholders, writes in the output, nothing that only tracing needed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from syncwright import ops
+from syncwright.capture.private import FakeTensor
+from syncwright.capture.trace import Traced
+from syncwright.dead import remove_dead
+from syncwright.errors import CaptureError
+from syncwright.program import Guard, Program, Role, Variable, new_placeholder
+
+_IDENTITY = frozenset(
+    {
+        torch.ops.aten.detach.default,
+        torch.ops.aten.alias.default,
+        torch.ops.aten.lift_fresh.default,
+        torch.ops.aten.lift_fresh_copy.default,
+    }
+)
+_SCALAR = torch.ops.aten.scalar_tensor.default
+
+
+def normalize(traced: Traced, constants: dict[str, torch.Tensor]) -> Program:
+    """Builds the Program; tensors that tracing found outside the arguments go to `constants`, by variable name.
+
+    before  %arg0_1, ..., %detach_3, %gradient(%detach_3, "w"), ..., copy_(%arg0_1, %addcdiv), return (%loss, ...)
+    after   w = placeholder, ..., %gradient(%mm, "w"), ..., output({"loss": %loss, "w": %addcdiv})
+    """
+    return _Builder(traced, constants).build()
+
+
+class _Builder:
+    """Walks the traced graph once."""
+
+    def __init__(self, traced: Traced, constants: dict[str, torch.Tensor]):
+        self.traced, self.constants = traced, constants
+        self.graph = Graph()
+        self.made: dict[Node, Node] = {}
+        self.variables: dict[str, Variable] = {}
+        self.written: dict[str, Node] = {}
+        self.marks: dict[str, Node] = {}
+
+    def build(self) -> Program:
+        nodes = list(self.traced.module.graph.nodes)
+        self._placeholders([n for n in nodes if n.op == "placeholder"], [n for n in nodes if n.op == "get_attr"])
+        last = _last_marks(nodes)
+        for node in nodes:
+            if node.op == "call_function":
+                self._call(node, last)
+            elif node.op == "get_attr" and node not in self.made:
+                self.made[node] = self._number(node)
+        self.graph.output(self._results(nodes[-1]))
+        remove_dead(self.graph)
+        self._refuse_stale()
+        return Program(self.graph, self.variables, self._guards())
+
+    def _placeholders(self, placeholders: list[Node], constants: list[Node]) -> None:
+        for node, variable in zip(placeholders, self.traced.arguments, strict=True):
+            self.made[node] = new_placeholder(self.graph, variable, host_type(node.meta["val"]))
+            self.variables[variable.name] = variable
+        for node in constants:
+            value = getattr(self.traced.module, str(node.target))
+            if value.dim() == 0:
+                continue
+            known = next((m for n, m in self.made.items() if n.op == "get_attr" and n.target == node.target), None)
+            self.made[node] = known if known is not None else self._constant(node, value)
+
+    def _number(self, node: Node) -> Node:
+        """A 0-d tensor that the step makes from a number stays a number in the graph."""
+        value = getattr(self.traced.module, str(node.target))
+        made = self.graph.call_function(_SCALAR, (value.item(),), {"dtype": value.dtype})
+        made.meta = {"val": host_type(node.meta["val"])}
+        return made
+
+    def _constant(self, node: Node, value: torch.Tensor) -> Node:
+        name = f"constant.{len(self.constants)}"
+        variable = Variable(name, Role.BUFFER, tuple(value.shape), value.dtype)
+        self.constants[name] = value
+        self.variables[name] = variable
+        return new_placeholder(self.graph, variable, node.meta["val"])
+
+    def _call(self, node: Node, last: Mapping[str, Node]) -> None:
+        target = node.target
+        if target in _IDENTITY or (target is ops.gradient and last[node.args[1]] is not node):
+            self.made[node] = self.made[node.args[0]]  # type: ignore[index]
+        elif target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":  # type: ignore[union-attr]
+            name = self.made[node.args[0]].meta["variable"]  # type: ignore[index]
+            self.written[name] = self.made[node.args[1]]  # type: ignore[index]
+        elif not _only_tracing(target):
+            copied = self.graph.node_copy(node, self.made.__getitem__)
+            copied.meta = {"val": host_type(node.meta.get("val"))}
+            self.made[node] = copied
+
+    def _results(self, output: Node) -> dict[str, Node]:
+        flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
+        returned, replaced = flat[: self.traced.leaves], flat[self.traced.leaves :]
+        results: dict[str, Node] = {}
+        for name, node in zip(output_names(self.traced.returned), returned, strict=True):
+            results[name] = self._returned(name, node)
+        self.written.update({name: self.made[node] for name, node in zip(self.traced.replaced, replaced, strict=True)})
+        for variable in self.traced.arguments:
+            if variable.name in self.written and variable.role is not Role.GRAD:
+                results[variable.name] = self.written[variable.name]
+        return results
+
+    def _returned(self, name: str, node: object) -> Node:
+        if not isinstance(node, Node):
+            raise CaptureError(
+                f"the step returns {node!r} as '{name}', which no batch changes; expected tensors or numbers computed "
+                "from the batch. Return the loss, or the loss and a dict of metrics."
+            )
+        made = self.made[node]
+        val = made.meta["val"]
+        shape, dtype = (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else ((), torch.float64)
+        self.variables[name] = Variable(name, Role.OUTPUT, shape, dtype)
+        return made
+
+    def _refuse_stale(self) -> None:
+        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
+            variable = self.variables[node.meta["variable"]]
+            if variable.role is not Role.GRAD:
+                continue
+            if node.users:
+                raise CaptureError(
+                    f"the gradient of '{variable.of}' outlives the step: the step adds to what the last one left. "
+                    "Expected each step to start from no gradient. Call optimizer.zero_grad() in the step; to accumulate "
+                    "over several batches, call backward() several times in one step."
+                )
+            self.graph.erase_node(node)
+            del self.variables[variable.name]
+
+    def _guards(self) -> tuple[Guard, ...]:
+        names = self.traced.symbols
+        return tuple(
+            Guard(expression, symbols, tuple(names[s] for s in symbols))
+            for expression, symbols in self.traced.guards
+            if symbols and all(s in names for s in symbols)
+        )
+
+
+def output_names(returned: pytree.TreeSpec) -> list[str]:
+    """A name per leaf of what a step returns: `loss`, or `loss` and the metrics' own keys, or positions."""
+    skeleton = pytree.tree_unflatten(list(range(returned.num_leaves)), returned)
+    if returned.num_leaves == 1 and not isinstance(skeleton, dict | tuple | list):
+        return ["loss"]
+    names = []
+    for path, _ in pytree.tree_flatten_with_path(skeleton)[0]:
+        keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
+        names.append("loss" if keys == ["0"] else ".".join(["metrics" if keys[0] == "1" else keys[0], *keys[1:]]))
+    return names
+
+
+def host_type(val: object) -> object:
+    """What `meta["val"]` keeps: fake tensors as they are, host numbers as their type."""
+    for symbolic, plain in ((torch.SymFloat, float), (torch.SymInt, int), (torch.SymBool, bool)):
+        if isinstance(val, symbolic) or type(val) is plain:
+            return plain
+    if isinstance(val, list | tuple):
+        return type(val)(host_type(v) for v in val)
+    return val.detach() if isinstance(val, FakeTensor) else val
+
+
+def _last_marks(nodes: list[Node]) -> dict[str, Node]:
+    return {str(n.args[1]): n for n in nodes if n.target is ops.gradient}
+
+
+def _only_tracing(target: Callable | str) -> bool:
+    name = str(target)
+    return name.startswith(("profiler.", "aten._assert_", "aten.sym_constrain")) or target is operator.le

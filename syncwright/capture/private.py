@@ -1,0 +1,110 @@
+"""Every private interface of torch that Syncwright touches, each with the public thing that would replace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
+
+__all__ = [
+    "DATA_DEPENDENT",
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
+    "compiling",
+    "fake_mode",
+    "guards_of",
+    "host_number",
+    "make_fx",
+    "no_printing",
+    "symbolic_extremes",
+]
+
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+
+
+def fake_mode() -> FakeTensorMode:
+    """Fake tensors with static shapes whose `.item()` is a symbol. Public: none (`torch.export` hides its own)."""
+    return FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True), static_shapes=True)
+
+
+def host_number(mode: FakeTensorMode, value: float, label: str) -> torch.SymFloat:
+    """A traced Python float that stands at `value`: a branch on it becomes a guard. Public: none."""
+    env = mode.shape_env
+    assert env is not None, "fake_mode() gives every mode a shape environment"
+    source = ConstantSource(label)
+    symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    number = env.create_symfloatnode(symbol, hint=value, source=source)
+    assert isinstance(number, torch.SymFloat)
+    return number
+
+
+def symbol_of(number: torch.SymFloat) -> str:
+    return str(number.node.expr)
+
+
+def guards_of(mode: FakeTensorMode) -> list[tuple[str, tuple[str, ...]]]:
+    """The branches taken on host numbers, as Python expressions and the symbols in them."""
+    env = mode.shape_env
+    assert env is not None, "fake_mode() gives every mode a shape environment"
+    found: dict[str, tuple[str, ...]] = {}
+    for guard in env.guards:
+        expression = guard.expr
+        if expression is sympy.true:
+            continue
+        symbols = tuple(sorted(str(s) for s in expression.free_symbols))
+        found[PythonPrinter().doprint(expression)] = symbols
+    return list(found.items())
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Makes `torch.compiler.is_compiling()` true, as optimizers want it for `capturable` on any device."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
+def symbolic_extremes(scopes: list[dict]) -> Iterator[None]:
+    """`min` and `max` of two traced host numbers stay in the graph where the globals are `scopes` (optimizers')."""
+
+    def extreme(symbolic: Callable, plain: Callable) -> Callable:
+        def choose(*args, **kwargs):
+            if len(args) == 2 and not kwargs and any(isinstance(a, torch.SymFloat) for a in args):
+                return symbolic(*args)
+            return plain(*args, **kwargs)
+
+        return choose
+
+    replaced = {"min": extreme(torch.sym_min, min), "max": extreme(torch.sym_max, max)}
+    changed = [(scope, name) for scope in scopes for name in replaced if name not in scope]
+    for scope, name in changed:
+        scope[name] = replaced[name]
+    try:
+        yield
+    finally:
+        for scope, name in changed:
+            scope.pop(name, None)
+
+
+@contextmanager
+def no_printing(refuse: Callable[[], str]) -> Iterator[None]:
+    """`print(loss)` inside a step would print once, at capture, and never again: it is refused."""
+    before = FakeTensor.__repr__
+    FakeTensor.__repr__ = lambda self, **_: refuse()  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FakeTensor.__repr__ = before  # type: ignore[method-assign]

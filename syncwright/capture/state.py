@@ -1,0 +1,325 @@
+"""Binding: the user's model and optimizers as named variables, in both directions."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from syncwright.capture.initial import initial_state
+from syncwright.errors import CaptureError
+from syncwright.program import Role, Variable
+
+Value = torch.Tensor | float | int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSlot:
+    """Where a module keeps a tensor: `module._parameters[key]` or `module._buffers[key]`."""
+
+    module: nn.Module
+    table: str
+    key: str
+
+    def get(self) -> torch.Tensor:
+        return getattr(self.module, self.table)[self.key]
+
+    def set(self, value: object) -> None:
+        getattr(self.module, self.table)[self.key] = value
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlot:
+    """Where an optimizer keeps state: `optimizer.state[parameter][key]`."""
+
+    optimizer: Optimizer
+    parameter: torch.Tensor
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class HyperSlot:
+    """Where an optimizer keeps a number: `optimizer.param_groups[group][key]`, or item `item` of a tuple there."""
+
+    optimizer: Optimizer
+    group: int
+    key: str
+    item: int | None = None
+
+    def get(self) -> float:
+        value = self.optimizer.param_groups[self.group][self.key]
+        return float(value if self.item is None else value[self.item])
+
+
+class Binding:
+    """The user's objects as variables. Holds no values of its own but state that no update has made yet.
+
+    Changes when the user's objects change: it reads and writes them. `optimizers` is one optimizer, a tuple or a dict.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: object, state: Mapping[str, nn.Module] | None = None):
+        self.model = model
+        self.optimizers = _named_optimizers(optimizer)
+        self.extra = dict(state or {})
+        self.variables: dict[str, Variable] = {}
+        self.modules: dict[str, list[ModuleSlot]] = {}
+        self.states: dict[str, StateSlot] = {}
+        self.hypers: dict[str, HyperSlot] = {}
+        self._unborn: dict[str, Value] = {}
+        self._add_module(model, "", Role.PARAM)
+        for label, module in self.extra.items():
+            if not isinstance(module, nn.Module):
+                raise CaptureError(
+                    f"state[{label!r}] is a {type(module).__name__}; expected an nn.Module, whose parameters and buffers "
+                    "become variables. Keep other values in a buffer of a module."
+                )
+            self._add_module(module, f"{label}.", Role.BUFFER)
+        self.parameters = {id(slots[0].get()): name for name, slots in self.modules.items()}
+        for label, each in self.optimizers.items():
+            self._add_optimizer(label, each)
+
+    def values(self) -> dict[str, Value]:
+        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE."""
+        found: dict[str, Value] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
+        for name, slot in self.states.items():
+            held = slot.optimizer.state.get(slot.parameter, {})
+            found[name] = held[slot.key] if slot.key in held else self._unborn[name]
+        return found
+
+    def hyper_values(self) -> dict[str, float]:
+        """What the user's scheduler last set, by name."""
+        return {name: slot.get() for name, slot in self.hypers.items()}
+
+    def settings(self) -> tuple:
+        """What the trace has frozen and must be captured again when it changes: train or eval, flags, frozen layers."""
+        modes = tuple(m.training for m in self.model.modules())
+        trained = tuple(slots[0].get().requires_grad for slots in self.modules.values())
+        flags = tuple(
+            tuple((k, v) for k, v in group.items() if isinstance(v, bool | int | str) or v is None)
+            for each in self.optimizers.values()
+            for group in each.param_groups
+        )
+        return modes, trained, flags
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Value]) -> None:
+        """Copies `values` into the user's own objects; state that no update had made is born here."""
+        for name, value in values.items():
+            if name in self.modules:
+                assert isinstance(value, torch.Tensor), f"{name} is a tensor of a module"
+                self.modules[name][0].get().copy_(value)
+            elif name in self.states:
+                self._write_state(self.states[name], name, value)
+
+    def state_dict(self, optimizer: object) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied."""
+        match optimizer:
+            case dict():
+                states: object = {key: each.state_dict() for key, each in optimizer.items()}
+            case tuple() | list():
+                states = [each.state_dict() for each in optimizer]
+            case _:
+                states = optimizer.state_dict()  # type: ignore[attr-defined]
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": states})
+
+    def load_state_dict(self, optimizer: object, state: Mapping[str, object]) -> None:
+        """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects."""
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        states = state["optimizer"]
+        match optimizer:
+            case dict():
+                pairs = [(each, states[key]) for key, each in optimizer.items()]  # type: ignore[index]
+            case tuple() | list():
+                pairs = list(zip(optimizer, states, strict=True))  # type: ignore[arg-type]
+            case _:
+                pairs = [(optimizer, states)]
+        for each, saved in pairs:
+            each.load_state_dict(copy.deepcopy(saved))  # type: ignore[attr-defined]
+
+    def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
+        held = slot.optimizer.state[slot.parameter]
+        if isinstance(value, torch.Tensor) and isinstance(held.get(slot.key), torch.Tensor):
+            held[slot.key].copy_(value)
+        else:
+            held[slot.key] = value.clone() if isinstance(value, torch.Tensor) else value
+        self._unborn.pop(name, None)
+
+    @contextmanager
+    def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
+        """While open, modules hold `values`, optimizers their state and `hypers`; then all is as it was."""
+        with ExitStack() as undo:
+            for name, slots in self.modules.items():
+                for slot in slots:
+                    undo.callback(slot.set, slot.get())
+                    slot.set(values[name])
+            for each in self.optimizers.values():
+                self._swap_optimizer(each, values, hypers, undo)
+            yield Swap(self, values)
+
+    def _swap_optimizer(self, each: Optimizer, values, hypers, undo: ExitStack) -> None:
+        groups, state = each.param_groups, each.state
+        undo.callback(setattr, each, "state", state)
+        undo.callback(setattr, each, "param_groups", groups)
+        each.param_groups = [
+            {**group, "params": [values[self.parameters[id(p)]] for p in group["params"]]} for group in groups
+        ]
+        for group in each.param_groups:
+            group.update({flag: False for flag in ("foreach", "fused") if flag in group})
+        each.state = defaultdict(dict)
+        for name, slot in self.states.items():
+            if slot.optimizer is each:
+                each.state[values[self.parameters[id(slot.parameter)]]][slot.key] = values[name]
+        for name, slot in self.hypers.items():
+            if slot.optimizer is each:
+                _set_hyper(each.param_groups[slot.group], slot, hypers[name])
+
+    def _add_module(self, module: nn.Module, prefix: str, role: Role) -> None:
+        seen: dict[int, str] = {}
+        for kind, table in ((role, "_parameters"), (Role.BUFFER, "_buffers")):
+            for path, owner in module.named_modules(remove_duplicate=False):
+                for key, tensor in getattr(owner, table).items():
+                    if tensor is None:
+                        continue
+                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    first = seen.setdefault(id(tensor), name)
+                    self.modules.setdefault(first, []).append(ModuleSlot(owner, table, key))
+                    self._declare(first, name, kind, tensor)
+
+    def _declare(self, first: str, name: str, kind: Role, tensor: torch.Tensor) -> None:
+        if first == name:
+            self.variables[name] = Variable(name, kind, tuple(tensor.shape), tensor.dtype)
+        else:
+            known = self.variables[first]
+            aliases = (*known.aliases, name)
+            self.variables[first] = Variable(first, known.role, known.shape, known.dtype, aliases=aliases)
+
+    def _add_optimizer(self, label: str, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                self._add_hypers(f"{label}.{index}.{key}", optimizer, index, key, value)
+            for parameter in group["params"]:
+                self._add_state(label, optimizer, group, parameter)
+
+    def _add_hypers(self, name: str, optimizer: Optimizer, index: int, key: str, value: object) -> None:
+        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+            self._add_hyper(name, HyperSlot(optimizer, index, key))
+        elif isinstance(value, tuple | list) and key != "params":
+            for item, part in enumerate(value):
+                if isinstance(part, float):
+                    self._add_hyper(f"{name}.{item}", HyperSlot(optimizer, index, key, item))
+
+    def _add_hyper(self, name: str, slot: HyperSlot) -> None:
+        self.hypers[name] = slot
+        self._add_variable(Variable(name, Role.HYPER, (), torch.float64))
+
+    def _add_state(self, label: str, optimizer: Optimizer, group: dict, parameter: torch.Tensor) -> None:
+        name = self.parameters.get(id(parameter))
+        if name is None:
+            raise CaptureError(
+                f"{label} holds a parameter of shape {tuple(parameter.shape)} that the model does not have. "
+                "Expected every parameter of the optimizer to be one of model.parameters(). Pass the module that "
+                "holds it as the model (an nn.ModuleDict joins several), or build the optimizer after the model is final."
+            )
+        held = dict(optimizer.state.get(parameter, {}))
+        fresh = initial_state(optimizer, group, parameter, name) if not held else {}
+        for key, value in {**fresh, **held}.items():
+            if value is None:
+                continue
+            state = f"{name}.{key}"
+            self.states[state] = StateSlot(optimizer, parameter, key)
+            shape, dtype = _shape_of(value)
+            self._add_variable(Variable(state, Role.STATE, shape, dtype, of=name))
+            if key in fresh:
+                self._unborn[state] = fresh[key]
+
+    def _add_variable(self, variable: Variable) -> None:
+        if variable.name in self.variables:
+            raise CaptureError(
+                f"the name '{variable.name}' stands for two variables ({self.variables[variable.name].role.value} and "
+                f"{variable.role.value}). Expected names to be unique. Rename the module, or give each parameter to "
+                "one optimizer only."
+            )
+        self.variables[variable.name] = variable
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What the modules and optimizers hold after the step has run on swapped values."""
+
+    binding: Binding
+    given: Mapping[str, object]
+
+    def replaced(self) -> dict[str, object]:
+        """Variables whose slot now holds another object than the one given (assigned, not written in place)."""
+        found = {}
+        for name, slots in self.binding.modules.items():
+            if slots[0].get() is not self.given[name]:
+                found[name] = slots[0].get()
+        for name, slot in self.binding.states.items():
+            parameter = self.given[self.binding.parameters[id(slot.parameter)]]
+            now = slot.optimizer.state[parameter].get(slot.key)
+            if now is not self.given[name]:
+                found[name] = now
+        return found
+
+    def unknown_state(self) -> list[str]:
+        """State that the step made beyond the initial state."""
+        owners = {id(self.given[name]): name for name in self.binding.modules}
+        known = set(self.binding.states)
+        return [
+            f"{owners[id(parameter)]}.{key}"
+            for each in self.binding.optimizers.values()
+            for parameter, held in each.state.items()
+            for key, value in held.items()
+            if value is not None and f"{owners[id(parameter)]}.{key}" not in known
+        ]
+
+    def changed_hypers(self, hypers: Mapping[str, object]) -> list[str]:
+        """Hyper-parameters that the step itself changed."""
+        return [
+            name
+            for name, slot in self.binding.hypers.items()
+            if _get_hyper(slot.optimizer.param_groups[slot.group], slot) is not hypers[name]
+        ]
+
+
+def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:
+    if isinstance(optimizer, Optimizer):
+        return {"optimizer": optimizer}
+    if isinstance(optimizer, dict):
+        named = {f"optimizer.{key}": each for key, each in optimizer.items()}
+    elif isinstance(optimizer, tuple | list):
+        named = {f"optimizer.{index}": each for index, each in enumerate(optimizer)}
+    else:
+        named = {"optimizer": optimizer}
+    for label, each in named.items():
+        if not isinstance(each, Optimizer):
+            raise CaptureError(
+                f"{label} is a {type(each).__name__}; expected a torch.optim.Optimizer, or a tuple or dict of them."
+            )
+    return named
+
+
+def _set_hyper(group: dict, slot: HyperSlot, value: object) -> None:
+    if slot.item is None:
+        group[slot.key] = value
+    else:
+        whole = list(group[slot.key])
+        whole[slot.item] = value
+        group[slot.key] = tuple(whole)
+
+
+def _get_hyper(group: dict, slot: HyperSlot) -> object:
+    return group[slot.key] if slot.item is None else group[slot.key][slot.item]
+
+
+def _shape_of(value: Value) -> tuple[tuple[int, ...], torch.dtype]:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    return (), torch.float64

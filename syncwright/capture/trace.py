@@ -1,0 +1,330 @@
+"""Two traces: the user's step as it runs (autograd and in-place updates included), then again as pure functions."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.func import functionalize
+from torch.fx import GraphModule, Interpreter
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+
+from syncwright import ops
+from syncwright.capture import private
+from syncwright.capture.state import Binding
+from syncwright.errors import CaptureError
+from syncwright.program import Role, Variable
+
+STALE = "gradient left over from before the step"
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What the second trace gave: a graph over flat arguments, and what each argument and result is.
+
+    arguments  one variable per placeholder, in order
+    replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
+    returned   the structure of what the user's step returns; its leaves are the first results
+    """
+
+    module: GraphModule
+    arguments: tuple[Variable, ...]
+    replaced: tuple[str, ...]
+    returned: pytree.TreeSpec
+    leaves: int
+    guards: tuple[tuple[str, tuple[str, ...]], ...]
+    symbols: Mapping[str, str]
+
+
+def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
+    """Traces `step(model, optimizer, *batch)`.
+
+    Optimizer arithmetic stays in host doubles (bit-equal to eager) where the optimizer never branches on a step count;
+    where it does (RAdam, ASGD), it is traced again as for `capturable=True`, its step counts in float64 tensors.
+    """
+    try:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).run()
+    except _BranchOnState:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).run()
+
+
+class _BranchOnState(Exception):
+    """The optimizer branched on a number that it keeps in its state."""
+
+
+class _Trace:
+    """One attempt. Lives as long as the two traces of it."""
+
+    def __init__(self, step, binding: Binding, optimizer, batch, inputs, *, on_tensors: bool):
+        self.step, self.binding, self.optimizer, self.batch = step, binding, optimizer, batch
+        self.on_tensors = on_tensors
+        self.mode = private.fake_mode()
+        self.symbols: dict[str, str] = {}
+        self.arguments: list[Variable] = []
+        self.flat: list[object] = []
+        self.replaced: tuple[str, ...] = ()
+        self.returned: pytree.TreeSpec | None = None
+        self.leaves = 0
+        self._fill(inputs)
+
+    def run(self) -> Traced:
+        with self.mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
+            first = self._first()
+            second = self._second(first)
+        assert self.returned is not None, "the first trace has run"
+        guards = tuple(private.guards_of(self.mode))
+        return Traced(
+            second,
+            tuple(self.arguments),
+            self.replaced,
+            self.returned,
+            self.leaves,
+            guards,
+            dict(self.symbols),
+        )
+
+    def _fill(self, inputs: tuple[Variable, ...]) -> None:
+        values, variables = self.binding.values(), self.binding.variables
+        for name, value in values.items():
+            self._argument(variables[name], value)
+        for name, slots in self.binding.modules.items():
+            tensor = slots[0].get()
+            if tensor.requires_grad:
+                stale = Variable(f"{name}.grad", Role.GRAD, tuple(tensor.shape), tensor.dtype, of=name)
+                self._argument(stale, tensor.detach())
+        for name, value in self.binding.hyper_values().items():
+            self._argument(variables[name], value)
+        leaves = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
+        for variable, leaf in zip(inputs, leaves, strict=True):
+            self._argument(variable, leaf)
+
+    def _argument(self, variable: Variable, value: object) -> None:
+        self.arguments.append(variable)
+        if isinstance(value, torch.Tensor):
+            fake = self.mode.from_tensor(value, static_shapes=True)
+            slot = self.binding.modules.get(variable.name)
+            if variable.role in (Role.PARAM, Role.BUFFER) and slot and slot[0].get().requires_grad:
+                fake.requires_grad_()
+            if variable.role is Role.PARAM:
+                fake._is_param = True  # type: ignore[attr-defined]
+            self.flat.append(fake)
+        elif variable.role is Role.HYPER:
+            number = private.host_number(self.mode, float(value), variable.name)  # type: ignore[arg-type]
+            self.symbols[private.symbol_of(number)] = variable.name
+            self.flat.append(number)
+        else:
+            self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
+
+    def _first(self) -> GraphModule:
+        return private.make_fx(self._call, decomposition_table=_PURE, _allow_non_fake_inputs=False)(*self.flat)
+
+    def _second(self, first: GraphModule) -> GraphModule:
+        def replay(*flat: object) -> object:
+            return Interpreter(first).run(*flat)
+
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in self.flat]
+        with torch.no_grad():
+            return private.make_fx(functionalize(replay, remove="mutations"), decomposition_table=_PURE)(*detached)
+
+    def _call(self, *flat: object) -> list[object]:
+        given = {variable.name: value for variable, value in zip(self.arguments, flat, strict=True)}
+        hypers = {name: given[name] for name in self.binding.hypers}
+        with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
+            self._place_gradients(given, undo)
+            undo.enter_context(_refusals())
+            self._wrap_optimizers(given, undo)
+            result = self._run_step(given)
+            _check_after(swap, hypers)
+            return self._results(result, swap)
+
+    def _run_step(self, given: Mapping[str, object]) -> object:
+        leaves, spec = pytree.tree_flatten(self.batch)
+        inputs = iter(given[v.name] for v in self.arguments if v.role is Role.INPUT)
+        batch = spec.unflatten([next(inputs) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+        try:
+            with torch.enable_grad():
+                return self.step(self.binding.model, self.optimizer, *batch)
+        except (CaptureError, _BranchOnState):
+            raise
+        except Exception as error:
+            raise _explain(error) from error
+
+    def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> None:
+        for name in self.binding.modules:
+            tensor = given[name]
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.grad = given[f"{name}.grad"]  # type: ignore[assignment]
+                handle = tensor.register_post_accumulate_grad_hook(_mark(name))
+                undo.callback(handle.remove)
+
+    def _wrap_optimizers(self, given: Mapping[str, object], undo: ExitStack) -> None:
+        scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
+        undo.enter_context(private.symbolic_extremes(scopes))
+        for each in self.binding.optimizers.values():
+            original = each.step
+            each.step = self._stepper(each, original)  # type: ignore[method-assign]
+            undo.callback(each.__dict__.pop, "step")
+
+    def _stepper(self, each: torch.optim.Optimizer, original: Callable) -> Callable:
+        def step(closure=None):
+            if closure is not None:
+                raise CaptureError(
+                    f"{type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
+                    "optimizer.step() without a closure. Use an optimizer that needs none."
+                )
+            if not self.on_tensors:
+                try:
+                    return original()
+                except private.DATA_DEPENDENT as error:
+                    raise _BranchOnState from error
+            with private.compiling(), _steps_as_float64(each):
+                return original()
+
+        return step
+
+    def _results(self, result: object, swap) -> list[object]:
+        leaves, self.returned = pytree.tree_flatten(result)
+        self.leaves = len(leaves)
+        replaced = swap.replaced()
+        self.replaced = tuple(replaced)
+        return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in [*leaves, *replaced.values()]]
+
+
+def _mark(name: str) -> Callable[[torch.Tensor], None]:
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "a post-accumulate hook runs after accumulation"
+        parameter.grad = ops.gradient(parameter.grad, name)
+
+    return hook
+
+
+@contextmanager
+def _steps_as_float64(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Floating 0-d state becomes float64 while the optimizer steps, so that bias corrections keep their digits."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
+    narrow = []
+    for held in optimizer.state.values():
+        for key, value in held.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+                narrow.append((held, key, value))
+                held[key] = value.double()
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for held, key, value in narrow:
+            held[key] = held[key].to(value.dtype)
+        for group, was in zip(groups, before, strict=True):
+            group["capturable"] = was
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What would happen once, at capture, and never again, is refused with the line that does it."""
+
+    def refuse_schedule(self, *args, **kwargs):
+        raise CaptureError(
+            f"{_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
+            "Expected the schedule to advance outside: call it after trainer.step(...)."
+        )
+
+    def refuse_print() -> str:
+        raise CaptureError(
+            f"{_line()}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
+            "captured. Return it from the step and print what trainer.step(...) gives back."
+        )
+
+    kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
+    with ExitStack() as undo:
+        for kind in kinds:
+            undo.callback(setattr, kind, "step", vars(kind)["step"])
+            kind.step = refuse_schedule  # type: ignore[method-assign]
+        undo.enter_context(private.no_printing(refuse_print))
+        yield
+
+
+def _subclasses(kind: type) -> list[type]:
+    return [s for c in kind.__subclasses__() for s in [c, *_subclasses(c)]]
+
+
+def _check_after(swap, hypers: Mapping[str, object]) -> None:
+    if names := swap.changed_hypers(hypers):
+        raise CaptureError(
+            f"the step changes {', '.join(names)}; expected a step to read hyper-parameters only. "
+            "Change them between steps: they are read at every trainer.step(...)."
+        )
+    if names := swap.unknown_state():
+        raise CaptureError(
+            f"the step makes optimizer state that the optimizer's first update did not make: {', '.join(names)}. "
+            "Expected the same state after every update. Take one step before capture so that the state exists."
+        )
+
+
+def _explain(error: Exception) -> CaptureError:
+    """The user's own line, what stood there, and what to do."""
+    where = _user_line(error.__traceback__)
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, private.DATA_DEPENDENT) or "data-dependent" in str(error).lower():
+        return CaptureError(
+            f"{where}: the step decides by a tensor's value, which is not known while it is captured. "
+            "Expected the same operations for every batch. Use torch.where(condition, a, b), or decide outside the step."
+        )
+    if "convert all Tensors to FakeTensors" in str(error) or "mixing fake" in str(error).lower():
+        return CaptureError(
+            f"{where}: the step uses a tensor that is neither an argument nor part of the model. Expected every tensor "
+            "to come in by the batch, or as a parameter or buffer of the model. Pass it in the batch, or register it with "
+            "module.register_buffer(name, tensor)."
+        )
+    return CaptureError(
+        f"{where}: {type(error).__name__} while the step was captured: {text}. Expected a step that runs as it is on one "
+        "device; run step(model, optimizer, *batch) once without Syncwright to see whether it does."
+    )
+
+
+def _user_line(tb) -> str:
+    frames = [f for f in traceback.extract_tb(tb) if not _ours(f.filename)]
+    if not frames:
+        return "the step"
+    last = frames[-1]
+    return f'{last.filename.rsplit("/", 1)[-1]}:{last.lineno} "{(last.line or "").strip()}"'
+
+
+def _line() -> str:
+    frame = sys._getframe(1)
+    while frame is not None and _ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "the step"
+    file = frame.f_code.co_filename
+    return f'{file.rsplit("/", 1)[-1]}:{frame.f_lineno} "{linecache.getline(file, frame.f_lineno).strip()}"'
+
+
+_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
+_SYNCWRIGHT = __file__.rsplit("/", 2)[0] + "/"
+
+
+def _ours(filename: str) -> bool:
+    library = filename.startswith((_TORCH, _SYNCWRIGHT, "<")) or "/contextlib.py" in filename
+    return library or "/site-packages/" in filename
+
+
+def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
+    """`native_batch_norm` writes its statistics without saying so; this form says so, and is bit-equal."""
+    legit = torch.ops.aten._native_batch_norm_legit
+    if mean is None:
+        return legit.no_stats(x, weight, bias, training, momentum, eps)
+    return legit.default(x, weight, bias, mean, variance, training, momentum, eps)
+
+
+_PURE = {torch.ops.aten.native_batch_norm.default: _batch_norm}

@@ -1,0 +1,127 @@
+"""Program and plan to a job: the passes, then the cut by role, verified after every pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.errors import LoweringError
+from syncwright.idle import idle
+from syncwright.job import Channel, Job, ServerPart
+from syncwright.passes import PIPELINE
+from syncwright.passes.average import by_collective, communicates, is_local
+from syncwright.plan import Plan
+from syncwright.program import Program, Role, Variable
+from syncwright.split import (
+    Split,
+    global_variable,
+    grad_variable,
+    held_by_servers,
+    merge_of,
+    piece_of,
+    server_parts,
+    split,
+)
+from syncwright.update import find_updates
+
+Pass = Callable[[Program, Plan], Program]
+
+
+def lower(program: Program, plan: Plan, without: Sequence[str] = ()) -> Job:
+    """Everything that every role runs under `plan`.
+
+    without  names of passes to leave out, to find the one at fault; only those that no other needs
+
+    Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
+    """
+    step = program
+    for each in pipeline(without):
+        step = each(step, plan)
+    parts = split(program, find_updates(program), plan)
+    servers = server_parts(parts, plan) if parts.pieces else ()
+    channels, owners = _channels(program, plan, parts, servers)
+    local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
+    phases = {"step": step, "idle": idle(step)}
+    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+
+
+def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes in order, without some. Raises `LoweringError` for a name that no pass has."""
+    names = [each.__name__ for each in PIPELINE]
+    for name in without:
+        if name not in names:
+            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}.")
+    return tuple(each for each in PIPELINE if each.__name__ not in without)
+
+
+def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
+    return communicates(plan) and not is_local(variable, program)
+
+
+def _channels(
+    program: Program, plan: Plan, parts: Split, servers: Sequence[ServerPart]
+) -> tuple[dict[str, Channel], dict[str, int]]:
+    channels: dict[str, Channel] = {}
+    owners = {name: rank for name, (rank, _) in held_by_servers(parts).items()}
+    hypers = {part.rank: _hypers(part) for part in servers}
+    for parameter, pieces in parts.pieces.items():
+        grad = grad_variable(program, parameter)
+        merge = merge_of(plan, parameter)
+        for piece in pieces:
+            variable = piece_of(grad, program.variables[parameter], piece, len(pieces))
+            rank = int(piece.owner or 0)
+            channels[variable.name] = Channel(variable, rank, merge, hypers[rank])  # type: ignore[arg-type]
+    for join in parts.joins:
+        for node, parameter in join.partials.items():
+            if parameter not in parts.pieces:
+                variable = global_variable(node)
+                channels[variable.name] = Channel(variable, parts.reducer, "first", hypers[parts.reducer])
+        owners.update({global_variable(node).name: parts.reducer for node in join.values})
+    if servers and not by_collective(plan) and plan.trainers > 1:
+        _value_channels(program, plan, parts.reducer, channels, owners)
+    return channels, owners
+
+
+def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[str, Channel], owners: dict) -> None:
+    policies = dict(plan.buffers)
+    for name in program.writes:
+        variable = program.variables[name]
+        if variable.role not in (Role.OUTPUT, Role.BUFFER) or name in owners or is_local(variable, program):
+            continue
+        mean = variable.dtype.is_floating_point and policies.get(name, "mean") == "mean"
+        channels[name] = Channel(variable, reducer, "mean" if mean else "sum")
+        owners[name] = reducer
+
+
+def _hypers(part: ServerPart) -> tuple[str, ...]:
+    found = {n for p in part.programs for n in p.reads if p.variables[n].role is Role.HYPER}
+    return tuple(sorted(found))
+
+
+def communications(program: Program) -> list[Node]:
+    """A trainer's communications in order: the n-th is the same on every trainer."""
+    return [n for n in program.graph.nodes if n.target in ops.COMMUNICATION]
+
+
+def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
+    """Equal on all roles that derived the same job. Batch shapes are left out."""
+    lines = [f"{n.target} {_channel(n)}" for n in communications(step)]
+    lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
+    for part in servers:
+        lines += [repr(v) for v in part.holds]
+        lines += [_line(n) for p in part.programs for n in p.graph.nodes]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _channel(node: Node) -> str:
+    return str(next(a for a in node.args if isinstance(a, str)))
+
+
+def _line(node: Node) -> str:
+    args = torch.fx.node.map_arg(node.args, lambda n: n.name)
+    return f"{node.name} {node.op} {node.target} {args} {sorted(node.kwargs)} {node.meta.get('variable')}"

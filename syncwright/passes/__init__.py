@@ -1,0 +1,12 @@
+"""The passes that turn a captured program into a trainer's, in the order in which they run.
+
+A pass is one public function `name(program, plan) -> Program`, alone in its file.
+"""
+
+from syncwright.passes.average import average_gradients, average_values
+from syncwright.passes.bucket import bucket
+from syncwright.passes.serve_parameters import serve_parameters
+from syncwright.passes.share_globals import share_globals
+from syncwright.passes.tidy import tidy
+
+PIPELINE = (share_globals, serve_parameters, average_gradients, average_values, bucket, tidy)

@@ -1,0 +1,176 @@
+"""The weighted mean over trainers: of gradients, and of what a step returns and writes beside parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.errors import LoweringError
+from syncwright.passes.insert import before_first_use, behind, first_call, read_first, read_weight, scaled
+from syncwright.plan import AllReduce, ParameterServer, Plan
+from syncwright.program import Program, Role, Variable, set_results
+from syncwright.shapes import call, is_host, mode_of
+from syncwright.update import find_updates, followed
+
+aten = torch.ops.aten
+TOTAL = "batch.total"
+
+
+def average_gradients(program: Program, plan: Plan) -> Program:
+    """Reduces the gradients of replicated parameters where they are complete.
+
+    before  %g = gradient(%mm, "w"), %new = sub(w, %g)
+    after   %g = gradient(%mm, "w"), %a = all_reduce(mul(%g, share), "w.grad"), %m = div(wait(%a), %total), %new = sub(w, %m)
+
+    A gradient is scaled by weight / trainers before the sum; the sum is divided by the sum of these weights, which is
+    exactly 1 for equal batches (then the result is DDP's, bit for bit).
+    """
+    chosen = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, AllReduce)}
+    if plan.trainers == 1 or not chosen:
+        return program
+    program = program.edit()
+    updates = find_updates(program)
+    marks = {name: mark for name, mark in updates.marks.items() if name in chosen and name in updates.by_parameter}
+    for name, mark in marks.items():
+        program = _average(program, plan, mark, f"{name}.grad", chosen[name].reduce)
+    return program
+
+
+def average_values(program: Program, plan: Plan) -> Program:
+    """Reduces what the step returns and the buffers that it writes, by collective or, without any, at the reducer.
+
+    before  output({"loss": %loss, "bn.running_mean": %m})
+    after   output({"loss": div(wait(all_reduce(mul(%loss, share)))), %total), "bn.running_mean": ...})
+
+    Returned: float scalars by weighted mean, integer scalars by sum; tensors along the batch axis stay local.
+    Buffers: as the plan's policy says.
+    """
+    if plan.trainers == 1 or not communicates(plan):
+        return program
+    program = program.edit()
+    policies, follows = dict(plan.buffers), followed(program)
+    for name, node in program.results.items():
+        variable = program.variables[name]
+        if variable.role is Role.OUTPUT:
+            program = _returned(program, plan, variable, node)
+        elif variable.role is Role.BUFFER and name not in follows:
+            program = _buffer(program, plan, name, node, policies.get(name, "mean"))
+    return program
+
+
+def communicates(plan: Plan) -> bool:
+    return any(isinstance(s.sync, AllReduce | ParameterServer) for s in plan.sharings)
+
+
+def by_collective(plan: Plan) -> bool:
+    """Whether values travel by all-reduce; else through the reducer."""
+    return any(isinstance(s.sync, AllReduce) for s in plan.sharings)
+
+
+def is_local(variable: Variable, program: Program) -> bool:
+    """A tensor along the batch axis."""
+    leading = {v.shape[0] for v in program.of_role(Role.INPUT) if v.shape}
+    return bool(variable.shape) and variable.shape[0] in leading
+
+
+def _returned(program: Program, plan: Plan, variable: Variable, node: Node) -> Program:
+    if is_local(variable, program):
+        return program
+    if variable.shape or variable.dtype is torch.bool or variable.dtype.is_complex:
+        raise LoweringError(
+            f"the step returns '{variable.name}' of shape {list(variable.shape)} and {variable.dtype}; expected float "
+            "scalars (averaged over trainers), integer scalars (summed), or tensors along the batch axis (kept local). "
+            "Return its mean, or compute it from gathered outputs in trainer.evaluate."
+        )
+    if is_host(node.meta["val"]):
+        with behind(node):
+            node = call(program.graph, mode_of(program.graph), aten.scalar_tensor.default, node, dtype=torch.float64)
+    how = "mean" if variable.dtype.is_floating_point else "sum"
+    return _rewrite_result(program, plan, variable.name, node, how)
+
+
+def _buffer(program: Program, plan: Plan, name: str, node: Node, policy: str) -> Program:
+    if policy == "local":
+        return program
+    if policy == "mean":
+        return _rewrite_result(program, plan, name, node, "mean")
+    program, first = read_first(program)
+    with behind(node):
+        node = call(program.graph, mode_of(program.graph), aten.mul.Tensor, node, first)
+    return _rewrite_result(program, plan, name, node, "sum")
+
+
+def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: str) -> Program:
+    """The result `name` becomes the reduced `node`."""
+    if by_collective(plan):
+        program, reduced = _reduced(program, plan, node, name, how, [program.output])
+    else:
+        program, reduced = _through_reducer(program, plan, node, name, how)
+    set_results(program, {**program.results, name: reduced})
+    return program
+
+
+def _average(program: Program, plan: Plan, mark: Node, channel: str, how: str) -> Program:
+    users = list(mark.users)
+    if users:
+        program, reduced = _reduced(program, plan, mark, channel, how, users)
+        for user in users:
+            user.replace_input_with(mark, reduced)
+    return program
+
+
+def _reduced(
+    program: Program, plan: Plan, node: Node, channel: str, how: str, users: list[Node]
+) -> tuple[Program, Node]:
+    mode, total, started = mode_of(program.graph), None, node
+    if how == "mean":
+        program, weight = read_weight(program)
+        program, total = _total(program, plan, weight)
+        with behind(node):
+            started = scaled(program, node, weight, plan.trainers)
+    with behind(started):
+        started = call(program.graph, mode, ops.all_reduce, started, channel)
+    with before_first_use(users):
+        reduced = call(program.graph, mode, ops.wait, started, channel)
+        if total is not None:
+            reduced = call(program.graph, mode, aten.div.Tensor, reduced, total)
+    if total is not None and reduced < total:
+        _move_before(total, reduced)
+    return program, reduced
+
+
+def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:
+    mode, sent = mode_of(program.graph), node
+    if how == "mean":
+        program, weight = read_weight(program)
+        with behind(node):
+            sent = scaled(program, node, weight, plan.trainers)
+    with behind(sent):
+        token = call(program.graph, mode, ops.push, sent, name)
+    val = sent.meta["val"]
+    with program.graph.inserting_before(program.output):
+        return program, call(program.graph, mode, ops.pull, [token], name, list(val.shape), val.dtype)
+
+
+def _total(program: Program, plan: Plan, weight: Node) -> tuple[Program, Node]:
+    """The sum of all trainers' weights / trainers, as a tensor; reduced once, with the first value that is."""
+    graph, mode = program.graph, mode_of(program.graph)
+    known = next((n for n in graph.nodes if n.target is ops.wait and n.args[1] == TOTAL), None)
+    if known is not None:
+        return program, next(iter(known.users))
+    wide = any(v.dtype is torch.float64 for v in program.of_role(Role.PARAM))
+    with graph.inserting_before(first_call(graph)):
+        own = call(graph, mode, aten.scalar_tensor.default, weight, dtype=torch.float64 if wide else torch.float32)
+        started = call(graph, mode, ops.all_reduce, own, TOTAL)
+    with graph.inserting_before(graph.output_node()):
+        summed = call(graph, mode, ops.wait, started, TOTAL)
+        total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
+    return program, total
+
+
+def _move_before(total: Node, user: Node) -> None:
+    """The wait for the weights stands where it is first needed."""
+    summed = total.args[0]
+    user.prepend(summed)  # type: ignore[arg-type]
+    user.prepend(total)

@@ -1,0 +1,117 @@
+"""Collectives joined into buckets: consecutive in order of completion, one dtype, up to `bucket_mb`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.dead import remove_dead
+from syncwright.plan import AllReduce, Plan
+from syncwright.program import Program
+from syncwright.shapes import call, mode_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One value to reduce: where its reduction starts, where it is waited for, its bytes, and its cap."""
+
+    start: Node
+    wait: Node
+    nbytes: int
+    cap: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.start.meta["val"].dtype
+
+    @property
+    def numel(self) -> int:
+        return self.start.meta["val"].numel()
+
+
+def bucket(program: Program, plan: Plan) -> Program:
+    """Joins all-reduces.
+
+    before  %a = all_reduce(%x, "x"), %b = all_reduce(%y, "y"), ..., %p = wait(%a), %q = wait(%b)
+    after   %c = cat([%x, %y]), %a = all_reduce(%c, "bucket.0"), ..., %w = wait(%a), %p, %q = split(%w)
+
+    A bucket starts when its last member is complete and is waited for where the first of it is used. Values that are
+    not gradients (the weights, the loss) ride with the next gradient of their dtype, whatever the cap.
+    Sizes [20, 10, 5, 40, 1] with cap 32 give [20, 10], [5], [40], [1] (PyTorch DDP's rule, in order of completion).
+    """
+    caps = {f"{s.variable}.grad": int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
+    if not any(n.target is ops.all_reduce for n in program.graph.nodes):
+        return program
+    program = program.edit()
+    for index, members in enumerate(_group(_members(program, caps))):
+        _join(program, f"bucket.{index}", members)
+    remove_dead(program.graph)
+    return program
+
+
+def _members(program: Program, caps: Mapping[str, int]) -> list[Member]:
+    found = []
+    for node in program.graph.nodes:
+        if node.target is ops.all_reduce:
+            (wait,) = node.users
+            val = node.meta["val"]
+            found.append(Member(node, wait, val.numel() * val.element_size(), caps.get(str(node.args[1]))))
+    return found
+
+
+def _group(members: list[Member]) -> list[list[Member]]:
+    """Next fit per dtype: a bucket is closed by a member that does not fit, and never opened again."""
+    groups: list[list[Member]] = []
+    riding: dict[torch.dtype, list[Member]] = {}
+    current: list[Member] = []
+    for member in members:
+        if member.cap is None:
+            riding.setdefault(member.dtype, []).append(member)
+            continue
+        riders = riding.pop(member.dtype, [])
+        if current and _fits(current, member, riders):
+            current += [*riders, member]
+        else:
+            current = [*riders, member]
+            groups.append(current)
+    groups.extend(riding.values())
+    return groups
+
+
+def _fits(group: list[Member], member: Member, riders: list[Member]) -> bool:
+    first = next(m for m in group if m.cap is not None)
+    used = sum(m.nbytes for m in group if m.cap is not None)
+    used_before_complete = any(m.wait < member.start for m in [*group, *riders])
+    same = first.dtype is member.dtype and first.cap == member.cap
+    return same and used + member.nbytes <= int(first.cap or 0) and not used_before_complete
+
+
+def _join(program: Program, channel: str, members: list[Member]) -> None:
+    graph, mode = program.graph, mode_of(program.graph)
+    last, first_wait = max(m.start for m in members), min(m.wait for m in members)
+    if len(members) == 1:
+        members[0].start.args = (members[0].start.args[0], channel)
+        members[0].wait.args = (members[0].start, channel)
+        return
+    with graph.inserting_before(last):
+        flat = [call(graph, mode, aten.reshape.default, m.start.args[0], [m.numel]) for m in members]
+        joined = call(graph, mode, aten.cat.default, flat)
+        started = call(graph, mode, ops.all_reduce, joined, channel)
+    with graph.inserting_before(first_wait):
+        waited = call(graph, mode, ops.wait, started, channel)
+        parts = call(graph, mode, aten.split_with_sizes.default, waited, [m.numel for m in members])
+        for index, member in enumerate(members):
+            part = call(graph, mode, getitem, parts, index)
+            member.wait.replace_all_uses_with(
+                call(graph, mode, aten.view.default, part, list(member.start.meta["val"].shape))
+            )
+    for member in members:
+        graph.erase_node(member.wait)
+        graph.erase_node(member.start)

@@ -1,0 +1,66 @@
+"""Where passes put new nodes: behind a value, before its first use, or as a new variable that the program reads."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch.fx import Graph, Node
+
+from syncwright.program import Program, Role, Variable, new_placeholder
+from syncwright.shapes import call, mode_of
+
+WEIGHT = "batch.weight"
+FIRST = "trainer.first"
+
+
+def behind(node: Node) -> AbstractContextManager:
+    """The point behind `node`, and behind all placeholders where it is one."""
+    return (
+        node.graph.inserting_before(first_call(node.graph))
+        if node.op == "placeholder"
+        else node.graph.inserting_after(node)
+    )
+
+
+def before_first_use(users: Iterable[Node]) -> AbstractContextManager:
+    first = min(users)
+    return first.graph.inserting_before(first)
+
+
+def first_call(graph: Graph) -> Node:
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
+def read_variable(program: Program, variable: Variable, val: object) -> tuple[Program, Node]:
+    """The placeholder of `variable`, added where the program does not read it yet."""
+    known = program.placeholders.get(variable.name)
+    if known is not None:
+        return program, known
+    with program.graph.inserting_before(first_call(program.graph)):
+        node = new_placeholder(program.graph, variable, val)
+    return replace(program, variables={**program.variables, variable.name: variable}), node
+
+
+def read_weight(program: Program) -> tuple[Program, Node]:
+    """This trainer's examples / the nominal number, as a number on the host."""
+    return read_variable(program, Variable(WEIGHT, Role.HYPER, (), torch.float64), float)
+
+
+def read_first(program: Program) -> tuple[Program, Node]:
+    """1 on the first trainer, 0 on the others."""
+    return read_variable(program, Variable(FIRST, Role.HYPER, (), torch.int64), int)
+
+
+def scaled(program: Program, node: Node, weight: Node, trainers: int) -> Node:
+    """`node` times weight / trainers, at the graph's insertion point."""
+    mode = mode_of(program.graph)
+    share = next((u for u in weight.users if u.target is operator.truediv and u.args[1] == trainers), None)
+    if share is None:
+        with program.graph.inserting_before(first_call(program.graph)):
+            share = program.graph.create_node("call_function", operator.truediv, (weight, trainers), name="share")
+            share.meta["val"] = float
+    return call(program.graph, mode, torch.ops.aten.mul.Tensor, node, share)

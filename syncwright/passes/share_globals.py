@@ -1,0 +1,54 @@
+"""Global values (a clip coefficient) whose parts lie with servers as well as trainers."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.passes.insert import before_first_use, behind
+from syncwright.plan import Plan
+from syncwright.program import Program
+from syncwright.shapes import call, mode_of
+from syncwright.split import Split, global_variable, split
+from syncwright.update import find_updates
+
+
+def share_globals(program: Program, plan: Plan) -> Program:
+    """Trainers push their parts to the reducer and pull the value; servers do the same in their own programs.
+
+    before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %c = clamp(...), %s = mul(%g0, %c)        (w1 on a server)
+    after   %n0 = vector_norm(%g0), %t = push(%n0, "global.n0"), %c = pull([%t], "global.c"), %s = mul(%g0, %c)
+    """
+    if not split(program, find_updates(program), plan).joins:
+        return program
+    program = program.edit()
+    parts = split(program, find_updates(program), plan)
+    for join in parts.joins:
+        tokens = _push_partials(program, parts, join)
+        for value in join.values:
+            _pull_value(program, value, tokens, set(join.nodes) | set(join.partials))
+    return program
+
+
+def _push_partials(program: Program, parts: Split, join) -> list[Node]:
+    tokens = []
+    for node, parameter in join.partials.items():
+        if parameter not in parts.pieces:
+            with behind(node):
+                tokens.append(call(program.graph, mode_of(program.graph), ops.push, node, global_variable(node).name))
+    return tokens
+
+
+def _pull_value(program: Program, value: Node, tokens: list[Node], inside: set[Node]) -> None:
+    users = [u for u in value.users if u not in inside]
+    if not users:
+        return
+    variable = global_variable(value)
+    with before_first_use(users):
+        mode = mode_of(program.graph)
+        pulled = call(program.graph, mode, ops.pull, tokens, variable.name, list(variable.shape), variable.dtype)
+        if isinstance(value.meta["val"], type):
+            pulled = call(program.graph, mode, torch.ops.aten._local_scalar_dense.default, pulled)
+    for user in users:
+        user.replace_input_with(value, pulled)

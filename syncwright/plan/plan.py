@@ -1,0 +1,208 @@
+"""Plan: the rules resolved against one program, complete: nothing is left to decide after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from syncwright.document import Node, read, write
+from syncwright.errors import PlanError
+from syncwright.near import did_you_mean
+from syncwright.plan.rules import BufferPolicy
+from syncwright.plan.sync import ParameterServer, Sync
+from syncwright.typed import Count, Index, check_fields, decode, encode
+
+VERSION = 1
+_KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
+_HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of a variable, and the server that owns them; None: trainers keep them."""
+
+    variable: str
+    index: int
+    start: int
+    stop: int
+    owner: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How one variable is shared.
+
+    sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
+    owners  the server of each piece; () where trainers keep the variable
+    """
+
+    variable: str
+    sync: Sync
+    sizes: tuple[Index, ...]
+    owners: tuple[Index, ...] = ()
+    axis: Literal[0] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+        served = isinstance(self.sync, ParameterServer)
+        if not self.sizes or (len(self.sizes) > 1 and 0 in self.sizes):
+            self._refuse(f"sizes {list(self.sizes)}", "at least one piece and none empty", "Correct the sizes.")
+        if served and len(self.owners) != len(self.sizes):
+            found = f"{len(self.sizes)} sizes and {len(self.owners)} owners"
+            self._refuse(found, "one owner for each piece", "Give both lists the same length.")
+        if not served and (self.owners or len(self.sizes) > 1):
+            found = f"sizes {list(self.sizes)} and owners {list(self.owners)}"
+            self._refuse(found, "one size and no owner: trainers keep it whole", "Take the rest out.")
+
+    def _refuse(self, found: str, expected: str, do: str) -> None:
+        raise PlanError(f"variable {self.variable!r}: found {found}, expected {expected}. {do}")
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        stops = tuple(accumulate(self.sizes))
+        owners = self.owners or (None,)
+        return tuple(
+            Piece(self.variable, index, stop - size, stop, owner)
+            for index, (size, stop, owner) in enumerate(zip(self.sizes, stops, owners, strict=True))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How every variable of one program is shared.
+
+    digest    of the program that the plan was made for
+    trainers  how many trainers take part
+    servers   how many servers take part; more may run, fewer may not
+    reducer   the server that combines global values such as the clip norm; None: all is on trainers
+    sharings  one per parameter, in registration order
+    buffers   (name, policy) for every buffer that the step writes
+    notes     sentences about what a reader of the rules would not expect
+    """
+
+    digest: str
+    trainers: Count
+    servers: Index
+    reducer: Index | None
+    sharings: tuple[Sharing, ...]
+    buffers: tuple[tuple[str, BufferPolicy], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+        for sharing in self.sharings:
+            for owner in sharing.owners:
+                self._check_server(owner, f"variable {sharing.variable!r}: found owner")
+        used = any(sharing.owners for sharing in self.sharings)
+        if self.reducer is not None:
+            self._check_server(self.reducer, "reducer: found server")
+        if used and self.reducer is None:
+            raise PlanError("reducer: found none, expected a server, as servers own variables. Name one.")
+        for names in ([sharing.variable for sharing in self.sharings], [name for name, _ in self.buffers]):
+            _refuse_repeated(names)
+
+    def _check_server(self, server: int, found: str) -> None:
+        if server >= self.servers:
+            raise PlanError(
+                f"{found} {server}, expected one of the plan's {self.servers} servers, which count from 0. "
+                f"Raise `servers` or name a lower one."
+            )
+
+    def sharing(self, name: str) -> Sharing:
+        """How the variable of this name is shared."""
+        for sharing in self.sharings:
+            if sharing.variable == name:
+                return sharing
+        known = [sharing.variable for sharing in self.sharings]
+        advice = did_you_mean(name, known, f"The plan has {len(known)} variables.")
+        raise PlanError(f"variable {name!r}: found nothing of this name in the plan. {advice}")
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The pieces of the variable of this name, in order along its axis."""
+        return self.sharing(name).pieces
+
+    def all_pieces(self) -> Iterator[Piece]:
+        """Every piece of every variable, in registration order."""
+        for sharing in self.sharings:
+            yield from sharing.pieces
+
+    def to_yaml(self) -> str:
+        """The plan as text that a person reads, edits and diffs; `Plan.from_yaml` gives it back, equal."""
+        document = {
+            "version": VERSION,
+            "digest": self.digest,
+            "trainers": self.trainers,
+            "servers": self.servers,
+            "reducer": self.reducer,
+            "variables": {sharing.variable: _written(sharing) for sharing in self.sharings},
+            "buffers": dict(self.buffers),
+            "notes": self.notes,
+        }
+        return _HEADER + write(document, flow=("sync",))
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Plan:
+        """A plan from a file (a `Path`, or a name that ends in .yaml or .yml) or from YAML text."""
+        top = read(source, "plan", PlanError)
+        nodes = _complete_record(top)
+        if decode(nodes["version"], int) != VERSION:
+            raise nodes["version"].error(str(VERSION), "Make the plan anew from its rules.")
+        variables = nodes["variables"].mapping("a mapping from variables to sharings", "Correct it.")
+        buffers = nodes["buffers"].mapping("a mapping from buffers to policies", "Correct it.")
+        values: dict[str, Any] = {
+            "digest": decode(nodes["digest"], str),
+            "trainers": decode(nodes["trainers"], Count),
+            "servers": decode(nodes["servers"], Index),
+            "reducer": decode(nodes["reducer"], Index | None),
+            "sharings": tuple(_read_sharing(name, node) for name, node in variables.items()),
+            "buffers": tuple((name, decode(node, BufferPolicy)) for name, node in buffers.items()),
+            "notes": decode(nodes["notes"], tuple[str, ...]),
+        }
+        try:
+            return cls(**values)
+        except PlanError as fault:
+            raise PlanError(f"{top.source}: {fault}") from None
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise PlanError(f"{name!r}: found {names.count(name)} times in one plan, expected once. Keep one.")
+
+
+def _written(sharing: Sharing) -> dict[str, Any]:
+    return {
+        "sync": encode(sharing.sync, complete=True),
+        "axis": sharing.axis,
+        "sizes": sharing.sizes,
+        "owners": sharing.owners,
+    }
+
+
+def _complete_record(top: Node) -> dict[str, Node]:
+    if isinstance(top.value, dict) and "default" in top.value:
+        raise top.error("a complete plan", "Read them with Rules.from_yaml and resolve them.", found="rules")
+    return _all_of(top, _KEYS, "Write every part; a plan is complete.")
+
+
+def _all_of(node: Node, keys: tuple[str, ...], do: str) -> dict[str, Node]:
+    nodes = node.record(keys, do)
+    for key in keys:
+        if key not in nodes:
+            raise node.error(", ".join(keys), do, found=f"no `{key}`")
+    return nodes
+
+
+def _read_sharing(name: str, node: Node) -> Sharing:
+    nodes = _all_of(node, ("sync", "axis", "sizes", "owners"), "Write all four; a plan is complete.")
+    sync = decode(nodes["sync"], Sync, "Write one of them.")
+    sizes = decode(nodes["sizes"], tuple[Index, ...])
+    owners = decode(nodes["owners"], tuple[Index, ...])
+    axis = decode(nodes["axis"], Literal[0])
+    try:
+        return Sharing(name, sync, sizes, owners, axis)
+    except PlanError as fault:
+        raise PlanError(f"{node.where}: {fault}") from None

@@ -1,0 +1,145 @@
+"""resolve: rules and the variables of one program to a complete plan.
+
+default: all_reduce                          embed.weight  parameter_server  sizes [50, 50]  owners [0, 1]
+variables:                                   head.weight   all_reduce        sizes [10]
+  - "embed.*":                        ->     head.bias     all_reduce        sizes [10]
+      {parameter_server:
+        {partition: {even: 2}}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+from syncwright.errors import PlanError
+from syncwright.near import did_you_mean
+from syncwright.plan.partition import Whole, axis_length, cut
+from syncwright.plan.placement import place
+from syncwright.plan.plan import Plan, Sharing
+from syncwright.plan.rules import BufferPolicy, Rules
+from syncwright.plan.sync import Local, ParameterServer, Sync
+from syncwright.program import Role, Variable
+
+T = TypeVar("T")
+Update = Literal["elementwise", "row-wise", "whole"]
+
+
+def resolve(
+    rules: Rules,
+    variables: Sequence[Variable],
+    updates: Mapping[str, Update | None],
+    trainers: int,
+    servers: int,
+    digest: str,
+) -> Plan:
+    """The complete plan that `rules` mean for a program.
+
+    variables  the parameters in registration order and the buffers that the step writes; others are ignored
+    updates    how each parameter's update may be split; None: it is never updated, so it is simply replicated
+
+    Raises PlanError: a pattern that matches nothing, servers that are needed and do not exist, a partition of
+    a variable whose update needs the whole tensor, a mean of a buffer that is not floating.
+    """
+    parameters = [variable for variable in variables if variable.role is Role.PARAM]
+    written = [variable for variable in variables if variable.role is Role.BUFFER]
+    _refuse_idle_patterns(rules, parameters, written)
+    notes: list[str] = []
+    chosen: list[tuple[Variable, Sync, tuple[int, ...]]] = []
+    for variable in parameters:
+        update = updates[variable.name]
+        sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
+        sync, sizes = _cut(rules, variable, sync, update, servers, notes)
+        chosen.append((variable, sync, sizes))
+    sharings = _placed(chosen, servers)
+    used = [owner for sharing in sharings for owner in sharing.owners]
+    return Plan(
+        digest=digest,
+        trainers=trainers,
+        servers=servers,
+        reducer=min(used, default=None),
+        sharings=sharings,
+        buffers=tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written),
+        notes=tuple(notes),
+    )
+
+
+def _cut(
+    rules: Rules, variable: Variable, sync: Sync, update: Update | None, servers: int, notes: list[str]
+) -> tuple[Sync, tuple[int, ...]]:
+    """The sharing that is carried out, and the sizes of its pieces; what was changed is added to `notes`."""
+    if not isinstance(sync, ParameterServer):
+        return sync, (axis_length(variable.shape),)
+    if servers == 0:
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found parameter_server and no servers, expected at "
+            f"least one server. Start servers, or share it another way, such as all_reduce."
+        )
+    sizes = cut(sync.partition, variable.shape, servers)
+    if len(sizes) == 1 or update == "elementwise":
+        return sync, sizes
+    if rules.uncuttable == "refuse":
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found a partition into {len(sizes)} pieces, "
+            f"expected none: its update is {update}, only an elementwise update can be cut. Add a line for "
+            f"{variable.name!r} without a partition, or say `uncuttable: keep_whole`."
+        )
+    why = "needs the whole tensor" if update == "whole" else f"is {update}, not elementwise"
+    notes.append(f"{variable.name} is kept whole: its update {why}")
+    return replace(sync, partition=Whole()), (axis_length(variable.shape),)
+
+
+def _placed(chosen: list[tuple[Variable, Sync, tuple[int, ...]]], servers: int) -> tuple[Sharing, ...]:
+    served = [(variable, sizes, sync.place) for variable, sync, sizes in chosen if isinstance(sync, ParameterServer)]
+    owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
+    return tuple(Sharing(variable.name, sync, sizes, owners.get(variable.name, ())) for variable, sync, sizes in chosen)
+
+
+def _buffer_policy(rules: Rules, buffer: Variable) -> BufferPolicy:
+    floating = buffer.dtype.is_floating_point or buffer.dtype.is_complex
+    policy: BufferPolicy = _last_match(rules.buffers, buffer, "mean" if floating else "trainer0")
+    if policy == "mean" and not floating:
+        raise PlanError(
+            f"{rules.source}: buffer {buffer.name!r}: found mean for a buffer of {buffer.dtype}, expected "
+            f"trainer0 or local: a mean of whole numbers is not one. Add a line for {buffer.name!r} "
+            f"after the one that says mean."
+        )
+    return policy
+
+
+def _names(variable: Variable) -> tuple[str, ...]:
+    return (variable.name, *variable.aliases)
+
+
+def _matches(pattern: str, variable: Variable) -> bool:
+    return any(fnmatchcase(name, pattern) for name in _names(variable))
+
+
+def _last_match(lines: Sequence[tuple[str, T]], variable: Variable, default: T) -> T:
+    """What the last line whose pattern matches says; `default` where none matches."""
+    return next((value for pattern, value in reversed(lines) if _matches(pattern, variable)), default)
+
+
+def _refuse_idle_patterns(rules: Rules, parameters: list[Variable], buffers: list[Variable]) -> None:
+    _refuse_idle(rules.source, "variables", [line[0] for line in rules.patterns], parameters, buffers)
+    _refuse_idle(rules.source, "buffers", [line[0] for line in rules.buffers], buffers, parameters)
+
+
+def _refuse_idle(source: str, key: str, patterns: list[str], meant: list[Variable], others: list[Variable]) -> None:
+    wanted = "variable" if key == "variables" else "buffer that the step writes"
+    other_key = "buffers" if key == "variables" else "variables"
+    for index, pattern in enumerate(patterns):
+        if any(_matches(pattern, variable) for variable in meant):
+            continue
+        elsewhere = [variable.name for variable in others if _matches(pattern, variable)]
+        if elsewhere:
+            advice = f"It matches {elsewhere[0]!r}: write the line under `{other_key}`."
+        else:
+            names = [name for variable in meant for name in _names(variable)]
+            advice = did_you_mean(pattern, names, f"Take the line out, or name one of the {len(names)} there are.")
+        raise PlanError(
+            f"{source}, at {key}[{index}]: found the pattern {pattern!r}, which matches no {wanted}, "
+            f"expected at least one match. {advice}"
+        )

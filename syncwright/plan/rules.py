@@ -1,0 +1,118 @@
+"""Rules: what a person writes, before any program exists: a default, and patterns that override it.
+
+    default: all_reduce
+    variables:
+      - "embed.*": parameter_server
+      - "embed.big.weight": {parameter_server: {partition: blocks, place: {on: 1}}}
+    buffers:
+      - "*.running_mean": trainer0
+
+Patterns are shell patterns (`*`, `?`, `[...]`, case-sensitive) on a variable's full name and its aliases.
+Where several match, the last one counts, whole: settings of the earlier ones are not mixed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from syncwright.document import Node, read, write
+from syncwright.errors import PlanError
+from syncwright.plan.sync import Sync
+from syncwright.typed import check_fields, decode, describe, encode
+
+BufferPolicy = Literal["mean", "trainer0", "local"]
+Uncuttable = Literal["refuse", "keep_whole"]
+
+_DEFAULT = 'Add a line such as "default: all_reduce".'
+_PATTERN = 'Write a line such as - "embed.*": parameter_server.'
+_BUFFER = 'Write a line such as - "*.running_mean": trainer0.'
+_SHARING = "Write one of them."
+_KEYS = ("default", "variables", "buffers", "uncuttable")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How variables are to be shared, by pattern.
+
+    default     for every variable that no pattern matches
+    patterns    (pattern, sharing), the last match counts
+    buffers     (pattern, "mean" | "trainer0" | "local") for buffers that the step writes; likewise
+    uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (a person meant
+                it), or "keep_whole" with a note in the plan (named strategies)
+    source      what errors call these rules: the file's name
+    """
+
+    default: Sync
+    patterns: tuple[tuple[str, Sync], ...] = ()
+    buffers: tuple[tuple[str, BufferPolicy], ...] = ()
+    uncuttable: Uncuttable = "refuse"
+    source: str = field(default="rules", compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+
+    @classmethod
+    def of(
+        cls,
+        default: Sync,
+        variables: Mapping[str, Sync] | None = None,
+        buffers: Mapping[str, BufferPolicy] | None = None,
+    ) -> Rules:
+        """Rules from mappings: Rules.of(AllReduce(), {"embed.*": ParameterServer()})."""
+        return cls(default, tuple((variables or {}).items()), tuple((buffers or {}).items()))
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Rules:
+        """Rules from a file (a `Path`, or a name that ends in .yaml or .yml) or from YAML text."""
+        top = read(source, "rules", PlanError)
+        if isinstance(top.value, dict) and "digest" in top.value:
+            raise top.error("rules", "Read it with Plan.from_yaml.", found="a complete plan")
+        nodes = top.record(_KEYS, _DEFAULT)
+        if "default" not in nodes:
+            raise top.error("the sharing of variables that no pattern matches", _DEFAULT, found="no `default`")
+        uncuttable = nodes.get("uncuttable")
+        return cls(
+            default=decode(nodes["default"], Sync, _SHARING),
+            patterns=_lines(nodes.get("variables"), Sync, _PATTERN),
+            buffers=_lines(nodes.get("buffers"), BufferPolicy, _BUFFER),
+            uncuttable=decode(uncuttable, Uncuttable) if uncuttable else "refuse",
+            source=top.source,
+        )
+
+    def to_yaml(self) -> str:
+        """The rules as a person would write them: settings that hold their defaults are left out."""
+        document = {
+            "default": encode(self.default),
+            "variables": [{pattern: encode(sync)} for pattern, sync in self.patterns],
+            "buffers": [{pattern: policy} for pattern, policy in self.buffers],
+            "uncuttable": self.uncuttable if self.uncuttable != "refuse" else None,
+        }
+        return write({key: value for key, value in document.items() if value}, flow=_tags_of(self))
+
+
+def _tags_of(rules: Rules) -> list[str]:
+    """The keys whose values stand on one line: every pattern, and `default`."""
+    return ["default", *(pattern for pattern, _ in rules.patterns)]
+
+
+def _lines(node: Node | None, kind: Any, example: str) -> tuple[tuple[str, Any], ...]:
+    """(pattern, value) from a list of one-line mappings, or from one mapping, whose order counts."""
+    if node is None:
+        return ()
+    expected = f"a list of lines, each a pattern and {describe(kind)}"
+    if isinstance(node.value, dict):
+        pairs = list(node.value.items())
+    else:
+        pairs = [_pair(item, kind, example) for item in node.items(expected, example)]
+    return tuple((pattern, decode(value, kind, _SHARING)) for pattern, value in pairs)
+
+
+def _pair(item: Node, kind: Any, example: str) -> tuple[str, Node]:
+    expected = f"one pattern and {describe(kind)}"
+    nodes = item.mapping(expected, example)
+    if len(nodes) != 1:
+        raise item.error(expected, example)
+    return next(iter(nodes.items()))

@@ -1,0 +1,88 @@
+"""What a user gives as `plan=` to the complete plan of a program."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from syncwright.document import read
+from syncwright.errors import PlanError
+from syncwright.plan import Plan, Rules, check, resolve
+from syncwright.program import Program, Role, Variable
+from syncwright.strategies import named
+from syncwright.update import Updates, find_updates, followed
+
+PlanSource = str | Path | Rules | Plan
+
+
+def make_plan(source: PlanSource, program: Program, trainers: int, servers: int) -> Plan:
+    """A strategy's name, a YAML file of rules or of a complete plan, `Rules` or a `Plan`, resolved and checked.
+
+    Raises `PlanError` where it cannot be meant for this program.
+    """
+    updates = find_updates(program)
+    variables, digest = plan_variables(program), program_digest(program, updates)
+    match source:
+        case Plan():
+            plan = source
+        case Rules():
+            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest)
+        case str() | Path() if _is_file(source):
+            if "digest" in _keys(source):
+                plan = Plan.from_yaml(source)
+            else:
+                return make_plan(Rules.from_yaml(source), program, trainers, servers)
+        case str():
+            return make_plan(named(source, variables), program, trainers, servers)
+        case _:
+            raise PlanError(
+                f"plan: found a {type(source).__name__}, expected a strategy's name, the path of a YAML file, Rules or a Plan."
+            )
+    _check_numbers(plan, trainers, servers)
+    check(plan, variables, digest)
+    return plan
+
+
+def plan_variables(program: Program) -> list[Variable]:
+    """What a plan is about: parameters in registration order, and the buffers that the step writes."""
+    written, follows = set(program.writes), followed(program)
+    buffers = [v for v in program.of_role(Role.BUFFER) if v.name in written and v.name not in follows]
+    return [*program.of_role(Role.PARAM), *buffers]
+
+
+def program_digest(program: Program, updates: Updates) -> str:
+    """Equal for programs with the same variables and updates; batch shapes are left out."""
+    kept = (Role.PARAM, Role.BUFFER, Role.STATE, Role.HYPER)
+    lines = [repr(v) for v in program.variables.values() if v.role in kept]
+    lines += [f"{n.target} {type(m).__name__}" for n, m in updates.meanings.items()]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def _kinds(updates: Updates, variables: list[Variable]) -> dict:
+    """A foreign update is whole to a plan; lowering says why it cannot be served."""
+    kinds = {name: "whole" if kind == "foreign" else kind for name, kind in updates.kinds().items()}
+    return {v.name: kinds.get(v.name) for v in variables if v.role is Role.PARAM}
+
+
+def _is_file(source: str | Path) -> bool:
+    return isinstance(source, Path) or source.endswith((".yaml", ".yml"))
+
+
+def _keys(source: str | Path) -> set[str]:
+    value = read(source, "plan", PlanError).value
+    return set(value) if isinstance(value, dict) else set()
+
+
+def _check_numbers(plan: Plan, trainers: int, servers: int) -> None:
+    if plan.trainers != trainers or plan.servers > servers:
+        raise PlanError(
+            f"plan: made for {plan.trainers} trainers and {plan.servers} servers, found {trainers} and {servers}. "
+            f"Expected the same number of trainers and at least as many servers. Start the job with "
+            f"--trainers {plan.trainers} --servers {plan.servers}, or make the plan anew."
+        )
+
+
+def with_servers(plan: Plan, servers: int) -> Plan:
+    """The plan on more servers than it names: those beyond have nothing to do."""
+    return replace(plan, servers=max(plan.servers, servers))

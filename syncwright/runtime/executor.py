@@ -1,0 +1,117 @@
+"""The executor: runs a program node by node, handing communications to a port. Changes nothing but the port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from syncwright import ops
+from syncwright.program import Program
+
+
+class Port(Protocol):
+    """Where a running program's communications go."""
+
+    def push(self, channel: str, tensor: torch.Tensor) -> None: ...
+
+    def pull(self, channel: str, later: bool) -> torch.Tensor | None:
+        """The value, or None while it is not there. `later`: as it is after this step."""
+        ...
+
+    def start(self, channel: str, tensor: torch.Tensor) -> None: ...
+
+    def finish(self, channel: str) -> torch.Tensor | None:
+        """The sum, or None while it is not there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """What a run waits for."""
+
+    node: str
+    channel: str
+
+
+Run = Generator[Blocked, None, dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Instruction:
+    """One node, ready to run; `frees` are values that no later node reads."""
+
+    node: Node
+    frees: tuple[Node, ...]
+
+
+class Executor:
+    """A program prepared for many runs."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self._reads = list(program.placeholders.items())
+        self._results = program.results
+        self._code = _instructions(program)
+
+    def run(self, values: Mapping[str, object], port: Port) -> Run:
+        """Runs on `values`; gives `Blocked` while a value from elsewhere is not there; returns what is written."""
+        env: dict[Node, object] = {node: values[name] for name, node in self._reads}
+        for instruction in self._code:
+            node = instruction.node
+            if node.target in ops.COMMUNICATION:
+                env[node] = yield from _communicate(node, env, port)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for dead in instruction.frees:
+                del env[dead]
+        return {name: env[node] for name, node in self._results.items()}
+
+
+def _instructions(program: Program) -> list[Instruction]:
+    last: dict[Node, Node] = {}
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    for node in calls:
+        for used in node.all_input_nodes:
+            last[used] = node
+    kept = {*program.results.values(), *program.placeholders.values()}
+    frees: dict[Node, list[Node]] = {}
+    for used, node in last.items():
+        if used not in kept:
+            frees.setdefault(node, []).append(used)
+    return [Instruction(node, tuple(frees.get(node, ()))) for node in calls]
+
+
+def _communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
+    args = map_arg(node.args, env.__getitem__)
+    match node.target:
+        case ops.push:
+            port.push(args[1], args[0])
+            return torch.empty(0)
+        case ops.all_reduce:
+            port.start(args[1], args[0] if _is_given_away(node) else args[0].clone())
+            return args[0]
+        case ops.wait:
+            return (yield from _until(node, args[1], lambda: port.finish(args[1])))
+        case _:
+            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]))))
+
+
+def _is_given_away(node: Node) -> bool:
+    """Whether the sum may be made in place: the value was made for it and nobody else reads it."""
+    (source,) = node.all_input_nodes
+    return len(source.users) == 1 and source.target in _FRESH
+
+
+_FRESH = frozenset({torch.ops.aten.cat.default, torch.ops.aten.mul.Tensor, torch.ops.aten.zeros.default})
+
+
+def _until(node: Node, channel: str, ask: Callable[[], torch.Tensor | None]) -> Generator[Blocked, None, torch.Tensor]:
+    while (value := ask()) is None:
+        yield Blocked(node.name, channel)
+    return value

@@ -1,0 +1,212 @@
+"""The whole job in one process: no sockets, no threads, every run the same."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+import torch
+
+from syncwright.capture.state import Binding
+from syncwright.errors import BatchError, DeadlineExceeded
+from syncwright.job import Job
+from syncwright.planning import PlanSource, make_plan
+from syncwright.runtime.client import Client
+from syncwright.runtime.executor import Blocked
+from syncwright.runtime.messages import Address, Kind, Message
+from syncwright.runtime.programs import Prepared, Programs
+from syncwright.runtime.replica import Examples, Part, Replica, count_examples, random_stream
+from syncwright.runtime.server import Server
+
+__all__ = ["Loopback", "loopback"]
+
+
+def loopback(
+    step: Callable,
+    model: torch.nn.Module,
+    optimizer: object,
+    *,
+    plan: PlanSource | str | Path = "all_reduce",
+    trainers: int = 1,
+    servers: int = 0,
+    examples: Examples = None,
+    without: Sequence[str] = (),
+) -> Loopback:
+    """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
+
+        job = syncwright.loopback(step, model, optimizer, plan="parameter_server", trainers=2, servers=1)
+        loss = job.step([(x[:32], y[:32]), (x[32:], y[32:])])      # one tuple of step arguments per trainer
+        job.state_dict()["model"]["fc.weight"]
+
+    Everything above the transport is what real processes run. Interpreted.
+    """
+    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without)
+
+
+class Loopback:
+    """See `loopback`. Changes with every step."""
+
+    def __init__(self, step, model, optimizer, plan, trainers, servers, examples, without):
+        self.binding = Binding(model, optimizer)
+        self.model, self.optimizer, self.examples = model, optimizer, examples
+        self.trainers = trainers
+        self.programs = Programs(
+            step, self.binding, optimizer, lambda p: make_plan(plan, p, trainers, servers), without
+        )
+        self.network = Network(trainers)
+        self.replicas: list[Replica] = []
+        self.servers: list[Server] = []
+        self._streams = [random_stream(k) for k in range(trainers)]
+        self.job: Job | None = None
+
+    def step(self, batches: Sequence[tuple]) -> object:
+        """One global step; returns the reduced loss, or loss and metrics (tensors along the batch: trainer 0's)."""
+        if len(batches) != self.trainers:
+            raise BatchError(
+                f"step got {len(batches)} batches; expected {self.trainers}, one tuple of step arguments per trainer."
+            )
+        parts = [Part(batch, count_examples(batch, self.examples)) for batch in batches]
+        full = next(p for p in parts if p.examples > 0)
+        prepared = [self.programs.for_batch(p.batch if p.examples > 0 else full.batch) for p in parts]
+        self._start(prepared[0], parts[0])
+        runs = [r.step(p, part) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
+        results = self._drive(runs)
+        return next(result for result, part in zip(results, parts, strict=True) if part.examples > 0)
+
+    def state_dict(self) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it."""
+        self.sync()
+        return self.binding.state_dict(self.optimizer)
+
+    def sync(self) -> None:
+        """Writes the trained values into the user's model and optimizer."""
+        if self.replicas:
+            values = dict(self.replicas[0].values)
+            (served,) = self._drive([self.replicas[0].served()])
+            values.update(served)  # type: ignore[arg-type]
+            self.binding.write(values)  # type: ignore[arg-type]
+
+    def _start(self, prepared: Prepared, part: Part) -> None:
+        if self.replicas:
+            return
+        self.job = prepared.job
+        self.servers = [Server(prepared.job, p.rank) for p in prepared.job.servers]
+        for rank in range(self.trainers):
+            client = Client(prepared.job, self.network.transport(rank))
+            self.replicas.append(Replica(rank, self.binding, client, prepared.job))
+            self.replicas[-1].nominal = part.examples or 1.0
+            client.hello()
+        self.replicas[0].give(self.binding.values(), 0)
+
+    def _drive(self, runs: list[Generator[Blocked, None, object]]) -> list[object]:
+        """Runs trainers in turn, each until it waits, and delivers messages in between, until all are done."""
+        results: dict[int, object] = {}
+        while len(results) < len(runs):
+            blocked, moved = [], False
+            for rank, run in enumerate(runs):
+                if rank in results:
+                    continue
+                before = self.network.sent
+                with _stream(self._streams, rank):
+                    try:
+                        blocked.append((rank, next(run)))
+                    except StopIteration as stop:
+                        results[rank] = stop.value
+                        moved = True
+                moved |= self.network.sent != before
+            moved |= self._deliver()
+            if not moved and blocked:
+                raise DeadlineExceeded("nothing moves any more: " + "; ".join(self._who(b) for b in blocked))
+        return [results[rank] for rank in range(len(runs))]
+
+    def _deliver(self) -> bool:
+        any_moved = False
+        while self.network.queue:
+            any_moved = True
+            sender, to, message = self.network.queue.popleft()
+            if to.kind is Kind.SERVER:
+                for target, answer in self.servers[to.rank].handle(sender, message):
+                    self.network.post(to, target, answer)
+            else:
+                self.replicas[to.rank].client.take(sender, message)
+        return any_moved
+
+    def _who(self, blocked: tuple[int, Blocked]) -> str:
+        rank, where = blocked
+        return f"trainer {rank} waits at {where.node} for '{where.channel}'"
+
+
+class Network:
+    """Messages under way, and collectives that some trainers have joined. Changes with every send."""
+
+    def __init__(self, trainers: int):
+        self.trainers = trainers
+        self.queue: deque[tuple[Address, Address, Message]] = deque()
+        self.sent = 0
+        self._rounds: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+        self._joined: dict[tuple[str, int], int] = {}
+
+    def post(self, sender: Address, to: Address, message: Message) -> None:
+        self.sent += 1
+        self.queue.append((sender, to, message))
+
+    def join(self, note: str, rank: int, tensor: torch.Tensor) -> LoopbackWork:
+        """Trainer `rank`'s n-th reduction called `note` meets everybody's n-th."""
+        self.sent += 1
+        turn = self._joined.get((note, rank), 0)
+        self._joined[note, rank] = turn + 1
+        given = self._rounds.setdefault((note, turn), {})
+        given[rank] = tensor
+        if len(given) == self.trainers:
+            self._sum(given)
+            del self._rounds[note, turn]
+        return LoopbackWork(given, self.trainers)
+
+    def _sum(self, given: dict[int, torch.Tensor]) -> None:
+        total = given[0].clone()
+        for rank in range(1, self.trainers):
+            total += given[rank]
+        for tensor in given.values():
+            tensor.copy_(total)
+
+    def transport(self, rank: int) -> LoopbackTransport:
+        return LoopbackTransport(self, Address(Kind.TRAINER, rank))
+
+
+class LoopbackWork:
+    """A reduction that is done when all trainers have joined."""
+
+    def __init__(self, given: dict[int, torch.Tensor], trainers: int):
+        self._given, self._trainers = given, trainers
+
+    def done(self) -> bool:
+        return len(self._given) == self._trainers
+
+
+class LoopbackTransport:
+    """One trainer's end of the network."""
+
+    def __init__(self, network: Network, me: Address):
+        self.network, self.me = network, me
+
+    def send(self, to: Address, message: Message) -> None:
+        self.network.post(self.me, to, message)
+
+    def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
+        return self.network.join(note, self.me.rank, tensor)
+
+
+class _stream:
+    """While open, torch's global generator is trainer `rank`'s."""
+
+    def __init__(self, streams: list[torch.Tensor], rank: int):
+        self._streams, self._rank = streams, rank
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_rng_state()
+        torch.set_rng_state(self._streams[self._rank])
+
+    def __exit__(self, *_: object) -> None:
+        self._streams[self._rank] = torch.get_rng_state()
+        torch.set_rng_state(self._outside)

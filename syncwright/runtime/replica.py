@@ -1,0 +1,128 @@
+"""One trainer without its network: the values that it keeps, and its part of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from syncwright.capture.state import Binding
+from syncwright.errors import BatchError
+from syncwright.job import Job
+from syncwright.passes.insert import FIRST, WEIGHT
+from syncwright.program import Role
+from syncwright.runtime.client import Client
+from syncwright.runtime.executor import Blocked
+from syncwright.runtime.programs import Prepared
+
+Examples = Callable[..., float] | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A trainer's part of a global batch: its arguments and how many examples they count as."""
+
+    batch: tuple
+    examples: float
+
+
+class Replica:
+    """Trainer `rank`. Changes with every step: its values, its step count, its random stream's state."""
+
+    def __init__(self, rank: int, binding: Binding, client: Client, job: Job):
+        self.rank, self.binding, self.client, self.job = rank, binding, client, job
+        self.step_count = 0
+        self.nominal = 1.0
+        served = {v.whole or v.name for v in job.held.values()}
+        self.values: dict[str, object] = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            for name, value in binding.values().items()
+            if name not in served
+        }
+
+    @torch.no_grad()
+    def step(self, prepared: Prepared, part: Part) -> Generator[Blocked, None, object]:
+        """This trainer's part of one step; gives `Blocked` while it waits; returns what the user's step returns.
+
+        A part without examples runs the `idle` program and returns the reduced values with the others.
+        """
+        phase = "step" if part.examples > 0 else "idle"
+        executor = prepared.phases[phase]
+        weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
+        hypers = self.binding.hyper_values()
+        self.client.begin(self.step_count, weight, hypers)
+        values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
+        values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
+        results = yield from executor.run(values, self.client)
+        self.values.update({name: value for name, value in results.items() if name in self.values})
+        self.step_count += 1
+        return _returned(prepared, results)
+
+    def reload(self) -> None:
+        """Takes the user's values anew; counts as a step, so that servers tell old values from new."""
+        values = self.binding.values()
+        self.values = {n: v.detach().clone() if isinstance(v := values[n], torch.Tensor) else v for n in self.values}
+        self.step_count += 1
+
+    def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """What servers hold, whole, under the variables' own names, as of the steps done."""
+        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for name, variable in self.job.held.items():
+            while (value := self.client.fetch(name, self.step_count)) is None:
+                yield Blocked("state", name)
+            start = variable.part[0] if variable.part is not None else -1
+            found.setdefault(variable.whole or name, []).append((start, value))
+        return {name: _joined(parts) for name, parts in found.items()}
+
+    def give(self, values: Mapping[str, object], version: int) -> None:
+        """Sends servers their slices of `values`."""
+        for name, variable in self.job.held.items():
+            value = values[variable.whole or name]
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+            self.client.give(name, version, tensor if variable.part is None else tensor[slice(*variable.part)])
+
+
+def count_examples(batch: tuple, examples: Examples) -> float:
+    """How many examples a batch counts as: `examples`, or the leading size of its first tensor."""
+    if callable(examples):
+        return float(examples(*batch))
+    if examples is not None:
+        return float(examples)
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return float(leaf.shape[0])
+    raise BatchError(
+        "the batch has no tensor with a leading axis, so its examples cannot be counted. "
+        "Give distribute(..., examples=) a number, or a function of the batch."
+    )
+
+
+def random_stream(trainer: int) -> torch.Tensor:
+    """The state of trainer `trainer`'s random generator at the start: trainer 0 goes on with the user's own stream,
+    the others start from the user's seed mixed with their number (splitmix64)."""
+    if trainer == 0:
+        return torch.get_rng_state()
+    mixed = (torch.initial_seed() + trainer * 0x9E3779B97F4A7C15) % 2**64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+    return torch.Generator().manual_seed((mixed ^ (mixed >> 31)) % 2**63).get_state()
+
+
+def _inputs(prepared: Prepared, batch: tuple) -> dict[str, torch.Tensor]:
+    names = [v.name for v in prepared.captured.program.of_role(Role.INPUT)]
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    return dict(zip(names, leaves, strict=True))
+
+
+def _returned(prepared: Prepared, results: Mapping[str, object]) -> object:
+    leaves = [results.get(name) for name in prepared.captured.outputs]
+    return prepared.captured.returned.unflatten(leaves)
+
+
+def _joined(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Pieces in order; of what every piece has whole (a step count), the first."""
+    if parts[0][0] < 0:
+        return parts[0][1]
+    return torch.cat([tensor for _, tensor in sorted(parts, key=lambda p: p[0])])

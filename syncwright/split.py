@@ -1,0 +1,269 @@
+"""Cut at the gradients: what servers compute, as slices of the captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from syncwright.errors import LoweringError
+from syncwright.job import ServerPart
+from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
+from syncwright.program import Program, Role, Variable, new_placeholder
+from syncwright.shapes import call, fake, fake_of, mode_of, propagate
+from syncwright.update import Join, Update, Updates
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Which of a program's parameters servers own, and which global values cross between roles.
+
+    pieces  of every parameter that servers own
+    joins   global values whose parts lie with several owners; others are computed inside one role's program
+    """
+
+    program: Program
+    updates: Updates
+    pieces: Mapping[str, tuple[Piece, ...]]
+    joins: tuple[Join, ...]
+    reducer: int
+
+    def owners(self, parameter: str) -> set[int]:
+        return {int(p.owner or 0) for p in self.pieces.get(parameter, ())}
+
+
+def split(program: Program, updates: Updates, plan: Plan) -> Split:
+    """Finds what crosses between roles under `plan`."""
+    pieces = {s.variable: s.pieces for s in plan.sharings if isinstance(s.sync, ParameterServer)}
+    for name in pieces:
+        _check_served(updates.by_parameter.get(name), name)
+    crossing = tuple(j for j in updates.joins if _crosses(j, pieces))
+    return Split(program, updates, pieces, crossing, plan.reducer or 0)
+
+
+def _crosses(join: Join, pieces: Mapping[str, tuple[Piece, ...]]) -> bool:
+    """One owner who has all of it computes it inside its own program."""
+    served = [p for p in join.parameters if p in pieces]
+    return bool(served) and (len(join.parameters) > 1 or len(pieces[served[0]]) > 1)
+
+
+def _check_served(update: Update | None, name: str) -> None:
+    if update is not None and update.kind == "foreign":
+        raise LoweringError(
+            f"'{name}' is planned for a server, but its update reads the batch or the forward. Expected an update made "
+            "from the parameter, its gradient, its state and hyper-parameters. Share it by all_reduce."
+        )
+
+
+def piece_name(name: str, piece: Piece, pieces: int) -> str:
+    """What a piece of a variable is called: "fc.weight[0]"; a variable in one piece keeps its name."""
+    return name if pieces == 1 else f"{name}[{piece.index}]"
+
+
+def piece_of(variable: Variable, parameter: Variable, piece: Piece, pieces: int) -> Variable:
+    """The variable that stands for rows [start, stop) of `variable`; 0-d state goes to every piece whole."""
+    name = piece_name(variable.name, piece, pieces)
+    owner = None if variable.of is None else piece_name(variable.of, piece, pieces)
+    if pieces == 1:
+        return replace(variable, name=name, of=owner)
+    aligned = bool(variable.shape) and variable.shape[0] == parameter.shape[0]
+    shape = (piece.stop - piece.start, *variable.shape[1:]) if aligned else variable.shape
+    part = (piece.start, piece.stop) if aligned else None
+    return replace(variable, name=name, of=owner, shape=shape, whole=variable.name, part=part, aliases=())
+
+
+def grad_variable(program: Program, parameter: str) -> Variable:
+    """The gradient of a parameter as a variable."""
+    variable = program.variables[parameter]
+    return Variable(f"{parameter}.grad", Role.GRAD, variable.shape, variable.dtype, of=parameter)
+
+
+def global_variable(node: Node) -> Variable:
+    """A global value, or one owner's part of it, as a variable; named by its node in the captured graph."""
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return Variable(f"global.{node.name}", Role.GLOBAL, tuple(val.shape), val.dtype)
+    return Variable(f"global.{node.name}", Role.GLOBAL, (), torch.float64)
+
+
+def partial_pieces(node: Node, parameter: str, split: Split) -> list[Variable]:
+    """The parts of one partial: one per piece of its parameter."""
+    whole, pieces = global_variable(node), split.pieces.get(parameter, ())
+    if len(pieces) < 2:
+        return [whole]
+    return [replace(whole, name=f"{whole.name}[{p.index}]", whole=whole.name) for p in pieces]
+
+
+def held_by_servers(split: Split) -> dict[str, tuple[int, Variable]]:
+    """Every variable or piece that lives on a server, with that server."""
+    found = {}
+    for parameter, pieces in split.pieces.items():
+        whole = split.program.variables[parameter]
+        for piece in pieces:
+            for name in owned(split, parameter):
+                part = piece_of(split.program.variables[name], whole, piece, len(pieces))
+                found[part.name] = (int(piece.owner or 0), part)
+    return found
+
+
+def owned(split: Split, parameter: str) -> tuple[str, ...]:
+    """The parameter itself and what goes where it goes: its state, buffers made from it."""
+    state = [v.name for v in split.program.of_role(Role.STATE) if v.of == parameter]
+    update = split.updates.by_parameter.get(parameter)
+    return tuple(dict.fromkeys([parameter, *state, *(update.writes if update else ())]))
+
+
+def server_parts(split: Split, plan: Plan) -> tuple[ServerPart, ...]:
+    """Every server's part.
+
+    before  %g = gradient(%mm, "w"); %m = mul(%g, 0.1); %new = sub(w, %m); output({"loss": %loss, "w": %new})
+    after   server 0: reads w.grad, w; %m = mul(w.grad, 0.1); %new = sub(w, %m); output({"w": %new})
+    """
+    programs: dict[int, list[Program]] = {rank: [] for rank in range(plan.servers)}
+    for parameter, pieces in split.pieces.items():
+        if parameter in split.updates.by_parameter:
+            for piece in pieces:
+                programs[int(piece.owner or 0)].append(update_program(split, parameter, piece))
+    for join in split.joins:
+        for node, parameter in join.partials.items():
+            for piece in split.pieces.get(parameter, ()):
+                programs[int(piece.owner or 0)].append(partial_program(split, node, parameter, piece))
+        programs[split.reducer].append(global_program(split, join))
+    holds = held_by_servers(split)
+    return tuple(
+        ServerPart(
+            rank,
+            tuple(v for owner, v in holds.values() if owner == rank),
+            tuple(programs[rank]),
+            _exports(rank, programs),
+        )
+        for rank in range(plan.servers)
+    )
+
+
+def _exports(rank: int, programs: Mapping[int, list[Program]]) -> dict[str, tuple[int, ...]]:
+    made = {name for p in programs[rank] for name in p.writes if p.variables[name].role is Role.GLOBAL}
+    return {
+        name: readers
+        for name in sorted(made)
+        if (readers := tuple(r for r, ps in programs.items() if r != rank and any(name in p.reads for p in ps)))
+    }
+
+
+def update_program(split: Split, parameter: str, piece: Piece) -> Program:
+    """The slice that computes a piece's new value and state from its gradient and the global values it reads."""
+    results = split.program.results
+    wanted = {name: results[name] for name in split.updates.by_parameter[parameter].writes}
+    return _specialise(split, split.program.slice(wanted, _stops(split)), parameter, piece)
+
+
+def partial_program(split: Split, node: Node, parameter: str, piece: Piece) -> Program:
+    """The slice that computes one owner's part of a global value."""
+    (index,) = [p.index for p in split.pieces[parameter] if p == piece]
+    variable = partial_pieces(node, parameter, split)[index]
+    stops = {n: v for n, v in _stops(split).items() if n is not node}
+    program = split.program.slice({variable.name: node}, stops)
+    program = replace(program, variables={**program.variables, variable.name: variable})
+    return _specialise(split, program, parameter, piece)
+
+
+def _stops(split: Split) -> dict[Node, Variable]:
+    """Where slices end: at all gradients, and at global values that are made elsewhere."""
+    stops = {mark: grad_variable(split.program, name) for name, mark in split.updates.marks.items()}
+    stops.update({node: global_variable(node) for join in split.joins for node in join.values})
+    return stops
+
+
+def _specialise(split: Split, program: Program, parameter: str, piece: Piece) -> Program:
+    """The same program on rows [start, stop) of the parameter and of all that is aligned with it."""
+    whole, count = split.program.variables[parameter], len(split.pieces[parameter])
+    if count == 1:
+        return program
+    mine = {parameter, f"{parameter}.grad", *owned(split, parameter)}
+    renamed = {
+        name: piece_of(program.variables[name], whole, piece, count) for name in program.variables if name in mine
+    }
+    program, mode = program.edit(), mode_of(program.graph)
+    for name, node in program.placeholders.items():
+        if name in renamed:
+            node.meta = {"variable": renamed[name].name, "val": fake_of(mode, renamed[name])}
+    _resize(program, whole.shape, piece)
+    propagate(program)
+    variables = {renamed.get(n, v).name: renamed.get(n, v) for n, v in program.variables.items()}
+    program.output.args = ({renamed[n].name if n in renamed else n: r for n, r in program.results.items()},)
+    program = replace(program, variables=variables)
+    _check_pieces(program, parameter)
+    return program
+
+
+def _resize(program: Program, shape: tuple[int, ...], piece: Piece) -> None:
+    """Sizes written into the graph (`full([10, 4])`) become the piece's."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and any(isinstance(a, list | tuple) and tuple(a) == shape for a in node.args):
+            rows = [piece.stop - piece.start, *shape[1:]]
+            node.args = tuple(rows if isinstance(a, list | tuple) and tuple(a) == shape else a for a in node.args)
+
+
+def _check_pieces(program: Program, parameter: str) -> None:
+    for name, node in program.results.items():
+        val, variable = node.meta["val"], program.variables[name]
+        if isinstance(val, torch.Tensor) and tuple(val.shape) != variable.shape:
+            raise LoweringError(
+                f"'{parameter}' cannot be cut: from a piece of it '{name}' comes out as {tuple(val.shape)}, expected "
+                f"{variable.shape} (at {node.name}). Keep the variable whole: partition: whole."
+            )
+
+
+def global_program(split: Split, join: Join) -> Program:
+    """The slice that makes global values from all partials, at the reducer.
+
+    before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %s = stack([%n0, %n1]), ..., %c = clamp(...)
+    after   reads global.n0, global.n1; %s = stack([global.n0, global.n1]); ...; output({"global.c": %c})
+    """
+    stops = {node: global_variable(node) for node in join.partials}
+    stops.update({n: global_variable(n) for j in split.joins if j is not join for n in j.values})
+    wanted = {global_variable(node).name: node for node in join.values}
+    program = split.program.slice(wanted, stops)
+    made = {global_variable(node).name: global_variable(node) for node in join.values}
+    program = replace(program, variables={**program.variables, **made})
+    for node, parameter in join.partials.items():
+        parts = partial_pieces(node, parameter, split)
+        if len(parts) > 1:
+            program = _combine_parts(program, node, parts)
+    return program
+
+
+_COMBINE = {
+    aten.linalg_vector_norm.default: lambda stacked, node: (aten.linalg_vector_norm.default, stacked, *node.args[1:2]),
+    aten.sum.default: lambda stacked, node: (aten.sum.default, stacked),
+    aten.amax.default: lambda stacked, node: (aten.amax.default, stacked),
+    aten.amin.default: lambda stacked, node: (aten.amin.default, stacked),
+}
+
+
+def _combine_parts(program: Program, partial: Node, parts: Iterable[Variable]) -> Program:
+    """Reads the parts of a partial and adds them up as its op adds: a norm of norms, a sum of sums."""
+    mode, whole = mode_of(program.graph), f"global.{partial.name}"
+    old, read = program.placeholders[whole], []
+    for part in parts:
+        with program.graph.inserting_before(old):
+            read.append(new_placeholder(program.graph, part, fake(mode, part.shape, part.dtype)))
+    first = next(n for n in program.graph.nodes if n.op != "placeholder")
+    with program.graph.inserting_before(first):
+        stacked = call(program.graph, mode, aten.stack.default, read)
+        target, *args = _COMBINE[partial.target](stacked, partial)  # type: ignore[index]
+        combined = call(program.graph, mode, target, *args)
+    old.replace_all_uses_with(combined)
+    program.graph.erase_node(old)
+    variables = {n: v for n, v in program.variables.items() if n != whole}
+    return replace(program, variables=variables | {part.name: part for part in parts})
+
+
+def merge_of(plan: Plan, parameter: str) -> str:
+    """How the contributions to a parameter's gradient become one."""
+    sync = next(s.sync for s in plan.sharings if s.variable == parameter)
+    return sync.reduce if isinstance(sync, AllReduce | ParameterServer) else "mean"
