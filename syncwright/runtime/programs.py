@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
@@ -27,13 +26,27 @@ log = logging.getLogger("syncwright")
 CAPACITY = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A step ready to run on batches of one shape."""
+    """A step ready to run on batches of one shape. Changes once for each phase: its executor is made at first use."""
 
-    captured: Captured
-    job: Job
-    phases: Mapping[str, Executor | CompiledExecutor]
+    def __init__(self, captured: Captured, job: Job, compiled: bool):
+        self.captured, self.job, self.compiled = captured, job, compiled
+        self._executors: dict[str, Executor | CompiledExecutor] = {}
+
+    def executor(self, phase: str) -> Executor | CompiledExecutor:
+        """Runs `job.trainer[phase]`; the step itself compiled, where it is to be."""
+        if phase not in self._executors:
+            self._executors[phase] = self._make(phase)
+        return self._executors[phase]
+
+    def _make(self, phase: str) -> Executor | CompiledExecutor:
+        program = self.job.trainer[phase]
+        if not self.compiled or phase != "step":
+            return Executor(program)
+        began = time.perf_counter()
+        executor = CompiledExecutor(program)
+        log.info("compiled the step in %.1f s", time.perf_counter() - began)
+        return executor
 
 
 class Programs:
@@ -82,12 +95,7 @@ class Programs:
         again = "again, for another shape or setting" if self._kept else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
-        phases: dict[str, Executor | CompiledExecutor] = {name: Executor(p) for name, p in job.trainer.items()}
-        if compiled:
-            began = time.perf_counter()
-            phases["step"] = CompiledExecutor(job.trainer["step"])
-            log.info("compiled the step in %.1f s", time.perf_counter() - began)
-        return Prepared(captured, job, phases)
+        return Prepared(captured, job, compiled)
 
     def _compiles(self) -> bool:
         if self._compile == "auto":

@@ -53,7 +53,7 @@ class Replica:
         """
         self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
-        executor = prepared.phases[phase]
+        executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers)
@@ -69,7 +69,7 @@ class Replica:
         if prepared is self._layout:
             return
         self._layout = prepared
-        program = prepared.phases["step"].program
+        program = prepared.job.trainer["step"]
         self._parts = flat_parts(program)
         for name, parts in self._parts.items():
             flat = program.variables[name]
