@@ -3,7 +3,7 @@
 The words behind a fence's language say what is done with the block:
 
     ```python run       is executed; the blocks of one document share their names, in order
-    ```text printed     is, to the letter, what the block before it printed
+    ```text printed     is, to the letter, what the block before it printed; UPDATE_GOLDEN=1 rewrites it
     ```yaml rules       is read by Rules.from_yaml         (also: plan, cluster)
 
 A fence without such a word is only shown.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +37,20 @@ READERS = {
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: its language, the word behind it, its text, and the line on which the text begins."""
+    """A fenced block: its language, the word behind it, its text, and where the text begins."""
 
     language: str
     word: str
     text: str
+    offset: int
     line: int
 
 
 def blocks(document: Path) -> list[Block]:
     text = document.read_text(encoding="utf-8")
     return [
-        Block(match[1], match[2], match[3], text.count("\n", 0, match.start(3)) + 1) for match in FENCE.finditer(text)
+        Block(match[1], match[2], match[3], match.start(3), text.count("\n", 0, match.start(3)) + 1)
+        for match in FENCE.finditer(text)
     ]
 
 
@@ -68,17 +71,35 @@ def run(block: Block, document: Path, names: dict[str, object]) -> str:
     return printed.getvalue()
 
 
+def run_all(document: Path) -> list[tuple[Block, str]]:
+    """Every block that says what was printed, and what the block before it printed now."""
+    names: dict[str, object] = {"__name__": "document"}
+    printed, found = "", []
+    for block in blocks(document):
+        if block.word == "run":
+            printed = run(block, document, names).strip("\n") + "\n"
+        elif block.word == "printed":
+            found.append((block, printed))
+    return found
+
+
+def rewrite(document: Path, found: list[tuple[Block, str]]) -> None:
+    text = document.read_text(encoding="utf-8")
+    for block, printed in reversed(found):
+        text = text[: block.offset] + printed + text[block.offset + len(block.text) :]
+    document.write_text(text, encoding="utf-8")
+
+
 @pytest.mark.parametrize("document", having("run"), ids=name)
 def test_blocks_run_and_print_what_they_say(document, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names: dict[str, object] = {"__name__": "document"}
-    printed = ""
-    for block in blocks(document):
-        if block.word == "run":
-            printed = run(block, document, names)
-        elif block.word == "printed":
-            assert printed.rstrip() == block.text.rstrip(), f"{name(document)}:{block.line}"
+    found = run_all(document)
+    if os.environ.get("UPDATE_GOLDEN"):
+        rewrite(document, found)
+        return
+    for block, printed in found:
+        assert printed == block.text, f"{name(document)}:{block.line}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)

@@ -19,8 +19,10 @@ PUBLIC = [
     "Program",
     "Role",
     "Rules",
+    "Trainer",
     "Variable",
     "capture",
+    "distribute",
     "loopback",
 ]
 
@@ -95,7 +97,11 @@ runtime         what runs a job
     client
     programs
     replica
+    sharding
     loopback
+    intercept
+    serving
+    trainer
 checkpoint      what a checkpoint holds, by variable name
 view            tables and diffs for people
 cli             the command `syncwright`
