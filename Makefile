@@ -41,9 +41,11 @@ matrix: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix $(ARGS)
 
 check: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	@status=0; \
+	for command in "ruff check ." "ruff format --check ." pyright; do \
+	  echo "$$command"; $(BIN)/$$command || status=1; \
+	done; \
+	exit $$status
 
 golden: .venv/ready
 	UPDATE_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
