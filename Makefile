@@ -49,7 +49,7 @@ check: .venv/ready
 
 golden: .venv/ready
 	UPDATE_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
-	@git status --short tests/golden
+	@git status --short tests/golden docs '*.md'
 
 docs: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/test_docs.py $(ARGS)
