@@ -62,6 +62,7 @@ class Replica:
         results = yield from executor.run(values, self.client)
         self._keep(results)
         self.step_count += 1
+        self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
 
     def _adopt(self, prepared: Prepared) -> None:
