@@ -76,6 +76,18 @@ def test_the_clock_of_another_host_is_not_trusted(
     zero.close()
 
 
+def test_who_beats_no_more_is_gone(rendezvous: Rendezvous) -> None:
+    zero, one = Heartbeat(T0, rendezvous, every=0.01), Heartbeat(T1, rendezvous, every=60.0)
+    until(lambda: "all are alive" in zero.late([T1]))
+    assert zero.lost([T1]) == f"trainer 1 (pid {os.getpid()} on here) is gone, last at step 0, `start`"
+    assert one.failed is None
+    one.close()
+    two = Heartbeat(T1, rendezvous, every=0.001)
+    assert zero.lost([T1]) == "trainer 1 cannot be reached, but still beats"
+    two.close()
+    zero.close()
+
+
 def test_what_the_launcher_says_of_a_failed_role_is_heard(rendezvous: Rendezvous) -> None:
     zero = Heartbeat(T0, rendezvous, every=0.01)
     assert zero.failed is None

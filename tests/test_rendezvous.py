@@ -65,6 +65,8 @@ def test_under_torchrun_all_are_trainers_and_host_servers() -> None:
     by_hand = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     assert membership(by_hand).store.hosted_by is Host.TRAINER_0
     assert not membership(by_hand).one_host
+    assert membership({**by_hand, "MASTER_ADDR": "127.0.0.1"}).one_host
+    assert membership({**by_hand, "SYNCWRIGHT_HOST": "10.0.0.1"}).address == "10.0.0.1"
 
 
 @pytest.mark.parametrize(

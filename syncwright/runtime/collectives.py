@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous
 from syncwright.runtime.transport import Work
@@ -26,7 +27,6 @@ class Collectives:
     and never join it, it holds this process (also its exit) until `seconds` have passed.
 
     watch   raises when a role is known to be lost; called about once a second while waiting
-    late    who among some roles is late, as a sentence
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Collectives:
         me: Address,
         rendezvous: Rendezvous,
         seconds: float,
+        heartbeat: Heartbeat,
         watch: Callable[[], None],
-        late: Callable[[list[Address]], str],
     ) -> None:
         self.me = me
         self._rendezvous = rendezvous
         self._seconds = seconds
+        self._heartbeat = heartbeat
         self._watch = watch
-        self._late = late
         self._joined = self._created = False
         self._under_way: dist.Work | None = None
 
@@ -128,11 +128,11 @@ class Collectives:
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
-        who = self._late(self.others)
-        reason = f" ({str(cause).splitlines()[0]})" if cause else ""
         if late:
-            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}{reason}")
-        return PeerLost(f"{doing}, and the connection broke: {who}{reason}")
+            who = self._heartbeat.late(self.others)
+            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}")
+        reason = str(cause).splitlines()[0]
+        return PeerLost(f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)} ({reason})")
 
 
 class Done:
