@@ -55,7 +55,7 @@ def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:
     names = [each.__name__ for each in PIPELINE]
     for name in without:
         if name not in names:
-            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}.")
+            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
     return tuple(each for each in PIPELINE if each.__name__ not in without)
 
 

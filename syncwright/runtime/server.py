@@ -110,8 +110,9 @@ class Server:
             return []
         raise Disagreement(
             f"{sender} derived another job than server {self.rank} (digest {digest[:12]}, expected "
-            f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all of "
-            "them from the same script with the same arguments, and take care that nothing in it depends on the rank."
+            f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all "
+            "of them from the same script with the same arguments, and take care that nothing in it depends on the "
+            "rank."
         )
 
     def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:

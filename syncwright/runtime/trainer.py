@@ -28,7 +28,7 @@ from syncwright.runtime.membership import membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.rendezvous import Rendezvous
-from syncwright.runtime.replica import Examples, Part, Replica, count_examples, random_stream
+from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
 from syncwright.runtime.server import Server
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sharding import bounds, shard
@@ -119,6 +119,8 @@ class Trainer:
         """
         self._check_open()
         part = Part(batch, count_examples(batch, self._examples))
+        if self.trainers == 1:
+            check_not_empty(part.examples)
         prepared = self._prepared(part)
         self._started(prepared, part)
         assert self._replica is not None, "started"
@@ -269,9 +271,10 @@ class Trainer:
         theirs = self._published("digest", job.digest)
         if theirs != job.digest:
             raise Disagreement(
-                f"{self.place.me} derived another job than trainer 0 (digest {job.digest[:12]}, expected {theirs[:12]}). "
-                "Expected all roles to build the same model, optimizer, step and plan. Start all of them from the same "
-                "script with the same arguments, and take care that nothing in it depends on the rank."
+                f"{self.place.me} derived another job than trainer 0 (digest {job.digest[:12]}, expected "
+                f"{theirs[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all of "
+                "them from the same script with the same arguments, and take care that nothing in it depends on the "
+                "rank."
             )
 
     def _published(self, key: str, mine: str) -> str:
@@ -358,8 +361,8 @@ class Trainer:
         owner = Address(Kind.SERVER, self._job.owners[blocked.channel])
         others = [Address(Kind.TRAINER, k) for k in range(self.trainers) if k != self.rank]
         return (
-            f"{self.place.me} has waited {self._deadlines.wait:.0f} s at {blocked.node} of step {self._replica.step_count} "
-            f"for '{blocked.channel}' of {owner}. {self._transport.late([owner, *others])}"
+            f"{self.place.me} has waited {self._deadlines.wait:.0f} s at {blocked.node} of step "
+            f"{self._replica.step_count} for '{blocked.channel}' of {owner}. {self._transport.late([owner, *others])}"
         )
 
     def _check_threads(self) -> None:
