@@ -61,9 +61,7 @@ def test_a_role_that_stops_beating_is_silent(rendezvous: Rendezvous) -> None:
     one.close()
 
 
-def test_the_clock_of_another_host_is_not_trusted(
-    rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clock_of_another_host_is_not_trusted(rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
     zero = Heartbeat(T0, rendezvous, every=0.02)
     there = Rendezvous(dataclasses.replace(rendezvous.place, host="there"), 0)
     there._root = rendezvous._root

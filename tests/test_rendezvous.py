@@ -107,9 +107,7 @@ def test_the_error_names_who_is_missing() -> None:
 
 def test_a_store_that_is_not_there_is_named() -> None:
     place = membership({**LAUNCHER, "SYNCWRIGHT_STORE": "127.0.0.1:9"})
-    with pytest.raises(
-        DeadlineExceeded, match=r"could not reach the job's store at 127\.0\.0\.1:9 within 0\.2 s"
-    ):
+    with pytest.raises(DeadlineExceeded, match=r"could not reach the job's store at 127\.0\.0\.1:9 within 0\.2 s"):
         Rendezvous(place, 0, seconds=0.2).client()
 
 

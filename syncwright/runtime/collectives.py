@@ -13,6 +13,7 @@ from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous
+from syncwright.runtime.shared_memory import HostGroup, is_available
 from syncwright.runtime.transport import Work
 
 SLICE_SECONDS = 1.0
@@ -44,6 +45,7 @@ class Collectives:
         self._watch = watch
         self._joined = self._created = False
         self._under_way: dist.Work | None = None
+        self._host: HostGroup | None = None
 
     @property
     def others(self) -> list[Address]:
@@ -63,12 +65,17 @@ class Collectives:
         else:
             self._create_group(trainers)
         self._joined = True
+        if is_available(trainers, self._rendezvous.place.one_host):
+            store = self._rendezvous.client()
+            self._host = HostGroup(self.me.rank, trainers, store, self._seconds, self._watch, self.error)
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
         self.join()
         if not self._joined:
             return Done()
+        if self._host is not None and tensor.device.type == "cpu":
+            return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
@@ -80,6 +87,9 @@ class Collectives:
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
         busy = self._under_way is not None and not self._under_way.is_completed()
         if self._created and not busy and dist.is_initialized():
             dist.destroy_process_group()

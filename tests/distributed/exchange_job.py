@@ -44,7 +44,7 @@ def train(transport: SocketTransport) -> None:
         assert got[1].tensor is not None
         assert torch.equal(got[1].tensor, sent)
     total = torch.full((3,), float(rank + 1))
-    transport.all_reduce(total, "total").done()
+    assert transport.all_reduce(total, "total").done()
     first = torch.tensor([rank + 5])
     transport.broadcast(first, "first")
     print("sum", total.tolist(), "first", first.item())

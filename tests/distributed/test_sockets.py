@@ -208,7 +208,7 @@ def test_an_embedded_server_is_a_thread_of_the_process(folder: Path) -> None:
         zero.send(S0, Message(Push("w", 0, 1.0), torch.ones(2)))
         assert heard(zero)[1].header == Value("w", 1)
         ones = torch.ones(2)
-        zero.all_reduce(ones, "ones").done()
+        assert zero.all_reduce(ones, "ones").done()
         zero.broadcast(ones, "ones")
         assert ones.tolist() == [1, 1]
         assert list(folder.iterdir()) == []
