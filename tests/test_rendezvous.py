@@ -101,7 +101,7 @@ def test_the_error_names_who_is_missing() -> None:
         publish(store, peer, Endpoint())
     with pytest.raises(DeadlineExceeded) as caught:
         look_up(store, T0, [S0, S1], [T0, T1, S0, S1], 0.02)
-    said = "server 1 has not published its address within 0.02 s; server 0 and trainers 0, 1 have."
+    said = "trainer 0 has waited 0.02 s for server 1; server 0 and trainers 0, 1 have come."
     assert str(caught.value).startswith(said)
 
 

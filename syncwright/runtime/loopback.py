@@ -198,6 +198,9 @@ class LoopbackTransport:
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
 
+    def progress(self, step: int, node: str) -> None:
+        """Nobody asks: a loopback that stands still says itself who waits for what."""
+
 
 class _stream:
     """While open, torch's global generator is trainer `rank`'s."""

@@ -90,8 +90,8 @@ class Replica:
         apart = [p.name for p in parts if self.values[p.name] != self.values[name]]
         if apart:
             raise JobError(
-                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them needs "
-                "them equal. Expected parameters of one optimizer to have made the same number of steps. "
+                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them "
+                "needs them equal. Expected parameters of one optimizer to have made the same number of steps. "
                 "Give distribute(..., compile=False)."
             )
 

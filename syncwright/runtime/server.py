@@ -102,7 +102,7 @@ class Server:
             case Leave(step=step):
                 self._left[sender.rank] = step
             case Failure(reason=reason):
-                raise JobError(f"{sender} cannot go on: {reason}")
+                raise JobError(reason)
         return self._advance()
 
     def _hello(self, sender: Address, digest: str) -> list[Outgoing]:
