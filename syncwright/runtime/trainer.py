@@ -146,6 +146,11 @@ class Trainer:
         Outputs are tensors along the batch axis, in any tree; they come back joined. Values are those of the steps
         done; nothing is updated.
         """
+        if self._replica is None and self.trainers > 1:
+            raise JobError(
+                "evaluate() was called before the trainers have met; expected a step first. Give distribute(..., example=batch) "
+                "to meet at once."
+            )
         self.sync()
         sizes, collected, structure = [], [], None
         for batch in loader:
@@ -337,20 +342,23 @@ class Trainer:
                 value.copy_(part.view(value.shape))
 
     def _gathered(self, outputs: list[torch.Tensor], sizes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Every trainer's rows in the order of the loader: a sum of tensors that are zero elsewhere is exact."""
+        """Every trainer's rows in the order of the loader. Parts are padded to one length on the way."""
         rows = torch.cat(outputs)
         if self.trainers == 1:
             return rows
         assert self._transport is not None, "more than one trainer, so joined"
-        whole = torch.zeros(
-            sum(n for n, _, _ in sizes), *rows.shape[1:], dtype=_summable(rows.dtype), device=rows.device
-        )
-        at = taken = 0
-        for count, start, stop in sizes:
-            whole[at + start : at + stop] = rows[taken : taken + stop - start]
-            at, taken = at + count, taken + stop - start
-        self._transport.all_reduce(whole, "the outputs of an evaluation").done()
-        return whole.to(rows.dtype)
+        counts = [[stop - start for start, stop in spans] for spans in self._spans(sizes)]
+        longest = max(sum(each) for each in counts)
+        part = rows.new_zeros((longest, *rows.shape[1:]))
+        part[: len(rows)] = rows
+        whole = rows.new_empty((self.trainers, *part.shape))
+        self._transport.all_gather(_bytes_of(whole), _bytes_of(part), "the outputs of an evaluation").done()
+        parts = [list(theirs[: sum(each)].split(each)) for theirs, each in zip(whole, counts, strict=True)]
+        return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
+
+    def _spans(self, sizes: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
+        """Per trainer, its rows of every batch."""
+        return [[bounds(count, self.trainers, rank) for count, _, _ in sizes] for rank in range(self.trainers)]
 
     def _drive(self, run: Generator[Blocked, None, object]) -> object:
         """Runs until done, taking messages in whenever it waits."""
@@ -409,5 +417,6 @@ def _has_rows(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def _summable(dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if dtype is torch.bool else dtype
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory: collectives do not take every dtype."""
+    return tensor.view(-1).view(torch.uint8)
