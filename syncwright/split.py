@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from syncwright.errors import LoweringError
 from syncwright.job import ServerPart
-from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
+from syncwright.plan import AllReduce, Local, ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
 from syncwright.shapes import call, fake, fake_of, mode_of, propagate
 from syncwright.update import Join, Update, Updates
@@ -41,6 +41,8 @@ def split(program: Program, updates: Updates, plan: Plan) -> Split:
     pieces = {s.variable: s.pieces for s in plan.sharings if isinstance(s.sync, ParameterServer)}
     for name in pieces:
         _check_served(updates.by_parameter.get(name), name)
+    for join in updates.joins:
+        _check_local(join, plan)
     crossing = tuple(j for j in updates.joins if _crosses(j, pieces))
     return Split(program, updates, pieces, crossing, plan.reducer or 0)
 
@@ -49,6 +51,18 @@ def _crosses(join: Join, pieces: Mapping[str, tuple[Piece, ...]]) -> bool:
     """One owner who has all of it computes it inside its own program."""
     served = [p for p in join.parameters if p in pieces]
     return bool(served) and (len(join.parameters) > 1 or len(pieces[served[0]]) > 1)
+
+
+def _check_local(join: Join, plan: Plan) -> None:
+    """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
+    local = {s.variable for s in plan.sharings if isinstance(s.sync, Local)} & set(join.parameters)
+    shared = set(join.readers) - local
+    if plan.trainers > 1 and shared and local & set(join.partials.values()):
+        raise LoweringError(
+            f"'{sorted(local)[0]}' is local, but its gradient takes part in a global value (at {join.values[0].name}) that the "
+            f"update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared gradients "
+            "only. Clip local and shared parameters apart, or share them all."
+        )
 
 
 def _check_served(update: Update | None, name: str) -> None:

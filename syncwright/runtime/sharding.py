@@ -49,7 +49,7 @@ def shard(loader: Iterable, trainers: int, rank: int, share: ShareState) -> Iter
 def _own_examples(loader: DataLoader, trainers: int, rank: int, share: ShareState) -> Iterator:
     source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     state = share(torch.get_rng_state())
-    indices = _Indices(source, trainers, rank, state, advance=rank == 0)
+    indices = _Indices(source, trainers, rank, state, loader.generator, advance=rank == 0)
     own = _like(loader, indices)
     for batch in own:
         if indices.was_empty():
@@ -81,17 +81,22 @@ class _Indices:
     order in which batches come out.
     """
 
-    def __init__(self, source: Iterable, trainers: int, rank: int, state: torch.Tensor, advance: bool):
-        self._source, self._trainers, self._rank = source, trainers, rank
+    def __init__(self, source: Iterable, trainers: int, rank: int, state: torch.Tensor, generator, advance: bool):
+        self._source, self._trainers, self._rank, self._generator = source, trainers, rank, generator
         self._state, self._advance = state, advance
         self._empty: list[bool] = []
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        iterator = iter(self._source)
+        iterator = self._as_a_loader_draws(self._source)
         while (batch := self._next(iterator)) is not None:
             start, stop = bounds(len(batch), self._trainers, self._rank)
             self._empty.append(start == stop)
             yield batch[start:stop] if start < stop else batch[:1]
+
+    def _as_a_loader_draws(self, source: Iterable) -> Iterator:
+        """A `DataLoader` draws a seed for its workers before its sampler draws: the order is one device's."""
+        torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        yield from source
 
     def __len__(self) -> int:
         return len(self._source)  # type: ignore[arg-type]
