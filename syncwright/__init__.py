@@ -4,6 +4,7 @@ from syncwright.capture import capture
 from syncwright.plan import AllReduce, Local, ParameterServer, Plan, Rules
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.loopback import loopback
+from syncwright.runtime.trainer import Trainer, distribute
 
 __all__ = [
     "AllReduce",
@@ -13,7 +14,9 @@ __all__ = [
     "Program",
     "Role",
     "Rules",
+    "Trainer",
     "Variable",
     "capture",
+    "distribute",
     "loopback",
 ]

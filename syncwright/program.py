@@ -167,6 +167,7 @@ def mangle(name: str) -> str:
 def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
     """The placeholder of `variable`, at the graph's insertion point (behind the other placeholders)."""
     node = graph.placeholder(mangle(variable.name))
+    node.target = node.name
     node.meta = {"variable": variable.name, "val": val}
     return node
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from syncwright.errors import LoweringError
 from syncwright.job import ServerPart
 from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
-from syncwright.program import Program, Role, Variable, mangle, new_placeholder
+from syncwright.program import Program, Role, Variable, new_placeholder
 from syncwright.shapes import call, fake, fake_of, mode_of, propagate
 from syncwright.update import Join, Scalar, Update, Updates
 
@@ -192,7 +192,6 @@ def _specialise(split: Split, program: Program, parameter: str, piece: Piece) ->
     for name, node in program.placeholders.items():
         if name in renamed:
             node.meta = {"variable": renamed[name].name, "val": fake_of(mode, renamed[name])}
-            node.name, node.target = mangle(renamed[name].name), mangle(renamed[name].name)
     _resize(program, whole.shape, piece)
     propagate(program)
     variables = {renamed.get(n, v).name: renamed.get(n, v) for n, v in program.variables.items()}

@@ -128,6 +128,20 @@ class Binding:
                 states = optimizer.state_dict()  # type: ignore[attr-defined]
         return copy.deepcopy({"model": self.model.state_dict(), "optimizer": states})
 
+    def load_state_dict(self, optimizer: object, state: Mapping[str, object]) -> None:
+        """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects."""
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        states = state["optimizer"]
+        match optimizer:
+            case dict():
+                pairs = [(each, states[key]) for key, each in optimizer.items()]  # type: ignore[index]
+            case tuple() | list():
+                pairs = list(zip(optimizer, states, strict=True))  # type: ignore[arg-type]
+            case _:
+                pairs = [(optimizer, states)]
+        for each, saved in pairs:
+            each.load_state_dict(copy.deepcopy(saved))  # type: ignore[attr-defined]
+
     def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         held = slot.optimizer.state[slot.parameter]
         if isinstance(value, torch.Tensor) and isinstance(held.get(slot.key), torch.Tensor):

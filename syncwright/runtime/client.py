@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 
-from syncwright.errors import JobError
+from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
 from syncwright.runtime.transport import Transport, Work
@@ -66,6 +67,12 @@ class Client:
     def leave(self, step: int) -> None:
         for part in self.job.servers:
             self._send(part.rank, Message(Leave(step)))
+
+    def fail(self, reason: str) -> None:
+        """Tells servers that this trainer ends early; best effort, they may be gone too."""
+        for part in self.job.servers:
+            with suppress(SyncwrightError):
+                self._send(part.rank, Message(Failure(reason)))
 
     def take(self, sender: Address, message: Message) -> None:
         """What a server sent."""

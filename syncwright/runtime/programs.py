@@ -43,9 +43,11 @@ class Programs:
         optimizer: object,
         plan: Callable[[Program], Plan],
         without: Sequence[str] = (),
+        compile: bool | str = False,
     ):
         self._step, self._binding, self._optimizer = step, binding, optimizer
-        self._make_plan, self._without = plan, without
+        self._make_plan, self._without, self._compile = plan, without, compile
+        self.latest: Prepared | None = None
         self._plan: Plan | None = None
         self._structure: pytree.TreeSpec | None = None
         self._kept: OrderedDict[object, Prepared] = OrderedDict()
@@ -59,8 +61,9 @@ class Programs:
         for key in list(self._kept):
             if key[:2] == (shapes, settings) and all(g.holds(hypers) for g in key[2]):  # type: ignore[index]
                 self._kept.move_to_end(key)
-                return self._kept[key]
-        prepared = self._prepare(batch)
+                self.latest = self._kept[key]
+                return self.latest
+        prepared = self.latest = self._prepare(batch)
         self._kept[shapes, settings, prepared.captured.program.guards] = prepared
         if len(self._kept) > CAPACITY:
             self._kept.popitem(last=False)

@@ -60,6 +60,12 @@ class Replica:
         self.step_count += 1
         return _returned(prepared, results)
 
+    def reload(self) -> None:
+        """Takes the user's values anew; counts as a step, so that servers tell old values from new."""
+        values = self.binding.values()
+        self.values = {n: v.detach().clone() if isinstance(v := values[n], torch.Tensor) else v for n in self.values}
+        self.step_count += 1
+
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What servers hold, whole, under the variables' own names, as of the steps done."""
         found: dict[str, list[tuple[int, torch.Tensor]]] = {}

@@ -83,6 +83,16 @@ class Server:
         """Trainers that have not left."""
         return [k for k in range(self.job.plan.trainers) if k not in self._left]
 
+    @property
+    def pending(self) -> bool:
+        """Whether some trainers have contributed to a merge and others have not."""
+        return bool(self._merging)
+
+    @property
+    def step(self) -> int:
+        """The step that the slowest program runs next."""
+        return min((r.step for r in self._running), default=0)
+
     def waits_for(self) -> str:
         """Which contributions are missing, for errors."""
         missing = [

@@ -1,0 +1,171 @@
+"""Collectives: sums and copies among the trainers, by torch.distributed; errors name the late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.runtime.messages import Address, Kind
+from syncwright.runtime.rendezvous import Rendezvous
+from syncwright.runtime.transport import Work
+
+SLICE_SECONDS = 1.0
+"""How long a wait sleeps before it looks whether somebody is lost (and lets Ctrl-C through)."""
+
+
+class Collectives:
+    """Changes: holds the trainers' process group, which it joins at first use.
+
+    A group that the script has initialised itself is used as it is, and left as it is. With one trainer there
+    is nothing to do, and no group. A Gloo operation that is under way cannot be stopped: if its peers live
+    and never join it, it holds this process (also its exit) until `seconds` have passed.
+
+    watch   raises when a role is known to be lost; called about once a second while waiting
+    late    who among some roles is late, as a sentence
+    """
+
+    def __init__(
+        self,
+        me: Address,
+        rendezvous: Rendezvous,
+        seconds: float,
+        watch: Callable[[], None],
+        late: Callable[[list[Address]], str],
+    ) -> None:
+        self.me = me
+        self._rendezvous = rendezvous
+        self._seconds = seconds
+        self._watch = watch
+        self._late = late
+        self._joined = self._created = False
+        self._under_way: dist.Work | None = None
+
+    @property
+    def others(self) -> list[Address]:
+        """The other trainers."""
+        peers = [Address(Kind.TRAINER, rank) for rank in range(self._rendezvous.place.trainers)]
+        return [peer for peer in peers if peer != self.me]
+
+    def join(self) -> None:
+        """Makes or finds the process group; all trainers must come to it."""
+        if self.me.kind is not Kind.TRAINER:
+            raise JobError(f"{self.me} takes part in no collective: they are among trainers only")
+        trainers = self._rendezvous.place.trainers
+        if self._joined or trainers == 1:
+            return
+        if dist.is_initialized():
+            self._check_group(trainers)
+        else:
+            self._create_group(trainers)
+        self._joined = True
+
+    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
+        """Starts the sum of `tensor` over all trainers, in place."""
+        self.join()
+        if not self._joined:
+            return Done()
+        return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Trainer 0's `tensor` becomes everybody's, in place."""
+        self.join()
+        if self._joined:
+            work = dist.broadcast(tensor, src=0, async_op=True)
+            self._started(work, tensor, f"the broadcast of {note}").done()
+
+    def close(self) -> None:
+        """Leaves the group if it was made here."""
+        busy = self._under_way is not None and not self._under_way.is_completed()
+        if self._created and not busy and dist.is_initialized():
+            dist.destroy_process_group()
+        self._created = False
+
+    def _started(self, work: dist.Work | None, tensor: torch.Tensor, note: str) -> Work:
+        self._under_way = work
+        return Done() if work is None else Reduction(self, work, note, on_host=tensor.device.type == "cpu")
+
+    def _check_group(self, trainers: int) -> None:
+        found = (dist.get_world_size(), dist.get_rank())
+        if found != (trainers, self.me.rank):
+            raise ClusterError(
+                f"the script has initialised torch.distributed as rank {found[1]} of {found[0]}, but this "
+                f"process is {self.me} of {trainers}: initialise it among all trainers, or not at all"
+            )
+
+    def _create_group(self, trainers: int) -> None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("trainers", self._rendezvous.client()),
+                rank=self.me.rank,
+                world_size=trainers,
+                timeout=timedelta(seconds=self._seconds),
+            )
+        except RuntimeError as error:
+            raise self.error(f"{self.me} could not join the other trainers", error, late=False) from error
+        self._created = True
+
+    def waited(self, work: dist.Work, note: str, started: float) -> None:
+        """Returns when `work` is done; `started` is when it began, by the monotonic clock."""
+        doing = f"{self.me} waits for {note}"
+        while True:
+            try:
+                work.wait(timedelta(seconds=SLICE_SECONDS))
+                return
+            except RuntimeError as error:
+                late = time.monotonic() - started >= self._seconds
+                if work.is_completed() and _failed(work):
+                    raise self.error(doing, error, late) from error
+            self._watch()
+            if time.monotonic() - started >= self._seconds + SLICE_SECONDS:
+                raise self.error(doing, None, late=True)
+
+    def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
+        """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
+        who = self._late(self.others)
+        reason = f" ({str(cause).splitlines()[0]})" if cause else ""
+        if late:
+            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}{reason}")
+        return PeerLost(f"{doing}, and the connection broke: {who}{reason}")
+
+
+class Done:
+    """A collective of one trainer."""
+
+    def done(self) -> bool:
+        """Always: there is nobody to wait for."""
+        return True
+
+
+class Reduction:
+    """A collective under way."""
+
+    def __init__(self, group: Collectives, work: dist.Work, note: str, on_host: bool) -> None:
+        self._group = group
+        self._work = work
+        self._note = note
+        self._on_host = on_host
+        self._started = time.monotonic()
+
+    def done(self) -> bool:
+        """Waits, then True: the result is there; on a GPU, what follows on its stream will find it there."""
+        if self._on_host:
+            self._group.waited(self._work, self._note, self._started)
+        else:
+            self._work.wait()
+        return True
+
+
+def _failed(work: dist.Work) -> bool:
+    """Whether a completed `work` failed: it says so each time it is waited for."""
+    try:
+        work.wait()
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,132 @@
+"""Heartbeats: every role says each second where it is, so that an error can name who is late and at what."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+from torch.distributed import DistNetworkError, DistStoreError, Store
+
+from syncwright.runtime.messages import Address
+from syncwright.runtime.rendezvous import FAILED, Rendezvous
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """One role, now. `number` counts its beats; `seconds` is its host's clock."""
+
+    pid: int
+    host: str
+    step: int
+    node: str
+    number: int
+    seconds: float
+    ended: bool
+
+
+class Heartbeat:
+    """Changes: a thread writes this role's beat to the store and reads who failed; it waits for nobody.
+
+    failed       what the launcher says about a role that ended badly, as a sentence; None so far
+    store_lost   why the store can no longer be reached; None as long as it can
+    """
+
+    def __init__(self, me: Address, rendezvous: Rendezvous, every: float = 1.0, silent: float = 5.0) -> None:
+        self.me = me
+        self.failed: str | None = None
+        self.store_lost: str | None = None
+        self._store, self._job = rendezvous.clients()
+        self._host = rendezvous.place.host
+        self._every, self._silent = every, silent
+        self._at = (0, "start")
+        self._number = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"heartbeat of {me}", daemon=True)
+        atexit.register(self.close)  # a thread inside the store must not outlive the interpreter
+        self._thread.start()
+
+    def progress(self, step: int, node: str) -> None:
+        """Notes where this role is; costs one attribute write."""
+        self._at = (step, node)
+
+    def ended(self, peer: Address) -> bool:
+        """Whether `peer` closed its transport in good order."""
+        beat = self._read(peer)
+        return beat is not None and beat.ended
+
+    def late(self, peers: Sequence[Address]) -> str:
+        """Who among `peers` is silent, gone or behind, and where it was.
+
+        [server 0, server 1] -> "server 1 (pid 7 on a) has been silent for 8 s, last at step 3, `pull w`".
+        Clocks of other hosts are not trusted: a beat of theirs that seems old is read twice.
+        """
+        if self.store_lost:
+            return f"who is late cannot be told: the job's store is gone ({self.store_lost})"
+        beats = {peer: self._read(peer) for peer in peers}
+        suspects = [p for p, beat in beats.items() if beat and beat.host != self._host and self._old(beat)]
+        if suspects:
+            time.sleep(2 * self._every)
+        alive = {peer for peer in suspects if self._read(peer) != beats[peer]}
+        said = [self._about(peer, beat, peer in alive) for peer, beat in beats.items()]
+        if any(said):
+            return "; ".join(sentence for sentence in said if sentence)
+        return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
+
+    def close(self) -> None:
+        """Writes the last beat, which says that this role ended in good order. Safe to call twice."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        atexit.unregister(self.close)
+        self._thread.join(timeout=10 * self._every)
+        self._beat(ended=True)
+
+    def _run(self) -> None:
+        while self._beat(ended=False) and not self._stop.wait(self._every):
+            continue
+
+    def _beat(self, ended: bool) -> bool:
+        step, node = self._at
+        self._number += 1
+        beat = Beat(os.getpid(), self._host, step, node, self._number, time.time(), ended)
+        try:
+            self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
+            if self.failed is None and self._job.check([FAILED]):
+                self.failed = self._job.get(FAILED).decode()
+        except (DistNetworkError, DistStoreError) as error:
+            self.store_lost = str(error).splitlines()[0]
+        return self.store_lost is None
+
+    def _read(self, peer: Address) -> Beat | None:
+        try:
+            return _read(self._store, peer)
+        except (DistNetworkError, DistStoreError) as error:
+            self.store_lost = str(error).splitlines()[0]
+            return None
+
+    def _old(self, beat: Beat) -> bool:
+        return not beat.ended and time.time() - beat.seconds > self._silent
+
+    def _about(self, peer: Address, beat: Beat | None, alive: bool) -> str:
+        if beat is None:
+            return f"{peer} has never been heard of"
+        who = f"{peer} (pid {beat.pid} on {beat.host})"
+        if beat.ended:
+            return f"{who} has ended, at {_place(beat)}"
+        if self._old(beat) and not alive:
+            return f"{who} has been silent for {time.time() - beat.seconds:.0f} s, last at {_place(beat)}"
+        if beat.step < self._at[0]:
+            return f"{who} is behind, at {_place(beat)}; {self.me} is at step {self._at[0]}"
+        return ""
+
+
+def _read(store: Store, peer: Address) -> Beat | None:
+    key = f"beat/{peer}"
+    return msgspec.json.decode(store.get(key), type=Beat) if store.check([key]) else None
+
+
+def _place(beat: Beat) -> str:
+    return f"step {beat.step}, `{beat.node}`"

@@ -1,0 +1,111 @@
+"""Which examples of the global batches are a trainer's: part k of `torch.tensor_split` of every leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+ShareState = Callable[[torch.Tensor], torch.Tensor]
+
+
+def bounds(count: int, trainers: int, rank: int) -> tuple[int, int]:
+    """[start, stop) of part `rank` of `count` examples: 5 on 2 gives [0, 3) and [3, 5)."""
+    small, larger = divmod(count, trainers)
+    start = rank * small + min(rank, larger)
+    return start, start + small + (rank < larger)
+
+
+def part_of(batch: object, trainers: int, rank: int) -> object:
+    """A trainer's part of a batch: every tensor with a leading axis is cut, the rest is given to all."""
+
+    def cut(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+            return leaf
+        return leaf[slice(*bounds(leaf.shape[0], trainers, rank))]
+
+    return pytree.tree_map(cut, batch)
+
+
+def shard(loader: Iterable, trainers: int, rank: int, share: ShareState) -> Iterator:
+    """This trainer's parts of the batches of `loader`, which yields the *global* batch as on one device.
+
+    Of a map-style `DataLoader` only a trainer's own examples are loaded: all trainers draw the same indices (from
+    trainer 0's random state, which `share` hands to all) and each keeps its part. Any other loader, or one over an
+    `IterableDataset`, is read by every trainer, which cuts each batch. Each example is used once; the last batch may be
+    ragged, and empty for some.
+    """
+    if trainers == 1:
+        yield from loader
+    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        yield from _own_examples(loader, trainers, rank, share)
+    else:
+        for batch in loader:
+            yield part_of(batch, trainers, rank)
+
+
+def _own_examples(loader: DataLoader, trainers: int, rank: int, share: ShareState) -> Iterator:
+    source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    state = share(torch.get_rng_state())
+    indices = _Indices(source, trainers, rank, state, advance=rank == 0)
+    own = _like(loader, indices)
+    for batch in own:
+        if indices.was_empty():
+            batch = pytree.tree_map(lambda t: t[:0] if isinstance(t, torch.Tensor) and t.dim() else t, batch)
+        yield batch
+
+
+def _like(loader: DataLoader, indices: _Indices) -> DataLoader:
+    """The user's loader over this trainer's indices."""
+    how = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": torch.Generator(),
+    }
+    if loader.batch_sampler is not None:
+        return DataLoader(loader.dataset, batch_sampler=indices, **how)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, sampler=indices, batch_size=None, **how)  # type: ignore[arg-type]
+
+
+class _Indices:
+    """A batch sampler that keeps one trainer's part of each batch of indices.
+
+    An empty part loads the batch's first example instead (a collate function needs one), and `was_empty` says so in the
+    order in which batches come out.
+    """
+
+    def __init__(self, source: Iterable, trainers: int, rank: int, state: torch.Tensor, advance: bool):
+        self._source, self._trainers, self._rank = source, trainers, rank
+        self._state, self._advance = state, advance
+        self._empty: list[bool] = []
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        iterator = iter(self._source)
+        while (batch := self._next(iterator)) is not None:
+            start, stop = bounds(len(batch), self._trainers, self._rank)
+            self._empty.append(start == stop)
+            yield batch[start:stop] if start < stop else batch[:1]
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]
+
+    def was_empty(self) -> bool:
+        return self._empty.pop(0)
+
+    def _next(self, iterator: Iterator) -> Sequence[int] | None:
+        """Draws under the random state that all trainers share; trainer 0's own stream goes on from the first draw."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._state)
+        try:
+            return next(iterator, None)
+        finally:
+            self._state = torch.get_rng_state()
+            torch.set_rng_state(self._state if self._advance else outside)
+            self._advance = False

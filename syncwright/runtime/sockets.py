@@ -1,0 +1,246 @@
+"""SocketTransport: messages between processes by ZeroMQ, collectives by torch.distributed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from syncwright.errors import JobError, PeerLost
+from syncwright.runtime.collectives import Collectives
+from syncwright.runtime.endpoint import Binding
+from syncwright.runtime.heartbeat import Heartbeat
+from syncwright.runtime.messages import Address, Kind, Message
+from syncwright.runtime.rendezvous import Endpoint, Rendezvous, look_up, publish
+from syncwright.runtime.transport import Work
+from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode, encode
+
+SLICE_SECONDS = 0.5
+"""How long a receive sleeps before it looks whether somebody is lost."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """In seconds: to find each other at the start, for a collective, and to send what is left at the end."""
+
+    join: float = 60.0
+    wait: float = 300.0
+    linger: float = 5.0
+
+
+class SocketTransport:
+    """Changes: holds sockets, a heartbeat and the trainers' process group. Used from the role's own thread.
+
+    A server binds a ROUTER; every trainer connects a DEALER to each server, a server connects one to another
+    server when it first sends to it. What a server sends to a trainer goes back through its ROUTER. Order is
+    kept between two roles. Queues are unbounded: what may be under way is bounded by the protocol above (a
+    step's pushes), and a bound here would block one role on the slowness of another.
+
+    A connection that breaks is not mended, since messages may be lost with it: `receive` and collectives then
+    raise `PeerLost`. Servers that live in the trainers' processes make a transport of their own in their own
+    thread, and must have it before the trainer makes its: a trainer looks for all servers when it starts.
+
+    me          the role that this transport serves
+    servers     how many servers the plan names
+    limit       what tensors the job's channels carry; None accepts anything that is well formed
+    context     given: servers in one process with the only trainer are reached through it (inproc)
+    """
+
+    def __init__(
+        self,
+        me: Address,
+        rendezvous: Rendezvous,
+        servers: int,
+        *,
+        limit: Limit | None = None,
+        context: zmq.Context | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self.me = me
+        self.limit = limit
+        self._place = rendezvous.place
+        self._everyone = rendezvous.place.everyone(servers)
+        self._servers = [peer for peer in self._everyone if peer.kind is Kind.SERVER]
+        self._deadlines = deadlines or Deadlines()
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self._poller = zmq.Poller()
+        self._ready: deque[zmq.Socket] = deque()
+        self._dealers: dict[Address, zmq.Socket] = {}
+        self._monitors: dict[Address, zmq.Socket] = {}
+        self._peers: dict[zmq.Socket, Address] = {}
+        self._sockets: list[zmq.Socket] = []
+        self._ended: set[Address] = set()
+        self._binding: Binding | None = None
+        self._token = ""
+        self._visitors: dict[bytes, Address] = {}
+        self._closed = False
+        self._store = rendezvous.client()
+        self._heartbeat = Heartbeat(me, rendezvous)
+        self._collectives = Collectives(me, rendezvous, self._deadlines.wait, self.watch, self.late)
+        try:
+            self._start(rendezvous, embedded=rendezvous.place.alone and context is not None)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, to: Address, message: Message) -> None:
+        """Queues `message` and returns; its tensor must not change any more. `PeerLost` if `to` is gone."""
+        frames = encode(message)
+        if to.kind is Kind.SERVER:
+            self._dealer(to).send_multipart(frames, copy=False)
+            return
+        if self._binding is None:
+            raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
+        try:
+            self._binding.socket.send_multipart([identity(to, self._token), *frames], copy=False)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            why = "it never connected, or its connection is gone"
+            raise PeerLost(f"{self.me} cannot send to {to}: {why}; {self.late([to])}") from error
+
+    def receive(self, seconds: float) -> tuple[Address, Message] | None:
+        """The next message from anyone, None when none came within `seconds`; `PeerLost` if one is gone."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if not self._ready:
+                self._poll(min(left, SLICE_SECONDS))
+            while self._ready:
+                got = self._take(self._ready.popleft())
+                if got is not None:
+                    return got
+            self.watch()
+            if left == 0.0:
+                return None
+
+    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
+        """Starts the sum of `tensor` over all trainers, in place."""
+        return self._collectives.all_reduce(tensor, note)
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Trainer 0's `tensor` becomes everybody's, in place."""
+        self._collectives.broadcast(tensor, note)
+
+    def join(self) -> None:
+        """Joins the trainers' process group now and not at the first collective; all trainers must."""
+        self._collectives.join()
+
+    def progress(self, step: int, node: str) -> None:
+        """Notes how far this role is."""
+        self._heartbeat.progress(step, node)
+
+    def late(self, peers: list[Address]) -> str:
+        """Who among `peers` is silent or behind, as a sentence for an error."""
+        return self._heartbeat.late(peers)
+
+    def watch(self) -> None:
+        """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""
+        if self._heartbeat.failed is not None:
+            raise PeerLost(f"{self.me} cannot go on: {self._heartbeat.failed}")
+        if self._heartbeat.store_lost is not None:
+            at = self._place.store
+            raise PeerLost(
+                f"{self.me} cannot go on: the job's store at {at} is gone, so the process that "
+                f"hosts it has ended; see its output ({self._heartbeat.store_lost})"
+            )
+        for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
+            if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
+                raise PeerLost(f"{self.me} lost its connection to {server}: {self.late([server])}")
+            # A server may end before another server; a trainer is served until it leaves.
+            self._poller.unregister(self._monitors.pop(server))
+            self._ended.add(server)
+
+    def close(self) -> None:
+        """Sends what is queued, for at most `deadlines.linger` seconds, and frees everything."""
+        if self._closed:
+            return
+        self._closed = True
+        self._collectives.close()
+        self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone
+        linger = round(1000 * self._deadlines.linger)
+        for dealer in self._dealers.values():
+            dealer.disable_monitor()
+        for socket in self._sockets:
+            socket.close(linger)
+        if self._binding is not None:
+            self._binding.close()
+        if self._own_context:
+            self._context.term()
+
+    def _start(self, rendezvous: Rendezvous, embedded: bool) -> None:
+        if self.me.kind is Kind.TRAINER:
+            publish(self._store, self.me, Endpoint())
+            self._connect(self._servers)
+            return
+        router = self._socket(zmq.ROUTER)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._token = secrets.token_hex(16)
+        self._visitors = {identity(peer, self._token): peer for peer in self._everyone}
+        self._binding = Binding.bound(router, self.me, rendezvous, embedded)
+        self._poller.register(router, zmq.POLLIN)
+        publish(self._store, self.me, Endpoint(self._binding.url, self._token))
+
+    def _connect(self, servers: Sequence[Address]) -> None:
+        found = look_up(self._store, self.me, servers, self._everyone, self._deadlines.join)
+        for server, endpoint in found.items():
+            dealer = self._socket(zmq.DEALER)
+            dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))
+            monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            dealer.connect(endpoint.url)
+            self._sockets.append(monitor)
+            self._dealers[server], self._monitors[server], self._peers[dealer] = dealer, monitor, server
+            self._poller.register(dealer, zmq.POLLIN)
+            self._poller.register(monitor, zmq.POLLIN)
+
+    def _dealer(self, server: Address) -> zmq.Socket:
+        if server in self._ended:
+            raise PeerLost(f"{self.me} cannot send to {server}: {self.late([server])}")
+        if server not in self._dealers:
+            self._connect([server])
+        return self._dealers[server]
+
+    def _socket(self, kind: zmq.SocketType) -> zmq.Socket:
+        socket = self._context.socket(kind)
+        self._sockets.append(socket)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, CHUNK_NBYTES)
+        socket.setsockopt(zmq.IPV6, 1)
+        return socket
+
+    def _poll(self, seconds: float) -> None:
+        monitors = set(self._monitors.values())
+        ready = self._poller.poll(math.ceil(1000 * seconds))
+        if ready and all(socket in monitors for socket, _ in ready):
+            ready = self._poller.poll(0)  # the last words of who is lost came before the loss
+        self._ready.extend(socket for socket, _ in ready if socket not in monitors)
+
+    def _take(self, socket: zmq.Socket) -> tuple[Address, Message] | None:
+        frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
+        peer = self._peers.get(socket)
+        if peer is None:
+            visitor = bytes(frames.pop(0))
+            peer = self._visitors.get(visitor)
+            if peer is None:
+                log.warning("%s drops a message from a stranger that calls itself %r", self.me, visitor[:80])
+                return None
+        try:
+            return peer, decode(frames, self.limit)
+        except WireError as error:
+            raise WireError(f"{self.me} cannot read a message from {peer}: {error}") from error
+
+
+def identity(me: Address, token: str) -> bytes:
+    """How `me` calls itself to the server that published `token`: b"trainer 0 5f2a..."."""
+    return f"{me} {token}".encode()

@@ -1,0 +1,39 @@
+"""A program as stable text, and back: what a person reads, a golden file holds and a bug report shows.
+
+    program
+
+    param  "fc.weight": f32[4,3] sparse aliases ["out.weight"]
+    state  "fc.weight.exp_avg": f32[4,3] of "fc.weight"
+    hyper  "optimizer.0.momentum": host float
+    guard  "momentum != 0" momentum = "optimizer.0.momentum"
+
+    %v_fc_weight: f32[4,3] = read "fc.weight"
+    %v_momentum: host float = read "optimizer.0.momentum" as "v_momentum"
+
+    %t: f32[3,4] strides [1,3] = aten.t.default(%v_fc_weight)
+    %pow_1: host float = operator.pow(%v_momentum, 2.0)
+
+    write "fc.weight" = %sub
+
+One line is one variable, guard, node or result, in the program's order; names are the graph's own. Strides
+are shown where they are not those of a contiguous tensor, a device where it is not the CPU, `as` where a
+placeholder's target is not the mangled name. Empty lines and lines that begin with `#` mean nothing. Of a
+node's meta, "val" and "variable" are kept.
+"""
+
+from syncwright.text.diff import diff
+from syncwright.text.read import parse
+from syncwright.text.words import TextError, op_name, quote, target_text
+from syncwright.text.write import to_text, type_text, variable_type_text
+
+__all__ = [
+    "TextError",
+    "diff",
+    "op_name",
+    "parse",
+    "quote",
+    "target_text",
+    "to_text",
+    "type_text",
+    "variable_type_text",
+]

@@ -1,0 +1,161 @@
+"""From text to a program."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
+
+from syncwright.program import Guard, Program, Role, Variable, mangle
+from syncwright.text.line import Line
+from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
+
+_NODE = r"%\w+"
+_ROLES = {role.value: role for role in Role}
+
+
+def parse(text: str) -> Program:
+    """The program that `to_text` wrote: same names, variables, guards and ops; fake tensors of one mode.
+
+    Raises TextError with the line's number, what was found and what was expected.
+    """
+    lines = [Line(number, line) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [line for line in lines if line.peek() and not line.peek().startswith("#")]
+    if not lines:
+        raise TextError("line 1: found no text, expected `program`; print one with to_text")
+    lines[0].take("program")
+    lines[0].end()
+    reader = _Reader()
+    for line in lines[1:]:
+        reader.read(line)
+        line.end()
+    reader.graph.output(reader.results)
+    return Program(reader.graph, reader.variables, tuple(reader.guards))
+
+
+class _Reader:
+    """What has been read of a program so far; it grows line by line."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.mode = FakeTensorMode()
+        self.variables: dict[str, Variable] = {}
+        self.guards: list[Guard] = []
+        self.nodes: dict[str, Node] = {}
+        self.results: dict[str, Node] = {}
+
+    def read(self, line: Line) -> None:
+        word = line.peek()
+        if word.startswith("%"):
+            self._read_node(line)
+        elif word in _ROLES:
+            variable = _read_variable(line, self.variables)
+            self.variables[variable.name] = variable
+        elif word == "guard":
+            self.guards.append(_read_guard(line))
+        elif line.accept("write"):
+            name = line.fresh('"', "a variable", self.results)
+            line.take("=")
+            self.results[name] = self._read_use(line)
+        else:
+            line.fail("a role (param, state, ...), `guard`, a node (%name) or `write`")
+
+    def _read_node(self, line: Line) -> None:
+        name = line.fresh(_NODE, "a node (%name)", self.nodes)
+        meta: dict[str, object] = {"val": self._read_type(line)} if line.accept(":") else {}
+        line.take("=")
+        if line.accept("read"):
+            variable = line.string("a variable")
+            meta["variable"] = variable
+            target = line.string("a placeholder's target") if line.accept("as") else mangle(variable)
+            node = self.graph.create_node("placeholder", target, (), {}, name[1:])
+        else:
+            op = line.op()
+            args, kwargs = self._read_arguments(line)
+            node = self.graph.create_node("call_function", op, args, kwargs, name[1:])
+        if f"%{node.name}" != name:
+            line.at = 0
+            line.fail(f"a name that Python leaves free, such as %{node.name}")
+        node.meta = meta
+        self.nodes[name] = node
+
+    def _read_arguments(self, line: Line) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
+        args: list[Argument] = []
+        kwargs: dict[str, Argument] = {}
+        line.take("(")
+        while not line.accept(")"):
+            if line.peek(1) == "=":
+                key = line.fresh(r"\w+", "an argument's name", kwargs)
+                line.take("=")
+                kwargs[key] = self._read_value(line)
+            else:
+                args.append(self._read_value(line))
+            line.separator(")")
+        return tuple(args), kwargs
+
+    def _read_value(self, line: Line) -> Argument:
+        match line.peek()[:1]:
+            case "%":
+                return self._read_use(line)
+            case '"':
+                return line.string("a string")
+            case "[" | "(":
+                return line.sequence(lambda: self._read_value(line))
+        return line.constant()
+
+    def _read_use(self, line: Line) -> Node:
+        return line.choose(self.nodes, "a node that stands above")
+
+    def _read_type(self, line: Line) -> object:
+        if line.peek() in ("[", "("):
+            return line.sequence(lambda: self._read_type(line))
+        if line.accept("None"):
+            return None
+        if line.accept("host"):
+            return line.choose(HOST_TYPES, "float, int or bool")
+        dtype, sizes = _read_sizes(line)
+        strides = line.sizes() if line.accept("strides") else contiguous_strides(sizes)
+        device = line.device() if line.accept("on") else torch.device("cpu")
+        with self.mode:
+            return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+
+
+def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
+    role = line.choose(_ROLES, "a role")
+    name = line.fresh('"', "a variable", known)
+    line.take(":")
+    if line.accept("host"):
+        dtype, shape = line.choose(HOST_DTYPES, "float, int or bool"), ()
+    else:
+        dtype, shape = _read_sizes(line)
+    of = line.string("a parameter") if line.accept("of") else None
+    sparse = line.accept("sparse")
+    aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
+    whole = line.string("a variable") if line.accept("whole") else None
+    part = _read_part(line) if line.accept("rows") else None
+    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part)
+
+
+def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:
+    return line.choose(DTYPES, "a type (f32[3,4], i64[], host float)"), line.sizes()
+
+
+def _read_part(line: Line) -> tuple[int, int]:
+    start = line.at
+    rows = line.sizes()
+    if len(rows) != 2:
+        line.at = start
+        line.fail("the first row and the row behind the last, such as [0,128]")
+    return rows[0], rows[1]
+
+
+def _read_guard(line: Line) -> Guard:
+    line.take("guard")
+    expression = line.string("a condition")
+    pairs: list[tuple[str, str]] = []
+    while line.peek():
+        symbol = line.match(r"[^\W\d]\w*", "a symbol of the condition")
+        line.take("=")
+        pairs.append((symbol, line.string("a variable")))
+    return Guard(expression, tuple(symbol for symbol, _ in pairs), tuple(name for _, name in pairs))
