@@ -243,11 +243,18 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
     for _, tensor in ordered[1:]:
         total = total + tensor
     if channel.merge == "mean":
-        weight = sum(w for w, _ in ordered) / trainers
-        if weight == 0:
-            return total
-        if weight != 1:
+        weight = _sum_of_weights([w for w, _ in ordered], total.dtype) / trainers
+        if weight not in (0, 1):
             total = total / weight
+    return total
+
+
+def _sum_of_weights(weights: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """Added as collectives add them, in float64 only for float64 values: so servers and replicas agree to the bit."""
+    precision = torch.float64 if dtype is torch.float64 else torch.float32
+    total = torch.tensor(weights[0], dtype=precision)
+    for weight in weights[1:]:
+        total = total + torch.tensor(weight, dtype=precision)
     return total
 
 
