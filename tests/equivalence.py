@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 
 import torch
@@ -37,8 +37,8 @@ PLANS: Mapping[str, Mapping[str, object]] = {
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PARTS = {1: (2,), 2: (2, 2), 3: (2, 2, 2)}
-RAGGED = {2: (3, 2), 3: (3, 2, 2)}
-IDLE = (1, 1, 0)
+RAGGED = (3, 2, 2)
+IDLE = (2, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class Case:
 
 
 Values = dict[str, torch.Tensor]
+Mean = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,15 +86,37 @@ class Outcome:
     values: Values
     losses: tuple[torch.Tensor, ...]
 
+    def all(self) -> Values:
+        return self.values | {f"loss of step {i}": loss for i, loss in enumerate(self.losses)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class References:
+    """What a case is compared with.
+
+    whole   the concatenated batch; None where something in the step mixes examples or draws numbers
+    floors  how far two references in plain PyTorch are apart, per variable: split from whole; without whole, split from
+            itself with every averaged gradient moved by one rounding (the farthest of three such moves)
+    """
+
+    split: Outcome
+    whole: Outcome | None
+    floors: Mapping[str, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one variable is from a reference, relative to the reference's largest element; the limit and the floor."""
+    """How far one variable is from a reference, relative to the reference's largest element."""
 
     variable: str
     found: float
     limit: float
     floor: float
+
+    @property
+    def share(self) -> float:
+        """Of the limit; where bit-equality is the limit, 0 or infinite."""
+        return self.found / self.limit if self.limit else float("inf") if self.found else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +144,19 @@ class Laboratory:
         self.dtype = DTYPES[family.dtype]
         self.captured: list[tuple[tuple[int, ...], Captured]] = []
         self._prepared: dict[tuple, Prepared] = {}
-        self._references: dict[tuple, tuple[Outcome, Outcome | None]] = {}
+        self._references: dict[tuple, References] = {}
 
     def judge(self, case: Case) -> Verdict:
         """Runs a case and compares it with the references."""
         exact, outcome = self.run(case)
-        return judge(case, exact, outcome, *self.references(case))
+        return judge(case, exact, outcome, self.references(case))
 
     def run(self, case: Case) -> tuple[bool, Outcome]:
         """Whether bit-equality is due, and what the job ends with."""
         model, optimizer = self._objects()
         losses = []
         with _scheduled(optimizer, case.schedule) as advance:
-            job = loopback(
-                self.step, model, optimizer, plan=case.plan, trainers=len(case.parts), servers=case.servers
-            )
+            job = loopback(self.step, model, optimizer, plan=case.plan, trainers=len(case.parts), servers=case.servers)
             job.programs = _SharedPrograms(self, case, self.step, job.binding, optimizer)
             for parts in self._batches(case):
                 losses.append(job.step(parts))
@@ -144,13 +165,16 @@ class Laboratory:
         job.sync()
         return self._is_exact(job), Outcome(_values(job.binding), tuple(losses))
 
-    def references(self, case: Case) -> tuple[Outcome, Outcome | None]:
-        """Split, and concatenated where that is a reference."""
+    def references(self, case: Case) -> References:
         key = (case.parts, case.schedule)
         if key not in self._references:
             split = self._reference(case, SplitTrainer)
-            whole = None if self.entry.mixes else self._reference(case, WholeTrainer)
-            self._references[key] = (split, whole)
+            if self.entry.mixes:
+                nudged = [self._reference(case, partial(SplitTrainer, nudge=n)) for n in _nudges(self.dtype)]
+                self._references[key] = References(split, None, _floors(split, nudged))
+            else:
+                whole = self._reference(case, WholeTrainer)
+                self._references[key] = References(split, whole, _floors(split, [whole]))
         return self._references[key]
 
     def prepare(self, case: Case, batch: tuple, hypers: Mapping[str, float]) -> Prepared:
@@ -183,7 +207,7 @@ class Laboratory:
         for x, y in zoo.make_batches(self.family.model, self.dtype, sum(case.parts), STEPS):
             yield list(zip(x.split(case.parts), y.split(case.parts), strict=True))
 
-    def _reference(self, case: Case, kind: type) -> Outcome:
+    def _reference(self, case: Case, kind: Callable[..., SplitTrainer | WholeTrainer]) -> Outcome:
         model, optimizer = self._objects()
         trainer = kind(self.step, model, optimizer, case.parts)
         with _scheduled(optimizer, case.schedule) as advance:
@@ -195,7 +219,8 @@ class Laboratory:
 
     def _is_exact(self, job: Loopback) -> bool:
         assert job.job is not None, "the job has run"
-        return not combines_pieces(self.captured[0][1].program, job.job)
+        combined = combines_pieces(self.captured[0][1].program, job.job)
+        return not combined and self.family.optimizer not in zoo.ROUNDED
 
 
 class _SharedPrograms(Programs):
@@ -212,8 +237,8 @@ class _SharedPrograms(Programs):
 class SplitTrainer:
     """The N parts one after another from the same values, each with its trainer's random stream; one update."""
 
-    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts: tuple[int, ...]):
-        self.user_step, self.model, self.optimizer = step, model, optimizer
+    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts, nudge: float = 1.0):
+        self.user_step, self.model, self.optimizer, self.nudge = step, model, optimizer, nudge
         self.nominal = parts[0] or 1
         self.streams = [random_stream(k) for k in range(len(parts))]
 
@@ -228,8 +253,8 @@ class SplitTrainer:
         mean = _mean_of([weight for weight, *_ in kept], len(parts), self._wide())
         for name, parameter in self.model.named_parameters():
             given = [gradients[name] for _, _, gradients, _ in kept if name in gradients]
-            parameter.grad = mean(given) if given else None
-        self._load_buffers({n: mean([b[n] for *_, b in kept]) if before[n].is_floating_point() else kept[0][3][n] for n in before})
+            parameter.grad = mean(given).mul_(self.nudge) if given else None
+        self._load_buffers({name: self._merged([b[name] for *_, b in kept], mean) for name in before})
         self.user_step.update(self.model, self.optimizer)
         return mean([loss for _, loss, *_ in kept])
 
@@ -238,6 +263,9 @@ class SplitTrainer:
             loss = self.user_step.gradients(self.model, self.optimizer, *part).detach()
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         return loss, gradients, {n: b.clone() for n, b in self.model.named_buffers()}
+
+    def _merged(self, given: list[torch.Tensor], mean: Mean) -> torch.Tensor:
+        return mean(given) if given[0].is_floating_point() else given[0]
 
     @contextmanager
     def _stream(self, rank: int) -> Iterator[None]:
@@ -259,7 +287,7 @@ class SplitTrainer:
 class WholeTrainer:
     """The concatenated batch at once."""
 
-    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts: tuple[int, ...]):
+    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts):
         self.user_step, self.model, self.optimizer = step, model, optimizer
 
     def step(self, parts: Sequence[zoo.Batch]) -> torch.Tensor:
@@ -267,10 +295,20 @@ class WholeTrainer:
         return self.user_step(self.model, self.optimizer, x, y).detach()
 
 
-def _mean_of(weights: list[float], trainers: int, wide: torch.dtype):
-    """The weighted mean of SEMANTICS section 1: scaled by weight / trainers, added in order, divided by what is left."""
+def _nudges(dtype: torch.dtype) -> list[float]:
+    eps = torch.finfo(dtype).eps
+    return [1 + eps, 1 - eps, 1 + 2 * eps]
+
+
+def _floors(split: Outcome, others: Sequence[Outcome]) -> Mapping[str, float]:
+    found = [differences(split.all(), other.all()) for other in others]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def _mean_of(weights: list[float], trainers: int, wide: torch.dtype) -> Mean:
+    """The weighted mean of SEMANTICS section 1: scaled by weight / trainers, added in order, divided."""
     if trainers == 1:
-        return lambda values: values[0]
+        return lambda values: values[0].clone()
     total = reduce(torch.add, [torch.tensor(w, dtype=wide) for w in weights]) / trainers
 
     def mean(values: list[torch.Tensor]) -> torch.Tensor:
@@ -297,26 +335,19 @@ def combines_pieces(program: Program, job: Job) -> bool:
     )
 
 
-def judge(case: Case, exact: bool, outcome: Outcome, split: Outcome, whole: Outcome | None) -> Verdict:
+def judge(case: Case, exact: bool, outcome: Outcome, references: References) -> Verdict:
     """SEMANTICS section 0."""
-    floors = differences(split.values, whole.values) if whole is not None else {}
-    tolerance = TOLERANCE[DTYPES[case.family.dtype]]
-    found: list[Difference] = []
-    for name, value in differences(outcome.values, split.values).items():
-        floor = floors.get(name, 0.0)
-        found.append(Difference(name, value, 0.0 if exact else max(tolerance, 3 * floor), floor))
-    if whole is not None:
-        for name, value in differences(outcome.values, whole.values).items():
-            found.append(Difference(name, value, max(tolerance, 3 * floors[name]), floors[name]))
-    found += _loss_differences(outcome, split, 0.0 if exact else tolerance)
-    worst = max(found, key=lambda d: (d.found > d.limit, d.found / d.limit if d.limit else d.found))
-    failure = "" if worst.found <= worst.limit else _failure(worst)
-    return Verdict(case, exact, worst, failure)
-
-
-def _loss_differences(outcome: Outcome, split: Outcome, limit: float) -> list[Difference]:
-    pairs = zip(outcome.losses, split.losses, strict=True)
-    return [Difference(f"loss of step {i}", relative(a, b), limit, 0.0) for i, (a, b) in enumerate(pairs)]
+    tolerance, floors = TOLERANCE[DTYPES[case.family.dtype]], references.floors
+    limits = {name: max(tolerance, 3 * floor) for name, floor in floors.items()}
+    found = [
+        Difference(name, value, 0.0 if exact else limits[name], floors[name])
+        for name, value in differences(outcome.all(), references.split.all()).items()
+    ]
+    if references.whole is not None:
+        apart = differences(outcome.all(), references.whole.all())
+        found += [Difference(name, value, limits[name], floors[name]) for name, value in apart.items()]
+    worst = max(found, key=lambda d: (d.share, d.found))
+    return Verdict(case, exact, worst, "" if worst.found <= worst.limit else _failure(worst))
 
 
 def _failure(worst: Difference) -> str:

@@ -166,6 +166,10 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module], OptimizerTree]] = {
     "SGD-nesterov": _plain(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
 }
 
+ROUNDED = frozenset({"ASGD", "RAdam"})
+"""Optimizers that branch on a count in their state: captured as torch's own `capturable` arithmetic, which rounds
+differently from the eager one. Equal to one device up to rounding, never asked to be bit-equal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
