@@ -65,6 +65,8 @@ def test_under_torchrun_all_are_trainers_and_host_servers() -> None:
     by_hand = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     assert membership(by_hand).store.hosted_by is Host.TRAINER_0
     assert not membership(by_hand).one_host
+    assert membership({**by_hand, "MASTER_ADDR": "127.0.0.1"}).one_host
+    assert membership({**by_hand, "SYNCWRIGHT_HOST": "10.0.0.1"}).address == "10.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -105,9 +107,7 @@ def test_the_error_names_who_is_missing() -> None:
 
 def test_a_store_that_is_not_there_is_named() -> None:
     place = membership({**LAUNCHER, "SYNCWRIGHT_STORE": "127.0.0.1:9"})
-    with pytest.raises(
-        DeadlineExceeded, match=r"could not reach the job's store at 127\.0\.0\.1:9 within 0\.2 s"
-    ):
+    with pytest.raises(DeadlineExceeded, match=r"could not reach the job's store at 127\.0\.0\.1:9 within 0\.2 s"):
         Rendezvous(place, 0, seconds=0.2).client()
 
 

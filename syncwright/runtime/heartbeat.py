@@ -12,7 +12,7 @@ import msgspec
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import FAILED, Rendezvous
+from syncwright.runtime.rendezvous import FAILED, Rendezvous, names
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -75,6 +75,21 @@ class Heartbeat:
             return "; ".join(sentence for sentence in said if sentence)
         return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
+    def lost(self, peers: Sequence[Address]) -> str:
+        """Who among `peers` is gone, after a connection broke: the launcher's word, or who beats no more.
+
+        Waits for up to three beats: a process that has just died looks alive before.
+        """
+        before = {peer: self._read(peer) for peer in peers}
+        deadline = time.monotonic() + 3 * self._every
+        while self.failed is None and self.store_lost is None and time.monotonic() < deadline:
+            self._stop.wait(0.05 * self._every)
+        if self.failed is not None or self.store_lost is not None:
+            return self.failed or f"the job's store is gone too ({self.store_lost})"
+        gone = [(peer, beat) for peer, beat in before.items() if beat and self._read(peer) == beat]
+        said = [f"{_who(peer, beat)} is gone, last at {_place(beat)}" for peer, beat in gone]
+        return "; ".join(said) or f"{names(peers)} cannot be reached, but still beats"
+
     def close(self) -> None:
         """Writes the last beat, which says that this role ended in good order. Safe to call twice."""
         if self._stop.is_set():
@@ -113,7 +128,7 @@ class Heartbeat:
     def _about(self, peer: Address, beat: Beat | None, alive: bool) -> str:
         if beat is None:
             return f"{peer} has never been heard of"
-        who = f"{peer} (pid {beat.pid} on {beat.host})"
+        who = _who(peer, beat)
         if beat.ended:
             return f"{who} has ended, at {_place(beat)}"
         if self._old(beat) and not alive:
@@ -126,6 +141,10 @@ class Heartbeat:
 def _read(store: Store, peer: Address) -> Beat | None:
     key = f"beat/{peer}"
     return msgspec.json.decode(store.get(key), type=Beat) if store.check([key]) else None
+
+
+def _who(peer: Address, beat: Beat) -> str:
+    return f"{peer} (pid {beat.pid} on {beat.host})"
 
 
 def _place(beat: Beat) -> str:

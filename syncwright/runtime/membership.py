@@ -49,6 +49,7 @@ class Membership:
     local_rank   number of this trainer on its host (picks its device); of this server among servers
     one_host     all processes are on this host
     store        where the job's store listens
+    address      by which other hosts reach this one, where SYNCWRIGHT_HOST says so; None: found by trial
     attempt      tells a restarted job from the one before, on the same store
     sockets      a private folder that outlives this process and is removed by its owner; None: make one
     """
@@ -60,6 +61,7 @@ class Membership:
     local_rank: int
     one_host: bool
     store: StoreAddress
+    address: str | None = None
     attempt: str = "0"
     sockets: Path | None = None
 
@@ -111,10 +113,11 @@ def _from_launcher(environment: Mapping[str, str]) -> Membership:
         me,
         trainers,
         servers,
-        environment.get("SYNCWRIGHT_HOST", socket.gethostname()),
+        socket.gethostname(),
         me.rank,
         one_host=_is_loopback(host),
         store=StoreAddress(host, int(port), Host.OTHER),
+        address=environment.get("SYNCWRIGHT_HOST"),
         sockets=Path(environment["SYNCWRIGHT_SOCKETS"]) if "SYNCWRIGHT_SOCKETS" in environment else None,
     )
 
@@ -129,14 +132,15 @@ def _from_torchrun(environment: Mapping[str, str]) -> Membership:
         me,
         trainers,
         0,
-        environment.get("SYNCWRIGHT_HOST", socket.gethostname()),
+        socket.gethostname(),
         _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else me.rank,
-        one_host=local == trainers or trainers == 1,
+        one_host=trainers in (1, local) or _is_loopback(_text(environment, "MASTER_ADDR")),
         store=StoreAddress(
             _text(environment, "MASTER_ADDR"),
             _number(environment, "MASTER_PORT"),
             Host.OTHER if agent else Host.TRAINER_0,
         ),
+        address=environment.get("SYNCWRIGHT_HOST"),
         attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 

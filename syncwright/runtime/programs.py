@@ -16,8 +16,11 @@ from syncwright.capture.state import Binding
 from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.lower import lower
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
 from syncwright.program import Program
+from syncwright.runtime import inductor
+from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor
 
 log = logging.getLogger("syncwright")
@@ -30,7 +33,7 @@ class Prepared:
 
     captured: Captured
     job: Job
-    phases: Mapping[str, Executor]
+    phases: Mapping[str, Executor | CompiledExecutor]
 
 
 class Programs:
@@ -74,11 +77,23 @@ class Programs:
         captured = capture_step(self._step, self._binding, self._optimizer, batch)
         if self._plan is None:
             self._plan = self._make_plan(captured.program)
-        job = lower(captured.program, self._plan, self._without)
+        compiled = self._compiles()
+        job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
         again = "again, for another shape or setting" if self._kept else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
-        return Prepared(captured, job, {name: Executor(p) for name, p in job.trainer.items()})
+        phases: dict[str, Executor | CompiledExecutor] = {name: Executor(p) for name, p in job.trainer.items()}
+        if compiled:
+            began = time.perf_counter()
+            phases["step"] = CompiledExecutor(job.trainer["step"])
+            log.info("compiled the step in %.1f s", time.perf_counter() - began)
+        return Prepared(captured, job, phases)
+
+    def _compiles(self) -> bool:
+        if self._compile == "auto":
+            self._compile = inductor.is_available()
+            log.info("the step is %s", "compiled" if self._compile else "interpreted: there is no C++ compiler")
+        return bool(self._compile)
 
     def _check_structure(self, batch: tuple) -> None:
         structure = pytree.tree_structure(batch)

@@ -9,10 +9,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
-from syncwright.errors import BatchError
+from syncwright.errors import BatchError, JobError
 from syncwright.job import Job
+from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, WEIGHT
-from syncwright.program import Role
+from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.programs import Prepared
@@ -35,6 +36,8 @@ class Replica:
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
         self.step_count = 0
         self.nominal = 1.0
+        self._layout: Prepared | None = None
+        self._parts: dict[str, list[Variable]] = {}
         served = {v.whole or v.name for v in job.held.values()}
         self.values: dict[str, object] = {
             name: value.detach().clone() if isinstance(value, torch.Tensor) else value
@@ -48,6 +51,7 @@ class Replica:
 
         A part without examples runs the `idle` program and returns the reduced values with the others.
         """
+        self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
         executor = prepared.phases[phase]
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
@@ -56,14 +60,60 @@ class Replica:
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
-        self.values.update({name: value for name, value in results.items() if name in self.values})
+        self._keep(results)
         self.step_count += 1
         return _returned(prepared, results)
+
+    def _adopt(self, prepared: Prepared) -> None:
+        """Lays variables out as the program has them: those that a flat one stands for become views of it."""
+        if prepared is self._layout:
+            return
+        self._layout = prepared
+        program = prepared.phases["step"].program
+        self._parts = flat_parts(program)
+        for name, parts in self._parts.items():
+            flat = program.variables[name]
+            if not flat.shape:
+                self._check_equal(name, parts)
+                continue
+            first = self.values[parts[0].name]
+            assert isinstance(first, torch.Tensor), "flat variables are tensors"
+            joined = torch.zeros(flat.shape, dtype=flat.dtype, device=first.device)
+            for part in parts:
+                view = joined[slice(*part.part)].view(part.shape)  # type: ignore[misc]
+                self.values[part.name] = view.copy_(self.values[part.name])  # type: ignore[arg-type]
+            self.values[name] = joined
+
+    def _check_equal(self, name: str, parts: list[Variable]) -> None:
+        """State that one of many stands for (step counts) must be equal for all."""
+        apart = [p.name for p in parts if self.values[p.name] != self.values[name]]
+        if apart:
+            raise JobError(
+                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them needs "
+                "them equal. Expected parameters of one optimizer to have made the same number of steps. "
+                "Give distribute(..., compile=False)."
+            )
+
+    def _keep(self, results: Mapping[str, object]) -> None:
+        for name, value in results.items():
+            if name not in self.values:
+                continue
+            old = self.values[name]
+            if name in self._parts and isinstance(old, torch.Tensor) and old.shape:
+                if old is not value:
+                    old.copy_(value)  # type: ignore[arg-type]
+                continue
+            self.values[name] = value
+            for part in self._parts.get(name, ()):
+                self.values[part.name] = value
 
     def reload(self) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new."""
         values = self.binding.values()
-        self.values = {n: v.detach().clone() if isinstance(v := values[n], torch.Tensor) else v for n in self.values}
+        self.values = {
+            n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in self.values
+        }
+        self._layout = None
         self.step_count += 1
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:

@@ -86,7 +86,7 @@ class SocketTransport:
         self._closed = False
         self._store = rendezvous.client()
         self._heartbeat = Heartbeat(me, rendezvous)
-        self._collectives = Collectives(me, rendezvous, self._deadlines.wait, self.watch, self.late)
+        self._collectives = Collectives(me, rendezvous, self._deadlines.wait, self._heartbeat, self.watch)
         try:
             self._start(rendezvous, embedded=rendezvous.place.alone and context is not None)
         except BaseException:
@@ -156,7 +156,8 @@ class SocketTransport:
             )
         for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
             if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
-                raise PeerLost(f"{self.me} lost its connection to {server}: {self.late([server])}")
+                lost = self._heartbeat.lost([server])
+                raise PeerLost(f"{self.me} lost its connection to {server}: {lost}")
             # A server may end before another server; a trainer is served until it leaves.
             self._poller.unregister(self._monitors.pop(server))
             self._ended.add(server)
@@ -197,6 +198,7 @@ class SocketTransport:
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))
             monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            dealer.setsockopt(zmq.IPV6, endpoint.url.startswith("tcp://["))
             dealer.connect(endpoint.url)
             self._sockets.append(monitor)
             self._dealers[server], self._monitors[server], self._peers[dealer] = dealer, monitor, server
@@ -216,7 +218,6 @@ class SocketTransport:
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, CHUNK_NBYTES)
-        socket.setsockopt(zmq.IPV6, 1)
         return socket
 
     def _poll(self, seconds: float) -> None:

@@ -1,0 +1,222 @@
+"""How the driver measures: starts in rounds, then blocks of steps in rounds, one contestant at a time.
+
+Between its turns a contestant's processes sleep on a socket. A contestant that cannot run or fails is
+recorded with the reason and left out of what follows; it never stops the others.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import crew
+from bench.contestants import Contestant, Kind
+from bench.crew import BenchError, Child, Unavailable
+
+# Whose first losses a contestant's must equal. Who trains without its peers can equal only one who is alone.
+LOSS_REFERENCE = {
+    Kind.OURS: "ddp-compile",
+    Kind.PEER: "ddp-compile",
+    Kind.LIMIT: "alone",
+    Kind.APART: "alone",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """repeats  timed blocks per contestant
+    seconds  what one block should last
+    starts   how often every contestant is started (each time with a cold and a warm cache if it compiles)
+    warmup   steps before the first block, the first excluded; at least 8
+    patience seconds that any one answer may take: a cold compile is the longest
+    """
+
+    repeats: int
+    seconds: float
+    starts: int
+    warmup: int
+    patience: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one contestant has shown so far. Changes as rounds go by."""
+
+    contestant: Contestant
+    status: str = "measured"
+    first_step_seconds: dict[str, list[float]] = field(default_factory=lambda: {"cold": [], "warm": []})
+    seconds_per_step: list[float] = field(default_factory=list)
+    steps_per_block: int = 0
+    losses: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+    crew: list[Child] = field(default_factory=list)
+
+    def result(self) -> dict:
+        """As the report and the JSON file take it."""
+        return {
+            "status": self.status,
+            "kind": self.contestant.kind.value,
+            "processes": self.contestant.processes,
+            "first_step_seconds": self.first_step_seconds,
+            "seconds_per_step": self.seconds_per_step,
+            "steps_per_block": self.steps_per_block,
+            "losses": self.losses,
+            "loss_reference": LOSS_REFERENCE[self.contestant.kind],
+            "peak_mb": self.peak_mb,
+        }
+
+
+def measure(
+    workload: str, contestants: Sequence[Contestant], settings: Settings, say: Say
+) -> dict[str, dict]:
+    """Everything about one workload, by contestant. All processes have ended when this returns or raises."""
+    everyone = [Measured(contestant) for contestant in contestants]
+    folder = Path(tempfile.mkdtemp(prefix="dense-"))
+    try:
+        for round_ in range(settings.starts):
+            start_round(workload, everyone, settings, folder, round_, say)
+        for round_ in range(settings.repeats):
+            block_round(workload, everyone, settings, round_, say)
+        attempt_all(everyone, lambda one: record_memory(one, settings), say)
+        crew.end(processes(everyone))
+    except BaseException:
+        crew.end(processes(everyone), patience=2.0)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {one.contestant.name: one.result() for one in everyone}
+
+
+def processes(everyone: Sequence[Measured]) -> list[Child]:
+    return [child for one in everyone for child in one.crew]
+
+
+def bare_memory(workload: str, settings: Settings) -> dict:
+    """Peak MiB of a process that only imported torch and built the model; again with Inductor imported."""
+    with tempfile.TemporaryDirectory(prefix="dense-") as folder:
+        child = crew.spawn("bare", "bench.bare", ["--workload", workload], Path(folder), {})
+        try:
+            (answer,) = crew.wait([child], "bare", settings.patience)
+        finally:
+            crew.end([child])
+    return {key: answer[key] for key in ("bare_mb", "with_inductor_mb", "parameters")}
+
+
+def measure_update(repeats: int, count: int, settings: Settings, say: Say) -> dict:
+    """Seconds per optimizer update alone, by name, every repeat; and why a name is missing."""
+    with tempfile.TemporaryDirectory(prefix="dense-") as folder:
+        child = crew.spawn("update", "bench.update", [], Path(folder), {})
+        try:
+            (prepared,) = crew.wait([child], "prepared", settings.patience)
+            seconds: dict[str, list[float]] = {}
+            for repeat in range(repeats):
+                (answer,) = crew.ask([child], {"ask": "repeat", "count": count}, settings.patience)
+                for name, value in answer["seconds"].items():
+                    seconds.setdefault(name, []).append(value)
+                shown = "  ".join(f"{name} {1e3 * value:.2f}" for name, value in answer["seconds"].items())
+                say(f"update repeat {repeat + 1}/{repeats}, ms: {shown}")
+        finally:
+            crew.end([child])
+    return {"seconds": seconds, "missing": prepared["missing"]}
+
+
+# --- rounds --------------------------------------------------------------------------------------------
+
+
+def attempt_all(
+    everyone: Sequence[Measured], act: Callable[[Measured], None], say: Say, seed: int | None = None
+) -> None:
+    """Let everyone still in the race act, in an order drawn from `seed`; who fails is out."""
+    runners = [one for one in everyone if one.status == "measured"]
+    if seed is not None:
+        random.Random(seed).shuffle(runners)
+    for one in runners:
+        try:
+            act(one)
+        except BenchError as error:
+            reason = str(error).replace(f"{crew.ROOT}{os.sep}", "")
+            one.status = f"{'not available' if isinstance(error, Unavailable) else 'failed'}: {reason}"
+            say(f"{one.contestant.name}: {one.status}")
+            crew.end(one.crew, patience=1.0)
+            one.crew = []
+
+
+def start_round(
+    workload: str, everyone: Sequence[Measured], settings: Settings, folder: Path, round_: int, say: Say
+) -> None:
+    """Start everyone once more; after the last round the processes stay, warmed up."""
+    stays = round_ == settings.starts - 1
+
+    def act(one: Measured) -> None:
+        cache = folder / f"cache-{one.contestant.name}-{round_}"
+        if one.contestant.compiles:
+            begin(one, workload, "cold", cache, folder, settings)
+            crew.end(one.crew)
+        begin(one, workload, "warm", cache, folder, settings)
+        cold, warm = (times[-1:] for times in one.first_step_seconds.values())
+        shown = f"cold {cold[0]:.1f} s, warm {warm[0]:.1f} s" if cold else f"{warm[0]:.1f} s"
+        say(f"{workload} start {round_ + 1}/{settings.starts}, first step: {one.contestant.name} {shown}")
+        if stays:
+            warm_up(one, settings)
+        else:
+            crew.end(one.crew)
+
+    attempt_all(everyone, act, say, seed=round_)
+
+
+def begin(
+    one: Measured, workload: str, cache: str, cache_folder: Path, folder: Path, settings: Settings
+) -> None:
+    """New processes up to the end of the first step, timed from when all ranks have imported torch."""
+    one.crew = crew.start(one.contestant, workload, cache_folder, folder)
+    crew.wait(one.crew, "imported", settings.patience)
+    answers = crew.ask(one.crew, {"ask": "begin"}, settings.patience)
+    one.first_step_seconds[cache].append(max(answer["seconds"] for answer in answers))
+    one.losses = [global_loss(one.contestant, [answer["loss"] for answer in answers])]
+
+
+def warm_up(one: Measured, settings: Settings) -> None:
+    """Run the untimed steps, complete the first five losses, choose the block's length."""
+    answers = crew.ask(one.crew, {"ask": "warm", "steps": settings.warmup}, settings.patience)
+    by_step = zip(*(answer["losses"] for answer in answers), strict=True)
+    one.losses += [global_loss(one.contestant, ranks) for ranks in by_step]
+    slowest = max(answer["seconds"] for answer in answers)
+    one.steps_per_block = max(3, round(settings.seconds / slowest))
+
+
+def global_loss(contestant: Contestant, ranks: Sequence[float]) -> float:
+    """The mean over ranks (a no-op for who returns that mean already); rank 0's where ranks train apart."""
+    if contestant.kind in (Kind.OURS, Kind.PEER):
+        return statistics.fmean(ranks)
+    return ranks[0]
+
+
+def block_round(
+    workload: str, everyone: Sequence[Measured], settings: Settings, round_: int, say: Say
+) -> None:
+    """One timed block of everyone, in an order of the round's own."""
+
+    def act(one: Measured) -> None:
+        crew.ask(one.crew, {"ask": "ready"}, settings.patience)
+        answers = crew.ask(one.crew, {"ask": "block", "steps": one.steps_per_block}, settings.patience)
+        one.seconds_per_step.append(max(answer["seconds"] for answer in answers) / one.steps_per_block)
+
+    attempt_all(everyone, act, say, seed=round_)
+    shown = "  ".join(
+        f"{one.contestant.name} {1e3 * one.seconds_per_step[-1]:.1f}"
+        for one in everyone
+        if one.status == "measured"
+    )
+    say(f"{workload} repeat {round_ + 1}/{settings.repeats}, ms per step: {shown}")
+
+
+def record_memory(one: Measured, settings: Settings) -> None:
+    one.peak_mb = [answer["peak_mb"] for answer in crew.ask(one.crew, {"ask": "memory"}, settings.patience)]
