@@ -95,8 +95,8 @@ class References:
     """What a case is compared with.
 
     whole   the concatenated batch; None where something in the step mixes examples or draws numbers
-    floors  how far two references in plain PyTorch are apart, per variable: split from whole; without whole, split from
-            itself with every averaged gradient moved by one rounding (the farthest of three such moves)
+    floors  how far plain PyTorch is from itself, per variable: split from whole; where only equality up to rounding is
+            due, also split from itself with every averaged gradient moved by one rounding (the farthest of three moves)
     """
 
     split: Outcome
@@ -149,7 +149,7 @@ class Laboratory:
     def judge(self, case: Case) -> Verdict:
         """Runs a case and compares it with the references."""
         exact, outcome = self.run(case)
-        return judge(case, exact, outcome, self.references(case))
+        return judge(case, exact, outcome, self.references(case, exact))
 
     def run(self, case: Case) -> tuple[bool, Outcome]:
         """Whether bit-equality is due, and what the job ends with."""
@@ -165,16 +165,15 @@ class Laboratory:
         job.sync()
         return self._is_exact(job), Outcome(_values(job.binding), tuple(losses))
 
-    def references(self, case: Case) -> References:
-        key = (case.parts, case.schedule)
+    def references(self, case: Case, exact: bool) -> References:
+        key = (case.parts, case.schedule, exact)
         if key not in self._references:
             split = self._reference(case, SplitTrainer)
-            if self.entry.mixes:
-                nudged = [self._reference(case, partial(SplitTrainer, nudge=n)) for n in _nudges(self.dtype)]
-                self._references[key] = References(split, None, _floors(split, nudged))
-            else:
-                whole = self._reference(case, WholeTrainer)
-                self._references[key] = References(split, whole, _floors(split, [whole]))
+            whole = None if self.entry.mixes else self._reference(case, WholeTrainer)
+            others = [] if whole is None else [whole]
+            if not exact:
+                others += [self._reference(case, partial(SplitTrainer, nudge=n)) for n in _nudges(self.dtype)]
+            self._references[key] = References(split, whole, _floors(split, others))
         return self._references[key]
 
     def prepare(self, case: Case, batch: tuple, hypers: Mapping[str, float]) -> Prepared:
@@ -254,7 +253,10 @@ class SplitTrainer:
         for name, parameter in self.model.named_parameters():
             given = [gradients[name] for _, _, gradients, _ in kept if name in gradients]
             parameter.grad = mean(given).mul_(self.nudge) if given else None
-        self._load_buffers({name: self._merged([b[name] for *_, b in kept], mean) for name in before})
+        after = {name: [b[name] for *_, b in kept] for name in before}
+        self._load_buffers({n: mean(given) if given[0].is_floating_point() else given[0] for n, given in after.items()})
+        if not weights[0]:
+            self._load_buffers(before | {n: b for n, b in self.model.named_buffers() if b.is_floating_point()})
         self.user_step.update(self.model, self.optimizer)
         return mean([loss for _, loss, *_ in kept])
 
@@ -263,9 +265,6 @@ class SplitTrainer:
             loss = self.user_step.gradients(self.model, self.optimizer, *part).detach()
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         return loss, gradients, {n: b.clone() for n, b in self.model.named_buffers()}
-
-    def _merged(self, given: list[torch.Tensor], mean: Mean) -> torch.Tensor:
-        return mean(given) if given[0].is_floating_point() else given[0]
 
     @contextmanager
     def _stream(self, rank: int) -> Iterator[None]:
@@ -302,7 +301,7 @@ def _nudges(dtype: torch.dtype) -> list[float]:
 
 def _floors(split: Outcome, others: Sequence[Outcome]) -> Mapping[str, float]:
     found = [differences(split.all(), other.all()) for other in others]
-    return {name: max(each[name] for each in found) for name in found[0]}
+    return {name: max((each[name] for each in found), default=0.0) for name in split.all()}
 
 
 def _mean_of(weights: list[float], trainers: int, wide: torch.dtype) -> Mean:

@@ -88,7 +88,9 @@ def _all(chosen: list[Family], processes: int, console: Console) -> Iterator[Ver
             progress.advance(task, len(verdicts))
             for verdict in verdicts:
                 if verdict.failure:
-                    progress.console.print(f"[red]failed[/red] {verdict.case.name}: {verdict.failure}", highlight=False)
+                    progress.console.print(
+                        f"[red]failed[/red] {verdict.case.name}: {verdict.failure}", highlight=False, soft_wrap=True
+                    )
             yield from verdicts
 
 
