@@ -159,6 +159,8 @@ class Binding:
     def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
         """While open, modules hold `values`, optimizers their state and `hypers`; then all is as it was."""
         with ExitStack() as undo:
+            for module in [m for root in (self.model, *self.extra.values()) for m in root.modules()]:
+                undo.callback(setattr, module, "training", module.training)
             for name, slots in self.modules.items():
                 for slot in slots:
                     undo.callback(slot.set, slot.get())
