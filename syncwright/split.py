@@ -13,7 +13,7 @@ from syncwright.job import ServerPart
 from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
 from syncwright.shapes import call, fake, fake_of, mode_of, propagate
-from syncwright.update import Join, Update, Updates
+from syncwright.update import Join, Scalar, Update, Updates
 
 aten = torch.ops.aten
 
@@ -91,9 +91,9 @@ def global_variable(node: Node) -> Variable:
 
 
 def partial_pieces(node: Node, parameter: str, split: Split) -> list[Variable]:
-    """The parts of one partial: one per piece of its parameter."""
+    """The parts of one partial: one per piece of its parameter; of a number that every piece knows, one."""
     whole, pieces = global_variable(node), split.pieces.get(parameter, ())
-    if len(pieces) < 2:
+    if len(pieces) < 2 or isinstance(split.updates.meanings[node], Scalar):
         return [whole]
     return [replace(whole, name=f"{whole.name}[{p.index}]", whole=whole.name) for p in pieces]
 
@@ -130,7 +130,8 @@ def server_parts(split: Split, plan: Plan) -> tuple[ServerPart, ...]:
                 programs[int(piece.owner or 0)].append(update_program(split, parameter, piece))
     for join in split.joins:
         for node, parameter in join.partials.items():
-            for piece in split.pieces.get(parameter, ()):
+            pieces = split.pieces.get(parameter, ())
+            for piece in pieces[: len(partial_pieces(node, parameter, split))]:
                 programs[int(piece.owner or 0)].append(partial_program(split, node, parameter, piece))
         programs[split.reducer].append(global_program(split, join))
     holds = held_by_servers(split)

@@ -118,7 +118,7 @@ def find_updates(program: Program) -> Updates:
     marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
     meanings = _Reader(program, marks).read()
     joins = _joins(program, meanings)
-    return Updates(_updates(program, marks, meanings), joins, marks, meanings)
+    return Updates(_updates(program, marks, meanings, joins), joins, marks, meanings)
 
 
 class _Reader:
@@ -228,9 +228,7 @@ _SHAPE_ONLY = frozenset(
 )
 _POINTWISE = _SHAPE_ONLY | {aten._to_copy.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor}
 _NORM = aten.linalg_vector_norm.default
-_REDUCTIONS = frozenset(
-    {_NORM, aten.sum.default, aten.amax.default, aten.amin.default, aten.mean.default, aten.any.default}
-)
+_REDUCTIONS = frozenset({_NORM, aten.sum.default, aten.amax.default, aten.amin.default})
 
 
 def is_pointwise(node: Node) -> bool:
@@ -284,11 +282,16 @@ def _pointwise(node: Node, given: list[Meaning], aligned: list[Meaning], paramet
 
 
 def _is_partial(node: Node) -> bool:
-    """A reduction over everything to one number, which pieces can add up (see `passes.partials`)."""
-    if node.target not in _REDUCTIONS:
+    """A reduction over everything to one number, which pieces can add up (see `split._combine_parts`)."""
+    if node.target not in _REDUCTIONS or _counts(node):
         return False
     value = node.meta["val"]
     return value.dim() == 0 and not node.kwargs.get("dtype")
+
+
+def _counts(node: Node) -> bool:
+    """The "norm" of order 0 counts; counts of pieces do not combine as norms do."""
+    return node.target is _NORM and len(node.args) > 1 and node.args[1] == 0
 
 
 def _keeps_rows(node: Node) -> bool:
@@ -342,8 +345,10 @@ _ORDER = {Free: 0, Scalar: 0, Joined: 0, Cut: 0, Rows: 1, Whole: 2, Foreign: 3}
 _KINDS = ("elementwise", "row-wise", "whole", "foreign")
 
 
-def _updates(program: Program, marks: Mapping[str, Node], meanings: Mapping[Node, Meaning]) -> dict[str, Update]:
-    follows = followed(program)
+def _updates(
+    program: Program, marks: Mapping[str, Node], meanings: Mapping[Node, Meaning], joins: tuple[Join, ...]
+) -> dict[str, Update]:
+    follows, uncuttable = followed(program), _needed_whole(meanings, joins)
     found = {}
     for variable in program.of_role(Role.PARAM):
         writes = tuple(
@@ -354,8 +359,16 @@ def _updates(program: Program, marks: Mapping[str, Node], meanings: Mapping[Node
             or follows.get(name) == variable.name
         )
         if variable.name in writes:
-            found[variable.name] = Update(variable.name, writes, _kind(program, writes, variable.name, marks, meanings))
+            kind = _kind(program, writes, variable.name, marks, meanings)
+            cuttable = kind in ("whole", "foreign") or variable.name not in uncuttable
+            found[variable.name] = Update(variable.name, writes, kind if cuttable else "whole")
     return found
+
+
+def _needed_whole(meanings: Mapping[Node, Meaning], joins: tuple[Join, ...]) -> set[str]:
+    """Parameters with a part in a global value that pieces cannot add up (a mean, a median)."""
+    parts = [(node, parameter) for join in joins for node, parameter in join.partials.items()]
+    return {parameter for node, parameter in parts if not (isinstance(meanings[node], Scalar) or _is_partial(node))}
 
 
 def _kind(program, writes, parameter: str, marks, meanings) -> str:

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
 from syncwright.errors import Disagreement, JobError
 from syncwright.job import Channel, Job
 from syncwright.program import Program
+from syncwright.runtime.executor import Executor, Port
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
 Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
+_NO_PORT = cast(Port, None)  # a server's program holds no communication
 
 
-def interpret(program: Program, values: Mapping[str, object]) -> Mapping[str, object]:
-    """Runs a server's program as it is."""
-    with torch.no_grad():
-        return program.run(values)
+class Interpreter:
+    """Runs a server's programs as they are; each is made ready once. Changes with every new program."""
+
+    def __init__(self) -> None:
+        self._ready: dict[Program, Executor] = {}
+
+    @torch.no_grad()
+    def __call__(self, program: Program, values: Mapping[str, object]) -> Mapping[str, object]:
+        if program not in self._ready:
+            self._ready[program] = Executor(program)
+        try:
+            blocked = next(self._ready[program].run(values, _NO_PORT))
+        except StopIteration as stop:
+            return stop.value
+        raise JobError(f"a server's program waits at {blocked.node} for '{blocked.channel}'; servers' programs do not wait.")
 
 
 @dataclass(slots=True)
@@ -46,9 +60,9 @@ class Merging:
 class Server:
     """One server of a job. Changes with every message that it handles."""
 
-    def __init__(self, job: Job, rank: int, compute: Compute = interpret):
+    def __init__(self, job: Job, rank: int, compute: Compute | None = None):
         part = job.servers[rank]
-        self.job, self.rank, self._compute = job, rank, compute
+        self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self._held = {v.name: v for v in part.holds}
         self._running = [Running(p, _host_reads(p)) for p in part.programs]
         self._exports = part.exports
