@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.dead import is_random, remove_dead
+from syncwright.dead import remove_dead
 from syncwright.program import Program, Role, set_results
 from syncwright.shapes import call, mode_of
 
@@ -28,9 +28,9 @@ def idle(program: Program) -> Program:
             with program.graph.inserting_before(node):
                 zeros = call(program.graph, mode, torch.ops.aten.zeros.default, list(val.shape), dtype=val.dtype)
             node.args = (zeros, *node.args[1:])
-    set_results(program, {name: n for name, n in program.results.items() if not _reads_batch(program, n)})
-    _drop_random(program)
-    remove_dead(program.graph)
+    tainted = _from_batch(program)
+    set_results(program, {name: n for name, n in program.results.items() if n not in tainted})
+    remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, ops.wait})
     for node in program.placeholders.values():
         if not node.users:
             program.graph.erase_node(node)
@@ -38,23 +38,13 @@ def idle(program: Program) -> Program:
     return Program(program.graph, {n: v for n, v in program.variables.items() if n in named}, ())
 
 
-def _reads_batch(program: Program, node: Node) -> bool:
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder" and program.variables[node.meta["variable"]].role is Role.INPUT:
-            return True
-        stack.extend(node.all_input_nodes)
-    return False
-
-
-def _drop_random(program: Program) -> None:
-    """Random operations of the forward are not run at all; their values are gone with it."""
-    remove_dead(program.graph)
-    for node in reversed(list(program.graph.nodes)):
-        if is_random(node) and not node.users:
-            program.graph.erase_node(node)
-            remove_dead(program.graph)
+def _from_batch(program: Program) -> set[Node]:
+    """Everything that is made from a batch input."""
+    found: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if program.variables[node.meta["variable"]].role is Role.INPUT:
+                found.add(node)
+        elif any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -22,7 +22,7 @@ from syncwright.split import (
     global_variable,
     grad_variable,
     held_by_servers,
-    merge_of,
+    merges,
     piece_of,
     server_parts,
     split,
@@ -69,13 +69,13 @@ def _channels(
     channels: dict[str, Channel] = {}
     owners = {name: rank for name, (rank, _) in held_by_servers(parts).items()}
     hypers = {part.rank: _hypers(part) for part in servers}
+    merge = merges(plan)
     for parameter, pieces in parts.pieces.items():
         grad = grad_variable(program, parameter)
-        merge = merge_of(plan, parameter)
         for piece in pieces:
             variable = piece_of(grad, program.variables[parameter], piece, len(pieces))
             rank = int(piece.owner or 0)
-            channels[variable.name] = Channel(variable, rank, merge, hypers[rank])  # type: ignore[arg-type]
+            channels[variable.name] = Channel(variable, rank, merge[parameter], hypers[rank])
     for join in parts.joins:
         for node, parameter in join.partials.items():
             if parameter not in parts.pieces:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.passes.insert import before_first_use, behind
-from syncwright.plan import Plan
+from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program
 from syncwright.shapes import call, mode_of
 from syncwright.split import Split, global_variable, split
@@ -20,7 +20,7 @@ def share_globals(program: Program, plan: Plan) -> Program:
     before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %c = clamp(...), %s = mul(%g0, %c)        (w1 on a server)
     after   %n0 = vector_norm(%g0), %t = push(%n0, "global.n0"), %c = pull([%t], "global.c"), %s = mul(%g0, %c)
     """
-    if not split(program, find_updates(program), plan).joins:
+    if not any(isinstance(s.sync, ParameterServer) for s in plan.sharings):
         return program
     program = program.edit()
     parts = split(program, find_updates(program), plan)
