@@ -28,6 +28,7 @@ from syncwright.split import (
     split,
 )
 from syncwright.update import find_updates
+from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
 
@@ -39,15 +40,26 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = ()) -> Job:
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
+    verify(program)
     step = program
     for each in pipeline(without):
-        step = each(step, plan)
+        step = _applied(each, step, plan)
     parts = split(program, find_updates(program), plan)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": step, "idle": idle(step)}
-    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    verify_job(job)
+    return job
+
+
+def _applied(each: Pass, program: Program, plan: Plan) -> Program:
+    """What a pass makes of a program, verified."""
+    after = each(program, plan)
+    if after is not program:
+        verify_after(each.__name__, program, after)
+    return after
 
 
 def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:

@@ -120,7 +120,8 @@ class Inference:
         if not isinstance(node.target, torch._ops.OpOverload):
             infer(node, self.mode)
             return
-        key = (node.target, _looks(node.args), _looks(node.kwargs))
+        args = [a for a in node.args if not isinstance(a, str)] if node.target in ops.COMMUNICATION else node.args
+        key = (node.target, _looks(args), _looks(node.kwargs))
         if key not in self._known:
             infer(node, self.mode)
             self._known[key] = node.meta["val"]
