@@ -55,13 +55,13 @@ def _push(program: Program, parts: Split, parameter: str, share: Node | None, kn
         name = piece_name(grad, piece, len(pieces))
         with behind(last):
             rows = (
-                whole
-                if len(pieces) == 1
-                else known.call(graph, aten.slice.Tensor, whole, 0, piece.start, piece.stop)
+                whole if len(pieces) == 1 else known.call(graph, aten.slice.Tensor, whole, 0, piece.start, piece.stop)
             )
         with behind(rows if rows is not whole else last):
             last = known.call(graph, ops.push, rows, name)
         tokens.append(last)
+    for pull in [user for user in mark.users if user.target is ops.pull]:
+        pull.replace_input_with(mark, last)
     return tokens
 
 
