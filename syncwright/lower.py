@@ -27,7 +27,7 @@ from syncwright.split import (
     server_parts,
     split,
 )
-from syncwright.update import find_updates
+from syncwright.update import find_updates, followed
 from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
@@ -100,12 +100,17 @@ def _channels(
 
 
 def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[str, Channel], owners: dict) -> None:
-    policies = dict(plan.buffers)
+    """A channel for every value that `average_values` sends through the reducer."""
+    policies, follows = dict(plan.buffers), followed(program)
     for name in program.writes:
         variable = program.variables[name]
-        if variable.role not in (Role.OUTPUT, Role.BUFFER) or name in owners or is_local(variable, program):
-            continue
-        mean = variable.dtype.is_floating_point and policies.get(name, "mean") == "mean"
+        match variable.role:
+            case Role.OUTPUT if not is_local(variable, program):
+                mean = variable.dtype.is_floating_point
+            case Role.BUFFER if name not in follows and policies.get(name) != "local":
+                mean = policies.get(name, "mean") == "mean"
+            case _:
+                continue
         channels[name] = Channel(variable, reducer, "mean" if mean else "sum")
         owners[name] = reducer
 
