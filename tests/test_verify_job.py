@@ -93,7 +93,7 @@ def circle() -> Job:
     return changed(servers=(first, dataclasses.replace(second, programs=(update, parse(text)))))
 
 
-PUSH = 'syncwright.push.default(%linalg_vector_norm_1, "global.linalg_vector_norm_1")'
+WAIT = 'f32[4] = syncwright.wait.default(%all_reduce_default_3, "bucket.0")'
 PULL = '= syncwright.pull.default([%push_default, %push_default_2], "global.clamp", [], f32)'
 LATE = (
     ("%pull_default: f32[] " + PULL + "\n", ""),
@@ -117,7 +117,7 @@ BROKEN = [
         ("%all_reduce_default_3:", "%neg_1: f32[] = aten.zeros.default([])\n%all_reduce_default_3:"),
     )),
     (rules.BadWait, lambda: trainer_with(
-        ("%wait_default_3:", '%twice: f32[4] = syncwright.wait.default(%all_reduce_default_3, "bucket.0")\n%wait_default_3:')
+        ("%wait_default_3:", f"%twice: {WAIT}\n%wait_default_3:")
     )),
     (rules.BadWait, lambda: trainer_with(
         ("%div_tensor:", '%w: f32[] = syncwright.wait.default(%view_default, "bucket.1")\n%div_tensor:')
@@ -167,7 +167,7 @@ def test_a_pass_at_fault_is_named(monkeypatch):
 
     monkeypatch.setattr("syncwright.lower.PIPELINE", (forgetful,))
     program = syncwright.capture(train, *model_and_optimizer(), torch.ones(4, 3), torch.ones(4, 2))
-    with pytest.raises(rules.BrokenByPass, match="^after pass forgetful: "):
+    with pytest.raises(rules.BrokenByPass, match=r"^after pass forgetful: "):
         lower(program, make_plan("all_reduce", program, 1, 0))
 
 
