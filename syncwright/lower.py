@@ -33,16 +33,17 @@ from syncwright.verify import verify, verify_after, verify_job
 Pass = Callable[[Program, Plan], Program]
 
 
-def lower(program: Program, plan: Plan, without: Sequence[str] = ()) -> Job:
+def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Sequence[Pass] = PIPELINE) -> Job:
     """Everything that every role runs under `plan`.
 
     without  names of passes to leave out, to find the one at fault; only those that no other needs
+    passes   `PIPELINE`, or `COMPILED` for programs that will be compiled
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
     verify(program)
     step = program
-    for each in pipeline(without):
+    for each in pipeline(passes, without):
         step = _applied(each, step, plan)
     parts = split(program, find_updates(program), plan)
     servers = server_parts(parts, plan) if parts.pieces else ()
@@ -62,13 +63,13 @@ def _applied(each: Pass, program: Program, plan: Plan) -> Program:
     return after
 
 
-def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:
+def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass, ...]:
     """The passes in order, without some. Raises `LoweringError` for a name that no pass has."""
-    names = [each.__name__ for each in PIPELINE]
+    names = [each.__name__ for each in passes]
     for name in without:
         if name not in names:
-            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}.")
-    return tuple(each for each in PIPELINE if each.__name__ not in without)
+            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
+    return tuple(each for each in passes if each.__name__ not in without)
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:

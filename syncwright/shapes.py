@@ -26,6 +26,17 @@ def mode_of(graph: Graph) -> FakeTensorMode:
     return FakeTensorMode()
 
 
+def new_mode() -> FakeTensorMode:
+    """A fake mode of its own, without the symbols that capture made."""
+    return FakeTensorMode()
+
+
+def like(mode: FakeTensorMode, val: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of `mode` that looks like one of another mode."""
+    with mode:
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
 def fake(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with mode:
         return torch.empty(shape, dtype=dtype)

@@ -61,9 +61,7 @@ def test_a_role_that_stops_beating_is_silent(rendezvous: Rendezvous) -> None:
     one.close()
 
 
-def test_the_clock_of_another_host_is_not_trusted(
-    rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clock_of_another_host_is_not_trusted(rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
     zero = Heartbeat(T0, rendezvous, every=0.02)
     there = Rendezvous(dataclasses.replace(rendezvous.place, host="there"), 0)
     there._root = rendezvous._root
@@ -73,6 +71,18 @@ def test_the_clock_of_another_host_is_not_trusted(
     monkeypatch.setattr(zero, "_old", lambda beat: now() + 1000 - beat.seconds > 5)
     assert "all are alive" in zero.late([T1])
     one.close()
+    zero.close()
+
+
+def test_who_beats_no_more_is_gone(rendezvous: Rendezvous) -> None:
+    zero, one = Heartbeat(T0, rendezvous, every=0.01), Heartbeat(T1, rendezvous, every=60.0)
+    until(lambda: "all are alive" in zero.late([T1]))
+    assert zero.lost([T1]) == f"trainer 1 (pid {os.getpid()} on here) is gone, last at step 0, `start`"
+    assert one.failed is None
+    one.close()
+    two = Heartbeat(T1, rendezvous, every=0.001)
+    assert zero.lost([T1]) == "trainer 1 cannot be reached, but still beats"
+    two.close()
     zero.close()
 
 

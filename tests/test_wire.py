@@ -23,9 +23,7 @@ plain_headers = st.one_of(
     st.builds(Failure, st.text(max_size=30)),
 )
 tensor_headers = st.one_of(
-    st.builds(
-        Push, st.text(max_size=8), counts, weights, st.dictionaries(st.text(max_size=4), floats, max_size=3)
-    ),
+    st.builds(Push, st.text(max_size=8), counts, weights, st.dictionaries(st.text(max_size=4), floats, max_size=3)),
     st.builds(Value, st.text(max_size=8), counts),
 )
 
@@ -35,9 +33,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    raw = torch.randint(
-        0, 2 if dtype == "bool" else 256, (*shape, DTYPES[dtype].itemsize), generator=generator
-    )
+    raw = torch.randint(0, 2 if dtype == "bool" else 256, (*shape, DTYPES[dtype].itemsize), generator=generator)
     made = raw.to(torch.uint8).contiguous().view(DTYPES[dtype]).reshape(shape)
     return made.transpose(0, 1) if draw(st.booleans()) and len(shape) > 1 else made
 

@@ -5,8 +5,10 @@ A pass is one public function `name(program, plan) -> Program`, alone in its fil
 
 from syncwright.passes.average import average_gradients, average_values
 from syncwright.passes.bucket import bucket
+from syncwright.passes.flatten import flatten
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
 PIPELINE = (share_globals, serve_parameters, average_gradients, average_values, bucket, tidy)
+COMPILED = (share_globals, serve_parameters, average_gradients, average_values, bucket, flatten, tidy)

@@ -24,5 +24,5 @@ def tidy(program: Program, plan: Plan) -> Program:
         if not node.users:
             program.graph.erase_node(node)
     named = {*program.reads, *program.writes}
-    variables = {name: v for name, v in program.variables.items() if name in named}
+    variables = {name: v for name, v in program.variables.items() if name in named or v.whole in named}
     return Program(program.graph, variables, tuple(g for g in program.guards if set(g.reads) <= named))

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.rendezvous import Rendezvous
+from syncwright.runtime.rendezvous import Rendezvous, look_up
+from syncwright.runtime.shared_memory import HostGroup, is_available
 from syncwright.runtime.transport import Work
 
 SLICE_SECONDS = 1.0
@@ -26,24 +28,25 @@ class Collectives:
     and never join it, it holds this process (also its exit) until `seconds` have passed.
 
     watch   raises when a role is known to be lost; called about once a second while waiting
-    late    who among some roles is late, as a sentence
     """
 
     def __init__(
         self,
         me: Address,
         rendezvous: Rendezvous,
+        join: float,
         seconds: float,
+        heartbeat: Heartbeat,
         watch: Callable[[], None],
-        late: Callable[[list[Address]], str],
     ) -> None:
         self.me = me
         self._rendezvous = rendezvous
-        self._seconds = seconds
+        self._join_seconds, self._seconds = join, seconds
+        self._heartbeat = heartbeat
         self._watch = watch
-        self._late = late
         self._joined = self._created = False
         self._under_way: dist.Work | None = None
+        self._host: HostGroup | None = None
 
     @property
     def others(self) -> list[Address]:
@@ -63,12 +66,17 @@ class Collectives:
         else:
             self._create_group(trainers)
         self._joined = True
+        if is_available(trainers, self._rendezvous.place.one_host):
+            store = self._rendezvous.client()
+            self._host = HostGroup(self.me.rank, trainers, store, self._seconds, self._watch, self.error)
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
         self.join()
         if not self._joined:
             return Done()
+        if self._host is not None and tensor.device.type == "cpu":
+            return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
@@ -80,6 +88,9 @@ class Collectives:
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
         busy = self._under_way is not None and not self._under_way.is_completed()
         if self._created and not busy and dist.is_initialized():
             dist.destroy_process_group()
@@ -94,10 +105,13 @@ class Collectives:
         if found != (trainers, self.me.rank):
             raise ClusterError(
                 f"the script has initialised torch.distributed as rank {found[1]} of {found[0]}, but this "
-                f"process is {self.me} of {trainers}: initialise it among all trainers, or not at all"
+                f"process is {self.me} of {trainers}. Expected the same numbers. Initialise it among all trainers, or "
+                "not at all."
             )
 
     def _create_group(self, trainers: int) -> None:
+        everyone = [self.me, *self.others]
+        look_up(self._rendezvous.client(), self.me, self.others, everyone, self._join_seconds, self._watch)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(
@@ -128,11 +142,18 @@ class Collectives:
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
-        who = self._late(self.others)
-        reason = f" ({str(cause).splitlines()[0]})" if cause else ""
+        doing = f"{doing} at step {self._heartbeat.step}"
         if late:
-            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}{reason}")
-        return PeerLost(f"{doing}, and the connection broke: {who}{reason}")
+            return DeadlineExceeded(
+                f"{doing}, for more than {self._seconds:g} s: {self._heartbeat.late(self.others)}. Expected every "
+                "trainer to take part in time. See the output of who is late; if it is only slow, give a longer "
+                "Deadlines.wait."
+            )
+        return PeerLost(
+            f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)}. Expected every trainer to stay, "
+            "and to make the same number of steps. See its output; trainer.shard(loader) gives every trainer as many "
+            "batches."
+        )
 
 
 class Done:

@@ -37,7 +37,9 @@ class Binding:
         if embedded:
             return cls._on(router, f"inproc://syncwright/{id(rendezvous)}/{me}")
         if not place.one_host:
-            return cls._on(router, f"tcp://{_bracketed(_own_address(place))}:*")
+            own = _own_address(place)
+            router.setsockopt(zmq.IPV6, ":" in own)
+            return cls._on(router, f"tcp://[{own}]:*" if ":" in own else f"tcp://{own}:*")
         folder = tempfile.TemporaryDirectory(prefix="syncwright-") if place.sockets is None else None
         path = Path(folder.name if folder else str(place.sockets)) / f"{me.kind}-{me.rank}-{rendezvous.generation}"
         if len(os.fsencode(path)) <= LONGEST_PATH:
@@ -62,24 +64,22 @@ class Binding:
 
 def _own_address(place: Membership) -> str:
     """The address of this host on the network that leads to the store."""
-    family, kind, protocol, _, there = socket.getaddrinfo(place.store.host, place.store.port, type=socket.SOCK_DGRAM)[0]
+    if place.address is not None:
+        return str(socket.getaddrinfo(place.address, None)[0][4][0])
+    at = place.store
+    family, kind, protocol, _, there = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(there)
-        found = probe.getsockname()[0]
-    if not _is_loopback(found):
-        return found
-    named = socket.getaddrinfo(place.host, None)[0][4][0]
-    if _is_loopback(str(named)):
+        probe.connect(there)  # sends nothing: it only chooses a route
+        found = str(probe.getsockname()[0])
+    if _is_loopback(found):  # the store is on this host
+        found = str(socket.getaddrinfo(place.host, None)[0][4][0])
+    if _is_loopback(found):
         raise ClusterError(
-            f"other hosts cannot reach {place.me}: the store {place.store} and this host's name "
-            f"{place.host!r} lead to {found}; set SYNCWRIGHT_HOST to this host's address on the job's network"
+            f"other hosts cannot reach {place.me}: the store {at} and this host's name {place.host!r} lead "
+            f"to {found}; set SYNCWRIGHT_HOST to this host's address on the job's network"
         )
-    return str(named)
+    return found
 
 
 def _is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

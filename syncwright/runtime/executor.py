@@ -64,7 +64,7 @@ class Executor:
         for instruction in self._code:
             node = instruction.node
             if node.target in ops.COMMUNICATION:
-                env[node] = yield from _communicate(node, env, port)
+                env[node] = yield from communicate(node, env, port)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -87,7 +87,8 @@ def _instructions(program: Program) -> list[Instruction]:
     return [Instruction(node, tuple(frees.get(node, ()))) for node in calls]
 
 
-def _communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
+def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
+    """Runs one communication node."""
     args = map_arg(node.args, env.__getitem__)
     match node.target:
         case ops.push:

@@ -12,7 +12,7 @@ import msgspec
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import FAILED, Rendezvous
+from syncwright.runtime.rendezvous import Rendezvous, failure, names, tell_failure
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Beat(msgspec.Struct, frozen=True):
 class Heartbeat:
     """Changes: a thread writes this role's beat to the store and reads who failed; it waits for nobody.
 
-    failed       what the launcher says about a role that ended badly, as a sentence; None so far
+    failed       what a role says about its own failure, or the launcher about one that ended badly; None so far
     store_lost   why the store can no longer be reached; None as long as it can
     """
 
@@ -51,6 +51,21 @@ class Heartbeat:
     def progress(self, step: int, node: str) -> None:
         """Notes where this role is; costs one attribute write."""
         self._at = (step, node)
+
+    @property
+    def step(self) -> int:
+        """The step that this role is at."""
+        return self._at[0]
+
+    def fail(self, reason: str) -> None:
+        """Tells all roles of this generation that this one cannot go on. The first who says so is heard."""
+        tell_failure(self._store, reason)
+
+    def silent(self, peers: Sequence[Address]) -> list[Address]:
+        """Those of `peers` that beat no more: ended, gone, stopped or cut off. Takes two beats to tell."""
+        before = {peer: self._read(peer) for peer in peers}
+        self._stop.wait(3 * self._every)
+        return [peer for peer, beat in before.items() if self._read(peer) == beat]
 
     def ended(self, peer: Address) -> bool:
         """Whether `peer` closed its transport in good order."""
@@ -75,6 +90,23 @@ class Heartbeat:
             return "; ".join(sentence for sentence in said if sentence)
         return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
+    def lost(self, peers: Sequence[Address]) -> str:
+        """Who among `peers` is gone, after a connection broke: the launcher's word, or who beats no more.
+
+        Waits for up to three beats: a process that has just died looks alive before.
+        """
+        before = {peer: self._read(peer) for peer in peers}
+        if any(beat is None or beat.ended for beat in before.values()):
+            return self.late(peers)
+        deadline = time.monotonic() + 3 * self._every
+        while self.failed is None and self.store_lost is None and time.monotonic() < deadline:
+            self._stop.wait(0.05 * self._every)
+        if self.failed is not None or self.store_lost is not None:
+            return self.failed or f"the job's store is gone too ({self.store_lost})"
+        gone = [(peer, beat) for peer, beat in before.items() if beat and self._read(peer) == beat]
+        said = [f"{_who(peer, beat)} is gone, last at {_place(beat)}" for peer, beat in gone]
+        return "; ".join(said) or f"{names(peers)} cannot be reached, but still beats"
+
     def close(self) -> None:
         """Writes the last beat, which says that this role ended in good order. Safe to call twice."""
         if self._stop.is_set():
@@ -94,8 +126,7 @@ class Heartbeat:
         beat = Beat(os.getpid(), self._host, step, node, self._number, time.time(), ended)
         try:
             self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
-            if self.failed is None and self._job.check([FAILED]):
-                self.failed = self._job.get(FAILED).decode()
+            self.failed = self.failed or failure([self._store, self._job])
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
         return self.store_lost is None
@@ -113,7 +144,7 @@ class Heartbeat:
     def _about(self, peer: Address, beat: Beat | None, alive: bool) -> str:
         if beat is None:
             return f"{peer} has never been heard of"
-        who = f"{peer} (pid {beat.pid} on {beat.host})"
+        who = _who(peer, beat)
         if beat.ended:
             return f"{who} has ended, at {_place(beat)}"
         if self._old(beat) and not alive:
@@ -126,6 +157,10 @@ class Heartbeat:
 def _read(store: Store, peer: Address) -> Beat | None:
     key = f"beat/{peer}"
     return msgspec.json.decode(store.get(key), type=Beat) if store.check([key]) else None
+
+
+def _who(peer: Address, beat: Beat) -> str:
+    return f"{peer} (pid {beat.pid} on {beat.host})"
 
 
 def _place(beat: Beat) -> str:

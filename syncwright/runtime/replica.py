@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
-from syncwright.errors import BatchError
+from syncwright.errors import BatchError, JobError
 from syncwright.job import Job
+from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, WEIGHT
-from syncwright.program import Role
+from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.programs import Prepared
@@ -35,6 +37,8 @@ class Replica:
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
         self.step_count = 0
         self.nominal = 1.0
+        self._layout: Prepared | None = None
+        self._parts: dict[str, list[Variable]] = {}
         served = {v.whole or v.name for v in job.held.values()}
         self.values: dict[str, object] = {
             name: value.detach().clone() if isinstance(value, torch.Tensor) else value
@@ -48,22 +52,70 @@ class Replica:
 
         A part without examples runs the `idle` program and returns the reduced values with the others.
         """
+        self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
-        executor = prepared.phases[phase]
+        executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
-        self.values.update({name: value for name, value in results.items() if name in self.values})
+        self._keep(results)
         self.step_count += 1
+        self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
+
+    def _adopt(self, prepared: Prepared) -> None:
+        """Lays variables out as the program has them: those that a flat one stands for become views of it."""
+        if prepared is self._layout:
+            return
+        self._layout = prepared
+        program = prepared.job.trainer["step"]
+        self._parts = flat_parts(program)
+        for name, parts in self._parts.items():
+            flat = program.variables[name]
+            if not flat.shape:
+                self._check_equal(name, parts)
+                continue
+            first = self.values[parts[0].name]
+            assert isinstance(first, torch.Tensor), "flat variables are tensors"
+            joined = torch.zeros(flat.shape, dtype=flat.dtype, device=first.device)
+            for part in parts:
+                view = joined[slice(*part.part)].view(part.shape)  # type: ignore[misc]
+                self.values[part.name] = view.copy_(self.values[part.name])  # type: ignore[arg-type]
+            self.values[name] = joined
+
+    def _check_equal(self, name: str, parts: list[Variable]) -> None:
+        """State that one of many stands for (step counts) must be equal for all."""
+        apart = [p.name for p in parts if self.values[p.name] != self.values[name]]
+        if apart:
+            raise JobError(
+                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them "
+                "needs them equal. Expected parameters of one optimizer to have made the same number of steps. "
+                "Give distribute(..., compile=False)."
+            )
+
+    def _keep(self, results: Mapping[str, object]) -> None:
+        for name, value in results.items():
+            if name not in self.values:
+                continue
+            old = self.values[name]
+            if name in self._parts and isinstance(old, torch.Tensor) and old.shape:
+                if old is not value:
+                    old.copy_(value)  # type: ignore[arg-type]
+                continue
+            self.values[name] = value
+            for part in self._parts.get(name, ()):
+                self.values[part.name] = value
 
     def reload(self) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new."""
         values = self.binding.values()
-        self.values = {n: v.detach().clone() if isinstance(v := values[n], torch.Tensor) else v for n in self.values}
+        self.values = {
+            n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in self.values
+        }
+        self._layout = None
         self.step_count += 1
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
@@ -86,17 +138,30 @@ class Replica:
 
 def count_examples(batch: tuple, examples: Examples) -> float:
     """How many examples a batch counts as: `examples`, or the leading size of its first tensor."""
-    if callable(examples):
-        return float(examples(*batch))
     if examples is not None:
-        return float(examples)
+        count = float(examples(*batch) if callable(examples) else examples)
+        if not 0 <= count < math.inf:
+            raise BatchError(
+                f"examples: found {count:g} for a batch, expected a finite number, at least 0. Let `examples` count "
+                "what the loss is a mean over, such as the valid tokens."
+            )
+        return count
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return float(leaf.shape[0])
     raise BatchError(
-        "the batch has no tensor with a leading axis, so its examples cannot be counted. "
-        "Give distribute(..., examples=) a number, or a function of the batch."
+        "the batch has no tensor with a leading axis, so its examples cannot be counted; expected one such as [64, "
+        "10]. Give distribute(..., examples=) a number, or a function of the batch."
     )
+
+
+def check_not_empty(examples: float) -> None:
+    """Raises `BatchError` for a global batch without examples: its mean is 0 / 0."""
+    if examples == 0:
+        raise BatchError(
+            "the global batch has no examples; expected at least one, on some trainer. Leave the step out for such a "
+            "batch."
+        )
 
 
 def random_stream(trainer: int) -> torch.Tensor:

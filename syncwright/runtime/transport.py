@@ -52,6 +52,18 @@ class Transport(Protocol):
         """Who among `peers` is silent or behind, as a sentence for an error."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """Tells all roles, also those that wait in a collective, that this one cannot go on."""
+        ...
+
+    def ended(self, peer: Address) -> bool:
+        """Whether `peer` has closed its transport in good order."""
+        ...
+
+    def silent(self, peers: list[Address]) -> list[Address]:
+        """Those of `peers` that show no sign of life. Takes some seconds."""
+        ...
+
     def close(self) -> None:
         """Frees sockets and threads. Safe to call twice."""
         ...

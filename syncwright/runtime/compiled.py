@@ -1,0 +1,232 @@
+"""CompiledExecutor: a program whose segments Inductor compiles; communications and host arithmetic run between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from syncwright import ops
+from syncwright.program import Program, Role
+from syncwright.runtime.executor import Port, Run, communicate
+from syncwright.runtime.inductor import compile_graph
+from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
+from syncwright.shapes import fake, is_host, like, new_mode
+
+FEW_NODES, FEW_ELEMENTS = 12, 4096
+"""A segment with fewer nodes on smaller tensors runs as it is: compiling it would gain nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compiled:
+    """A segment ready to run: a function from the values of `inputs` to the values of `outputs`.
+
+    hosts  which inputs are numbers on the host, each with the 0-d tensor that carries it
+    """
+
+    function: Callable[..., Sequence[object]]
+    inputs: tuple[Node, ...]
+    hosts: tuple[tuple[int, torch.Tensor], ...]
+    outputs: tuple[Node, ...]
+
+
+class CompiledExecutor:
+    """Like `Executor`; updates written in place where nothing reads the old value afterwards."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self._placeholders = program.placeholders
+        self._results = program.results
+        self._cut = cut(program)
+        self._kept = _kept(program, self._cut)
+        self._in_place = _in_place(program, self._cut)
+        self._items = [self._prepare(item, at) for at, item in enumerate(self._cut.items)]
+
+    def run(self, values: Mapping[str, object], port: Port) -> Run:
+        """See `Executor.run`."""
+        env: dict[Node, object] = {node: values[name] for name, node in self._placeholders.items()}
+        for item in self._items:
+            if isinstance(item, Compiled):
+                given = [env[node] for node in item.inputs]
+                for index, carrier in item.hosts:
+                    given[index] = carrier.fill_(given[index])  # type: ignore[arg-type]
+                env.update(zip(item.outputs, item.function(*given), strict=True))
+            elif item.target in ops.COMMUNICATION:
+                env[item] = yield from communicate(item, self._look(env), port)
+            else:
+                look = self._look(env)
+                args, kwargs = map_arg((item.args, item.kwargs), look.__getitem__)
+                env[item] = item.target(*args, **kwargs)  # type: ignore[operator]
+        look = self._look(env)
+        return {name: look[self._in_place.get(name, node)] for name, node in self._results.items()}
+
+    def _look(self, env: dict[Node, object]) -> Mapping[Node, object]:
+        return _Views(env, self._cut.views)
+
+    def _prepare(self, item: Segment | Node, at: int) -> Compiled | Node:
+        if isinstance(item, Node):
+            return item
+        builder = _Builder(self.program, self._cut, item)
+        outputs = [n for n in item.nodes if n in self._kept.get(at, ())]
+        mine = set(item.nodes)
+        written = {name: self._results[name] for name in self._in_place if self._results[name] in mine}
+        return builder.build(outputs, {self._placeholders[name]: node for name, node in written.items()})
+
+
+class _Views(dict):
+    """Values by node; a view is made when it is asked for."""
+
+    def __init__(self, env: dict[Node, object], views: frozenset[Node]):
+        super().__init__()
+        self._env, self._views = env, views
+
+    def __getitem__(self, node: Node) -> object:
+        if node in self._env:
+            return self._env[node]
+        assert node in self._views, f"{node.name} has been computed"
+        args = map_arg(node.args, self.__getitem__)
+        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+
+class _Builder:
+    """One segment as a graph of its own."""
+
+    def __init__(self, program: Program, cut: Cut, segment: Segment):
+        self.views, self.segment = cut.views, segment
+        self.mode = new_mode()
+        self.graph = Graph()
+        self.made: dict[Node, Node] = {}
+        self.inputs: list[Node] = []
+        self.hosts: list[tuple[int, torch.Tensor]] = []
+        self.examples: list[torch.Tensor] = []
+
+    def build(self, outputs: list[Node], written: Mapping[Node, Node]) -> Compiled:
+        mine = set(self.segment.nodes)
+        for node in self._reads(mine, written):
+            self._input(node)
+        for node in self.segment.nodes:
+            self.made[node] = self._copy(node)
+        returned = [n for n in outputs if n not in set(written.values())]
+        for placeholder, node in written.items():
+            self.graph.call_function(torch.ops.aten.copy_.default, (self.made[placeholder], self.made[node]))
+        self.graph.output([self.made[n] for n in returned])
+        module = GraphModule({}, self.graph)
+        function = module if self._is_small() else compile_graph(module, self.examples)
+        return Compiled(function, tuple(self.inputs), tuple(self.hosts), tuple(returned))
+
+    def _is_small(self) -> bool:
+        vals = [n.meta["val"] for n in self.segment.nodes]
+        tensors = [v for v in vals if isinstance(v, torch.Tensor)]
+        few = len(vals) <= FEW_NODES and len(tensors) == len(vals)
+        return few and all(v.numel() <= FEW_ELEMENTS for v in tensors)
+
+    def _reads(self, mine: set[Node], written: Mapping[Node, Node]) -> list[Node]:
+        """What the segment takes from outside, behind its views, in graph order."""
+        found: set[Node] = set(written)
+        stack = list(self.segment.nodes)
+        seen: set[Node] = set()
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in mine or source in seen:
+                    continue
+                seen.add(source)
+                if source in self.views:
+                    stack.append(source)
+                else:
+                    found.add(source)
+        return sorted(found)
+
+    def _input(self, node: Node) -> None:
+        val = node.meta["val"]
+        if is_host(val):
+            dtype = self._dtype_for(node)
+            self.hosts.append((len(self.inputs), torch.zeros((), dtype=dtype)))
+            example = fake(self.mode, (), dtype)
+        else:
+            example = like(self.mode, val)
+        self.made[node] = self.graph.placeholder(node.name)
+        self.inputs.append(node)
+        self.examples.append(example)
+
+    def _dtype_for(self, node: Node) -> torch.dtype:
+        """The type in which a number meets tensors: float64 where it meets any, else float32."""
+        met = [u.meta["val"] for u in node.users if isinstance(u.meta["val"], torch.Tensor)]
+        if all(not v.is_floating_point() for v in met) and met:
+            return torch.int64
+        return torch.float64 if any(v.dtype is torch.float64 for v in met) else torch.float32
+
+    def _copy(self, node: Node) -> Node:
+        for source in node.all_input_nodes:
+            self._view(source)
+        args, kwargs = map_arg((node.args, node.kwargs), self.made.__getitem__)
+        if any(is_host(n.meta["val"]) for n in node.all_input_nodes):
+            return TENSOR_FORMS[node.target](self.graph, args, kwargs)
+        return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _view(self, node: Node) -> None:
+        if node in self.made:
+            return
+        assert node in self.views, f"{node.name} comes from outside or is a view"
+        self.made[node] = self._copy(node)
+
+
+def _kept(program: Program, cut: Cut) -> dict[int, set[Node]]:
+    """For every segment, the nodes that something outside of it reads."""
+    home = {node: at for at, item in enumerate(cut.items) if isinstance(item, Segment) for node in item.nodes}
+    kept: dict[int, set[Node]] = {}
+
+    def read(node: Node, by: int | None) -> None:
+        if node in cut.views:
+            for source in node.all_input_nodes:
+                read(source, by)
+        elif node in home and home[node] != by:
+            kept.setdefault(home[node], set()).add(node)
+
+    for at, item in enumerate(cut.items):
+        for node in item.nodes if isinstance(item, Segment) else [item]:
+            for source in node.all_input_nodes:
+                read(source, at if isinstance(item, Segment) else None)
+    for node in program.results.values():
+        read(node, None)
+    return kept
+
+
+def _in_place(program: Program, cut: Cut) -> dict[str, Node]:
+    """Variables whose new value may overwrite the old one where it is made, with their placeholders."""
+    home = {node: at for at, item in enumerate(cut.items) if isinstance(item, Segment) for node in item.nodes}
+    last = _last_reads(program, cut)
+    results, found = program.results, {}
+    shared = [n for n in results.values() if list(results.values()).count(n) > 1] if len(results) < 64 else []
+    for name, placeholder in program.placeholders.items():
+        node = results.get(name)
+        role = program.variables[name].role
+        if node is None or node not in home or role not in (Role.PARAM, Role.STATE) or node in shared:
+            continue
+        outside = [u for u in node.users if u.op != "output" and home.get(u) != home[node]]
+        if last.get(placeholder, -1) <= home[node] and not outside:
+            found[name] = placeholder
+    return found
+
+
+def _last_reads(program: Program, cut: Cut) -> dict[Node, int]:
+    """The last item that reads each placeholder, also through views."""
+    last: dict[Node, int] = {}
+
+    def read(node: Node, at: int) -> None:
+        if node in cut.views:
+            for source in node.all_input_nodes:
+                read(source, at)
+        elif node.op == "placeholder":
+            last[node] = max(at, last.get(node, -1))
+
+    for at, item in enumerate(cut.items):
+        for node in item.nodes if isinstance(item, Segment) else [item]:
+            for source in node.all_input_nodes:
+                read(source, at)
+    for node in program.results.values():
+        if node in cut.views or node.op == "placeholder":
+            read(node, len(cut.items))
+    return last

@@ -1,0 +1,207 @@
+"""A program cut at its communications into segments of plain computation, to be compiled one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import getitem
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.program import Program
+from syncwright.shapes import is_host
+
+aten = torch.ops.aten
+MOST_SEGMENTS = 8
+
+_VIEWS = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.view.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.split_with_sizes.default,
+        getitem,
+    }
+)
+
+
+@dataclass(slots=True)
+class Segment:
+    """Nodes that run together, in order. Grows while a program is cut, then stays."""
+
+    nodes: list[Node] = field(default_factory=list)
+
+
+Item = Segment | Node
+"""A segment, or one node that the executor runs by itself: a communication, or arithmetic on the host."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """A program as a list of items in the order in which they run.
+
+    views  nodes that only look at a value in another shape: each segment makes those that it needs for itself
+    """
+
+    items: tuple[Item, ...]
+    views: frozenset[Node]
+
+
+def cut(program: Program) -> Cut:
+    """Cuts where something is waited for, and about every eighth of the nodes where something is sent.
+
+    before  %a = mm, %b = mm, push(%a), %c = mm, %w = wait(%r), %d = sub(%p, %w)
+    after   [%a, %b, %c], push(%a), %w = wait(%r), [%d]
+
+    Sends keep their order, and no wait moves forward: whoever waits has sent all that stands before it.
+    """
+    return _Cutter(program).run()
+
+
+class _Cutter:
+    """One walk over a program."""
+
+    def __init__(self, program: Program):
+        self.nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+        self.views = _views(program)
+        self.enough = max(8, len(self.nodes) // MOST_SEGMENTS)
+        self.items: list[Item] = []
+        self.open = Segment()
+        self.inside: set[Node] = set()
+        self.placed: set[Node] = set()
+        self.sends: list[Node] = []
+
+    def run(self) -> Cut:
+        for node in self.nodes:
+            if node in self.views or node in self.placed:
+                continue
+            if node.target in ops.SENDS:
+                self._send(node)
+            elif node.target in ops.COMMUNICATION:
+                self._receive(node)
+            elif runs_alone(node):
+                self._alone(node)
+            else:
+                self._place(node)
+        self._close()
+        return Cut(tuple(self.items), frozenset(self.views))
+
+    def _place(self, node: Node) -> None:
+        """Into the open segment; what a node gives as a tuple is taken apart at once, so that only tensors cross."""
+        picks = node.users if isinstance(node.meta["val"], tuple | list) else ()
+        for each in (node, *picks):
+            self.open.nodes.append(each)
+            self.inside.add(each)
+            self.placed.add(each)
+
+    def _send(self, node: Node) -> None:
+        self.sends.append(node)
+        self.inside.add(node)
+        if len(self.open.nodes) >= self.enough or not self.open.nodes:
+            self._close()
+
+    def _receive(self, node: Node) -> None:
+        fresh = node.target is ops.pull and not node.args[0]
+        if not fresh or len(self.open.nodes) >= self.enough:
+            self._close()
+        self.items.append(node)
+
+    def _alone(self, node: Node) -> None:
+        if self._needs_open(node):
+            self._close()
+        self.items.append(node)
+
+    def _needs_open(self, node: Node) -> bool:
+        return any(n in self.inside or (n in self.views and self._needs_open(n)) for n in node.all_input_nodes)
+
+    def _close(self) -> None:
+        if self.open.nodes:
+            self.items.append(self.open)
+        self.items.extend(self.sends)
+        self.open, self.sends = Segment(), []
+        self.inside = set()
+
+
+def runs_alone(node: Node) -> bool:
+    """Arithmetic on the host, the 0-d state that it reads, and operations whose numbers no tensor can stand for."""
+    if is_host(node.meta["val"]):
+        return True
+    if _is_counter(node):
+        return True
+    return any(is_host(n.meta["val"]) for n in node.all_input_nodes) and node.target not in TENSOR_FORMS
+
+
+def _is_counter(node: Node) -> bool:
+    """0-d, and made from 0-d state and numbers alone: a step count."""
+    val = node.meta["val"]
+    if not isinstance(val, torch.Tensor) or val.dim() or not node.all_input_nodes:
+        return False
+    return all(
+        (n.op == "placeholder" and not is_host(n.meta["val"]) and n.meta["val"].dim() == 0) or _is_counter(n)
+        for n in node.all_input_nodes
+        if not is_host(n.meta["val"])
+    ) and not all(is_host(n.meta["val"]) for n in node.all_input_nodes)
+
+
+def _views(program: Program) -> set[Node]:
+    """Views of what a program is given: of its variables, and of what a wait or pull brings."""
+    found: set[Node] = set()
+    sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in (ops.wait, ops.pull)}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _VIEWS:
+            first = node.args[0]
+            if isinstance(first, Node) and (first in found or (first in sources and not is_host(first.meta["val"]))):
+                found.add(node)
+    return found
+
+
+def _scaled(graph, x, scale):
+    return graph.call_function(aten.mul.Tensor, (x, scale))
+
+
+def _add(graph, args: tuple, kwargs: Mapping) -> Node:
+    x, y = args
+    alpha = kwargs.get("alpha", 1)
+    return graph.call_function(aten.add.Tensor, (x, _scaled(graph, y, alpha) if isinstance(alpha, Node) else y))
+
+
+def _sub(graph, args: tuple, kwargs: Mapping) -> Node:
+    x, y = args
+    alpha = kwargs.get("alpha", 1)
+    return graph.call_function(aten.sub.Tensor, (x, _scaled(graph, y, alpha) if isinstance(alpha, Node) else y))
+
+
+def _same(target):
+    return lambda graph, args, kwargs: graph.call_function(target, args, dict(kwargs))
+
+
+def _addcmul(graph, args: tuple, kwargs: Mapping) -> Node:
+    x, a, b = args
+    return graph.call_function(aten.add.Tensor, (x, _scaled(graph, _scaled(graph, a, kwargs["value"]), b)))
+
+
+def _addcdiv(graph, args: tuple, kwargs: Mapping) -> Node:
+    x, a, b = args
+    quotient = graph.call_function(aten.div.Tensor, (_scaled(graph, a, kwargs["value"]), b))
+    return graph.call_function(aten.add.Tensor, (x, quotient))
+
+
+TENSOR_FORMS = {
+    aten.mul.Tensor: _same(aten.mul.Tensor),
+    aten.div.Tensor: _same(aten.div.Tensor),
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.lerp.Scalar: _same(aten.lerp.Tensor),
+    aten.addcmul.default: _addcmul,
+    aten.addcdiv.default: _addcdiv,
+    aten.pow.Tensor_Scalar: _same(aten.pow.Tensor_Tensor),
+    aten.scalar_tensor.default: lambda graph, args, kwargs: graph.call_function(
+        aten._to_copy.default, (args[0],), {"dtype": kwargs.get("dtype")}
+    ),
+}
+"""How to write an operation when a number on the host comes as a 0-d tensor: compiled once for all its values."""
