@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
+from syncwright.passes.insert import KEPT, read_first, read_variable
 from syncwright.program import Program, Role, set_results
 from syncwright.shapes import Inference, mode_of
 
@@ -23,10 +24,10 @@ def idle(program: Program) -> Program:
 
     The mean over no examples is NaN, and 0 x NaN is NaN: so such a trainer does not run its step, but contributes
     zeros of weight 0 to each communication of the step's static list, in the same order. What is not made from its
-    own batch (a norm of reduced gradients, a counter) it sends as everybody does.
+    own batch (a norm of reduced gradients) it sends as everybody does. A buffer that is trainer 0's stays as
+    it was where trainer 0 has nothing: its contribution is the old value.
     """
-    program = program.edit()
-    tainted = _silence(program)
+    program, tainted = _silence(program.edit())
     set_results(program, {name: n for name, n in program.results.items() if n not in tainted})
     remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, ops.wait})
     for node in program.placeholders.values():
@@ -36,8 +37,8 @@ def idle(program: Program) -> Program:
     return Program(program.graph, {n: v for n, v in program.variables.items() if n in named}, ())
 
 
-def _silence(program: Program) -> set[Node]:
-    """Sends zeros in place of all that is made from a batch; what else is made from it."""
+def _silence(program: Program) -> tuple[Program, set[Node]]:
+    """Sends nothing in place of all that is made from a batch; what else is made from it."""
     tainted: set[Node] = set()
     known = Inference(mode_of(program.graph))
     for node in list(program.graph.nodes):
@@ -45,26 +46,47 @@ def _silence(program: Program) -> set[Node]:
             source = node.args[0]
             if source in tainted:
                 with program.graph.inserting_before(node):
-                    node.args = (_without(source, tainted, known), *node.args[1:])  # type: ignore[arg-type]
-        elif _is_input(program, node) or any(source in tainted for source in node.all_input_nodes):
+                    program, nothing = _nothing(program, source, tainted, known)  # type: ignore[arg-type]
+                node.args = (nothing, *node.args[1:])
+        elif _is_own(program, node) or any(source in tainted for source in node.all_input_nodes):
             tainted.add(node)
-    return tainted
+    return program, tainted
 
 
-def _is_input(program: Program, node: Node) -> bool:
-    return node.op == "placeholder" and program.variables[node.meta["variable"]].role is Role.INPUT
+def _is_own(program: Program, node: Node) -> bool:
+    """A batch input, or trainer 0's contribution to a buffer."""
+    if node.op == "placeholder":
+        return program.variables[node.meta["variable"]].role is Role.INPUT
+    return KEPT in node.meta
 
 
-def _without(node: Node, tainted: set[Node], known: Inference) -> Node:
-    """Zeros like `node`; of a bucket, only where its members are made from a batch."""
-    graph, val = node.graph, node.meta["val"]
-    if node.target is not aten.cat.default or val.dim() != 1:
-        return known.call(graph, aten.zeros.default, list(val.shape), dtype=val.dtype)
-    kept: list[Node] = []
-    for silent, members in groupby(node.args[0], key=tainted.__contains__):  # type: ignore[arg-type]
+def _nothing(program: Program, sent: Node, tainted: set[Node], known: Inference) -> tuple[Program, Node]:
+    """What stands for `sent`, which is made from a batch; of a bucket, only the members that are."""
+    graph, val = program.graph, sent.meta["val"]
+    if sent.target is aten.reshape.default and KEPT in sent.args[0].meta:  # type: ignore[union-attr]
+        program, old = _nothing(program, sent.args[0], tainted, known)  # type: ignore[arg-type]
+        return program, known.call(graph, aten.reshape.default, old, *sent.args[1:])
+    if KEPT in sent.meta:
+        name = sent.meta[KEPT]
+        program, old = read_variable(program, program.variables[name], val)
+        program, first = read_first(program)
+        return program, known.call(graph, aten.mul.Tensor, old, first)
+    if sent.target is not aten.cat.default or val.dim() != 1:
+        return program, known.call(graph, aten.zeros.default, list(val.shape), dtype=val.dtype)
+    parts: list[Node] = []
+    for kind, members in groupby(sent.args[0], key=lambda member: _kind(member, tainted)):  # type: ignore[arg-type]
         run = list(members)
-        if silent:
+        if kind == "silent":
             size = sum(member.meta["val"].numel() for member in run)
             run = [known.call(graph, aten.zeros.default, [size], dtype=val.dtype)]
-        kept += run
-    return kept[0] if len(kept) == 1 else known.call(graph, aten.cat.default, kept)
+        for member in run:
+            if kind == "kept":
+                program, member = _nothing(program, member, tainted, known)
+            parts.append(member)
+    return program, parts[0] if len(parts) == 1 else known.call(graph, aten.cat.default, parts)
+
+
+def _kind(member: Node, tainted: set[Node]) -> str:
+    if member not in tainted:
+        return "shared"
+    return "kept" if any(KEPT in n.meta for n in (member, *member.all_input_nodes)) else "silent"

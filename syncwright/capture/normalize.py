@@ -57,6 +57,7 @@ class _Builder:
             elif node.op == "get_attr" and node not in self.made:
                 self.made[node] = self._number(node)
         self.graph.output(self._results(nodes[-1]))
+        self._start_from_nothing()
         remove_dead(self.graph)
         self._refuse_stale()
         return Program(self.graph, self.variables, self._guards())
@@ -121,6 +122,17 @@ class _Builder:
         shape, dtype = (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else ((), torch.float64)
         self.variables[name] = Variable(name, Role.OUTPUT, shape, dtype)
         return made
+
+    def _start_from_nothing(self) -> None:
+        """`zero_grad(set_to_none=False)`: adding to zeros is starting from nothing, and no old value is read."""
+        for node in list(self.graph.nodes):
+            if node.target is torch.ops.aten.zero.default and self._is_stale(node.args[0]):
+                for user in [u for u in node.users if u.target is torch.ops.aten.add.Tensor and not u.kwargs]:
+                    if user.args[0] is node:
+                        user.replace_all_uses_with(user.args[1])
+
+    def _is_stale(self, node: Node) -> bool:
+        return node.op == "placeholder" and self.variables[node.meta["variable"]].role is Role.GRAD
 
     def _refuse_stale(self) -> None:
         for node in [n for n in self.graph.nodes if n.op == "placeholder"]:

@@ -172,9 +172,8 @@ class _Trace:
         scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
         undo.enter_context(private.symbolic_extremes(scopes))
         for each in self.binding.optimizers.values():
-            original = each.step
-            each.step = self._stepper(each, original)  # type: ignore[method-assign]
-            undo.callback(each.__dict__.pop, "step")
+            undo.callback(_restore, each, "step", each.__dict__.get("step"))
+            each.step = self._stepper(each, each.step)  # type: ignore[method-assign]
 
     def _stepper(self, each: torch.optim.Optimizer, original: Callable) -> Callable:
         def step(closure=None):
@@ -199,6 +198,14 @@ class _Trace:
         replaced = swap.replaced()
         self.replaced = tuple(replaced)
         return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in [*leaves, *replaced.values()]]
+
+
+def _restore(owner: object, key: str, before: object) -> None:
+    """An attribute of the instance is what it was; None: there was none."""
+    if before is None:
+        vars(owner).pop(key, None)
+    else:
+        setattr(owner, key, before)
 
 
 def _mark(name: str) -> Callable[[torch.Tensor], None]:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import before_first_use, behind, first_call, read_first, read_share, read_weight
+from syncwright.passes.insert import KEPT, before_first_use, behind, first_call, read_first, read_share, read_weight
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
@@ -103,6 +103,7 @@ def _buffer(program: Program, plan: Plan, name: str, node: Node, policy: str) ->
     program, first = read_first(program)
     with behind(node):
         node = call(program.graph, mode_of(program.graph), aten.mul.Tensor, node, first)
+    node.meta[KEPT] = name
     return _rewrite_result(program, plan, name, node, "sum")
 
 

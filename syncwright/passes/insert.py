@@ -14,6 +14,8 @@ from syncwright.program import Program, Role, Variable, new_placeholder
 
 WEIGHT = "batch.weight"
 FIRST = "trainer.first"
+KEPT = "kept"
+"""In the meta of trainer 0's contribution to a buffer: the buffer whose old value it is where trainer 0 runs no step."""
 
 
 def behind(node: Node) -> AbstractContextManager:

@@ -38,7 +38,7 @@ class Interpreter:
             blocked = next(self._ready[program].run(values, _NO_PORT))
         except StopIteration as stop:
             return stop.value
-        raise JobError(f"a server's program waits at {blocked.node} for '{blocked.channel}'; servers' programs do not wait.")
+        raise JobError(f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do.")
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class Running:
     """A program and the step that it runs next. Changes with every step."""
 
     program: Program
+    reads: tuple[str, ...]
     host: frozenset[str]
     step: int = 0
 
@@ -64,14 +65,14 @@ class Server:
         part = job.servers[rank]
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self._held = {v.name: v for v in part.holds}
-        self._running = [Running(p, _host_reads(p)) for p in part.programs]
+        self._running = [Running(p, p.reads, _host_reads(p)) for p in part.programs]
         self._exports = part.exports
         self._versions: dict[str, dict[int, object]] = {name: {} for name in self._held}
         self._values: dict[tuple[str, int], object] = {}
         self._merging: dict[tuple[str, int], Merging] = {}
         self._left: dict[int, int] = {}
         self._parked: list[tuple[Address, Pull]] = []
-        self._readers = {name: [r for r in self._running if name in r.program.reads] for name in self._held}
+        self._readers = {name: [r for r in self._running if name in r.reads] for name in self._held}
 
     @property
     def done(self) -> bool:
@@ -169,7 +170,7 @@ class Server:
 
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
-        for name in running.program.reads:
+        for name in running.reads:
             value = (
                 self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
             )
@@ -244,11 +245,18 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
     for _, tensor in ordered[1:]:
         total = total + tensor
     if channel.merge == "mean":
-        weight = sum(w for w, _ in ordered) / trainers
-        if weight == 0:
-            return total
-        if weight != 1:
+        weight = _sum_of_weights([w for w, _ in ordered], total.dtype) / trainers
+        if weight not in (0, 1):
             total = total / weight
+    return total
+
+
+def _sum_of_weights(weights: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """Added as collectives add them, in float64 only for float64 values: so servers and replicas agree to the bit."""
+    precision = torch.float64 if dtype is torch.float64 else torch.float32
+    total = torch.tensor(weights[0], dtype=precision)
+    for weight in weights[1:]:
+        total = total + torch.tensor(weight, dtype=precision)
     return total
 
 
