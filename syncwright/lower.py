@@ -22,12 +22,13 @@ from syncwright.split import (
     global_variable,
     grad_variable,
     held_by_servers,
-    merge_of,
+    merges,
     piece_of,
     server_parts,
     split,
 )
-from syncwright.update import find_updates
+from syncwright.update import find_updates, followed
+from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
 
@@ -40,15 +41,26 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
+    verify(program)
     step = program
     for each in pipeline(passes, without):
-        step = each(step, plan)
+        step = _applied(each, step, plan)
     parts = split(program, find_updates(program), plan)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": step, "idle": idle(step)}
-    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    verify_job(job)
+    return job
+
+
+def _applied(each: Pass, program: Program, plan: Plan) -> Program:
+    """What a pass makes of a program, verified."""
+    after = each(program, plan)
+    if after is not program:
+        verify_after(each.__name__, program, after)
+    return after
 
 
 def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass, ...]:
@@ -70,13 +82,13 @@ def _channels(
     channels: dict[str, Channel] = {}
     owners = {name: rank for name, (rank, _) in held_by_servers(parts).items()}
     hypers = {part.rank: _hypers(part) for part in servers}
+    merge = merges(plan)
     for parameter, pieces in parts.pieces.items():
         grad = grad_variable(program, parameter)
-        merge = merge_of(plan, parameter)
         for piece in pieces:
             variable = piece_of(grad, program.variables[parameter], piece, len(pieces))
             rank = int(piece.owner or 0)
-            channels[variable.name] = Channel(variable, rank, merge, hypers[rank])  # type: ignore[arg-type]
+            channels[variable.name] = Channel(variable, rank, merge[parameter], hypers[rank])
     for join in parts.joins:
         for node, parameter in join.partials.items():
             if parameter not in parts.pieces:
@@ -89,12 +101,17 @@ def _channels(
 
 
 def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[str, Channel], owners: dict) -> None:
-    policies = dict(plan.buffers)
+    """A channel for every value that `average_values` sends through the reducer."""
+    policies, follows = dict(plan.buffers), followed(program)
     for name in program.writes:
         variable = program.variables[name]
-        if variable.role not in (Role.OUTPUT, Role.BUFFER) or name in owners or is_local(variable, program):
-            continue
-        mean = variable.dtype.is_floating_point and policies.get(name, "mean") == "mean"
+        match variable.role:
+            case Role.OUTPUT if not is_local(variable, program):
+                mean = variable.dtype.is_floating_point
+            case Role.BUFFER if name not in follows and policies.get(name) != "local":
+                mean = policies.get(name, "mean") == "mean"
+            case _:
+                continue
         channels[name] = Channel(variable, reducer, "mean" if mean else "sum")
         owners[name] = reducer
 
