@@ -1,0 +1,49 @@
+"""The result of a comparison with one device, as a table and sentences."""
+
+from __future__ import annotations
+
+from syncwright.checking import Check, Difference
+from syncwright.view.tables import Table, counted
+
+_COLUMNS = ("variable", "role", "to the whole batch", "to the parts", "floor", "tolerated", "verdict")
+
+
+def check_table(check: Check) -> Table:
+    """Largest relative difference of every variable to one device, and what was tolerated."""
+    who = f"{counted(check.plan.trainers, 'trainer')} and {counted(check.plan.servers, 'server')}"
+    title = f"Largest relative difference of {who} to one device after {counted(check.steps, 'step')} on the first batch"
+    return Table(title, _COLUMNS, tuple(map(_row, check.differences)), right=frozenset(_COLUMNS[2:6]))
+
+
+def check_notes(check: Check) -> list[str]:
+    """What the table's columns mean here, and the verdict, last."""
+    lines = [
+        "the whole batch and the parts are plain PyTorch on one device; the floor is how far these two are apart",
+    ]
+    if check.mixing:
+        lines = [
+            f"compared with the parts only, as on N virtual batches: {', '.join(check.mixing)} in train mode "
+            "joins the examples of a batch or draws at random, so the whole batch at once is another computation"
+        ]
+    return [*lines, _verdict(check)]
+
+
+def _verdict(check: Check) -> str:
+    beyond = check.beyond
+    count = counted(len(check.differences), "variable")
+    if not beyond:
+        return f"equal: {count} within tolerance"
+    names = ", ".join(d.variable.name for d in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+    return f"NOT equal: {len(beyond)} of {count} beyond tolerance: {names}"
+
+
+def _row(difference: Difference) -> tuple[str, ...]:
+    figures = (difference.whole, difference.parts, difference.floor, difference.limit)
+    verdict = "equal" if difference.holds else "BEYOND"
+    if difference.holds and difference.parts == 0:
+        verdict = "bit-equal to the parts"
+    return (difference.variable.name, difference.variable.role.value, *map(_figure, figures), verdict)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
