@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from syncwright.checking import Check, Difference
-from syncwright.view.tables import Table, counted
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+
+from syncwright.checking import Check, Difference, check_plan
+from syncwright.view.look import Look
+from syncwright.view.tables import Table, counted, show_table, show_text
 
 _COLUMNS = ("variable", "role", "to the whole batch", "to the parts", "floor", "tolerated", "verdict")
+
+
+def show_check(out: Console, err: Console, seen: Look, steps: int, without: Sequence[str] = ()) -> bool:
+    """Compares a plan with one device, with progress on `err` and the result on `out`; whether they are equal."""
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks = {}
+
+        def progress(what: str, step: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=steps)
+                if not err.is_terminal:
+                    show_text(err, f"{what}: {counted(steps, 'step')}")
+            bar.update(tasks[what], completed=step)
+
+        check = check_plan(seen.first, seen.program, seen.plan, steps, without, progress)
+    show_table(out, check_table(check))
+    show_text(out, "\n" + "\n".join(check_notes(check)))
+    return not check.beyond
 
 
 def check_table(check: Check) -> Table:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def first_step(script: str, arguments: Sequence[str]) -> FirstStep:
         raise
     except BaseException as error:
         if not taken:
-            raise RequestError(_ended_early(script, error)) from error
+            raise _ended_early(script, error) from error
     if not taken:
         raise RequestError(
             f"{script} ended without a step; expected it to call syncwright.distribute(...) and then .step(*batch). "
@@ -42,16 +43,25 @@ def first_step(script: str, arguments: Sequence[str]) -> FirstStep:
     return taken[0]
 
 
-def _ended_early(script: str, error: BaseException) -> str:
+def _ended_early(script: str, error: BaseException) -> RequestError:
     if isinstance(error, SystemExit):
-        return (
+        return RequestError(
             f"{script} ended with status {error.code} before its first step. See what it printed; "
-            "arguments for the script that look like options here go behind `--`."
+            "options of the script's that are also options here go behind `--`."
         )
-    return (
+    found = RequestError(
         f"{script} raised {type(error).__name__} before its first step: {error}. Expected it to run as "
         f"`python {script}` does. Correct the script, or give the arguments that it needs."
     )
+    found.add_note("".join(traceback.format_list(_frames_of(script, error))).rstrip())
+    return found
+
+
+def _frames_of(script: str, error: BaseException) -> list[traceback.FrameSummary]:
+    """The error's frames from the script's own on."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = (at for at, frame in enumerate(frames) if frame.filename == script)
+    return list(frames[next(own, 0) :])
 
 
 @contextlib.contextmanager
