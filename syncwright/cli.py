@@ -48,7 +48,9 @@ Trainers = Annotated[int | None, typer.Option(min=1, help="How many trainers. [d
 Servers = Annotated[
     int | None, typer.Option(min=0, help="How many servers; 0: one inside each trainer. [default: 0, or a plan's]")
 ]
-PlanOption = Annotated[str | None, typer.Option("--plan", help="A strategy or a YAML file, instead of the script's plan.")]
+PlanOption = Annotated[
+    str | None, typer.Option("--plan", help="A strategy or a YAML file, instead of the script's plan.")
+]
 Disabled = Annotated[str, typer.Option(metavar="A,B", help="Passes to leave out, to find the one at fault.")]
 
 

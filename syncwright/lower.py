@@ -43,6 +43,7 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = ()) -> Job:
     for each in pipeline(without):
         step = each(step, plan)
     parts = split(program, find_updates(program), plan)
+    _refuse_without(parts, without)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
@@ -57,6 +58,17 @@ def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:
         if name not in names:
             raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}.")
     return tuple(each for each in PIPELINE if each.__name__ not in without)
+
+
+def _refuse_without(parts: Split, without: Sequence[str]) -> None:
+    """Servers' programs wait for what these passes make trainers send."""
+    needed = {"serve_parameters": tuple(parts.pieces), "share_globals": tuple(p for j in parts.joins for p in j.parameters)}
+    for name, parameters in needed.items():
+        if name in without and parameters:
+            raise LoweringError(
+                f"the pass '{name}' is left out, but the plan keeps '{parameters[0]}' on a server, whose program needs it. "
+                "Leave it in, or share all variables by all_reduce."
+            )
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:

@@ -140,7 +140,9 @@ class _Reduction:
     def __init__(self, binding: Binding, plan: Plan, weights: Sequence[float]):
         self._binding, self._trainers, self._weights = binding, plan.trainers, weights
         sharings = {s.variable: s.sync for s in plan.sharings}
-        self._summed = {n for n, s in sharings.items() if isinstance(s, AllReduce | ParameterServer) and s.reduce == "sum"}
+        self._summed = {
+            n for n, s in sharings.items() if isinstance(s, AllReduce | ParameterServer) and s.reduce == "sum"
+        }
         self._averaged = [name for name, policy in plan.buffers if policy == "mean"]
         self._of_one = [name for name, policy in plan.buffers if policy != "mean"]
         wide = any(p.dtype is torch.float64 for p in binding.model.parameters())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from syncwright.errors import RequestError
@@ -49,19 +51,22 @@ def demonstrate(console: Console, quick: bool = False) -> int:
 
     quick  a few steps and no regression, to see that all of it works here
     """
+    torch.set_num_threads(1)
     began, script = time.perf_counter(), str(flights_script())
     baseline = "" if quick else ", and a logistic regression on the same columns"
     show_text(console, _PURPOSE.format(script=script, baseline=baseline))
     steps = ["--limit-steps", str(QUICK_STEPS)] if quick else []
 
     _heading(console, 1, "the plan")
+    show_text(console, "reading the flights, and capturing the step of their first batch ...\n")
     seen = look(script, steps, trainers=TRAINERS, servers=SERVERS)
     _show_plan(console, seen)
 
     with tempfile.TemporaryDirectory(prefix="syncwright-demo-") as folder:
         _heading(console, 2, "2 trainers and 1 server")
+        show_text(console, "each reads the flights, captures the step, and meets the others ...")
         ours = _results(script, steps, Path(folder, "job.json"), TRAINERS, SERVERS)
-        _heading(console, 3, "one device" + ("" if quick else ", then the regression (no progress; about half a minute)"))
+        _heading(console, 3, f"one device{baseline}")
         alone = [*steps, "--one-device", *([] if quick else ["--baseline"])]
         theirs = _results(script, alone, Path(folder, "one.json"), 1, 0)
 
@@ -99,8 +104,12 @@ def _show_plan(console: Console, seen: Look) -> None:
 
 
 def _results(script: str, arguments: Sequence[str], report: Path, trainers: int, servers: int) -> dict:
-    """Runs the script as a job, which shows its own progress, and reads the report that it writes."""
-    status = launch(script, [*arguments, "--json", str(report)], trainers, servers)
+    """Runs the script as a job, which shows its own progress, and reads the report that it writes.
+
+    One thread per process: the model is small, and all processes share few cores.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    status = launch(script, [*arguments, "--json", str(report)], trainers, servers, environment=environment)
     if status:
         raise RequestError(f"demo: {script} ended with status {status}, expected 0. See what it printed.")
     return json.loads(report.read_text(encoding="utf-8"))

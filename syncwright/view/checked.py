@@ -35,7 +35,8 @@ def show_check(out: Console, err: Console, seen: Look, steps: int, without: Sequ
 def check_table(check: Check) -> Table:
     """Largest relative difference of every variable to one device, and what was tolerated."""
     who = f"{counted(check.plan.trainers, 'trainer')} and {counted(check.plan.servers, 'server')}"
-    title = f"Largest relative difference of {who} to one device after {counted(check.steps, 'step')} on the first batch"
+    steps = f"{counted(check.steps, 'step')}, all on the script's first batch"
+    title = f"Largest relative difference of {who} to one device after {steps}"
     return Table(title, _COLUMNS, tuple(map(_row, check.differences)), right=frozenset(_COLUMNS[2:6]))
 
 

@@ -77,7 +77,7 @@ def _server_text(job: Job, rank: int) -> str:
     part = job.servers[rank]
     held = [f"# server {rank} holds {', '.join(v.name for v in part.holds) or 'nothing'}"]
     programs = [
-        f"# program {number} of {len(part.programs)}, run once per step when all that it reads is there\n{to_text(each)}"
+        f"# program {number} of {len(part.programs)}, once per step, when all that it reads is there\n{to_text(each)}"
         for number, each in enumerate(part.programs, start=1)
     ]
     return "\n".join([*held, *programs])
