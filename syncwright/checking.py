@@ -1,4 +1,4 @@
-"""Is a plan the same training as one device? A few steps of each, compared variable by variable (SEMANTICS section 0)."""
+"""Is a plan the same training as one device? A few steps of each, compared variable by variable (SEMANTICS 0)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from syncwright.capture.state import Binding
 from syncwright.errors import PlanError
@@ -90,7 +91,7 @@ def check_plan(
     job = run("the plan", _job(first, plan, steps, without))
     parts = run("one device, part by part", split(first, binding, plan, steps))
     whole = run("one device, the whole batch", concatenated(first, steps)) if not mixing else None
-    shown = [v for v in binding.variables.values() if v.role in (Role.PARAM, Role.BUFFER, Role.STATE)]
+    shown = [v for v in binding.variables.values() if v.role in (Role.PARAM, Role.STATE) or v.name in program.writes]
     return Check(plan, steps, tuple(_difference(v, job, parts, whole) for v in shown), mixing)
 
 
@@ -146,8 +147,8 @@ def _refuse_independent(program: Program, plan: Plan) -> None:
     for sharing in plan.sharings:
         if isinstance(sharing.sync, Local) and sharing.variable in program.writes and plan.trainers > 1:
             raise PlanError(
-                f"variable {sharing.variable!r}: found local, expected a sharing that keeps trainers equal: each trainer "
-                "trains a copy of its own, which no run on one device equals. Share it, or look at one trainer."
+                f"variable {sharing.variable!r}: found local, expected a sharing that keeps trainers equal: no run on "
+                "one device equals trainers that each train a copy of their own. Share it, or verify with one trainer."
             )
 
 
@@ -157,8 +158,8 @@ def _mixes(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
-_BATCH_NORMS = frozenset({aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats})
+_BATCH_NORMS = frozenset({aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats})
 
 
-def _normalizes_batch(node: torch.fx.Node) -> bool:
+def _normalizes_batch(node: Node) -> bool:
     return node.target in _BATCH_NORMS and any(argument is True for argument in node.args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from syncwright.errors import RequestError, SyncwrightError
-from syncwright.near import near_names
 
 app = typer.Typer(
     help="Write the training step for one device; choose per variable how it is kept in sync on many.",
@@ -27,14 +27,17 @@ app = typer.Typer(
 
 
 class TakesScript(TyperCommand):
-    """Its options may stand before or behind the script; what it does not know, and all behind `--`, is the script's."""
+    """Its options may stand before or behind the script; those it does not know, and all behind `--`, are the script's.
+
+    Something near to an option of its own is refused: a slip would go to a script that ignores it.
+    """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         own = args[: args.index("--")] if "--" in args else args
         known = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
         for word in (word.partition("=")[0] for word in own if word.startswith("--")):
-            near = near_names(word, known)
-            if word not in known and near and word != "--help":
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.85)
+            if near and word not in known:
                 ctx.fail(f"No such option: {word}. Did you mean {near[0]}? An option of the script's goes behind `--`.")
         return super().parse_args(ctx, args)
 
@@ -42,8 +45,10 @@ class TakesScript(TyperCommand):
 _OWN_OPTIONS_FIRST = {"allow_interspersed_args": False}
 _OPTIONS_ANYWHERE = {"ignore_unknown_options": True}
 
-Script = Annotated[str, typer.Argument(help="The script that calls distribute(...) and .step(*batch).")]
-Arguments = Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")]
+Script = Annotated[
+    str, typer.Argument(metavar="SCRIPT", help="The script that calls distribute(...) and .step(*batch).")
+]
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="The script's own arguments.")]
 Trainers = Annotated[int | None, typer.Option(min=1, help="How many trainers. [default: 2, or a complete plan's]")]
 Servers = Annotated[
     int | None, typer.Option(min=0, help="How many servers; 0: one inside each trainer. [default: 0, or a plan's]")
@@ -56,7 +61,7 @@ Disabled = Annotated[str, typer.Option(metavar="A,B", help="Passes to leave out,
 
 @app.command(context_settings=_OWN_OPTIONS_FIRST)
 def run(
-    script: Annotated[str, typer.Argument(help="The script to run in every role.")],
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="The script to run in every role.")],
     arguments: Arguments = None,
     trainers: Annotated[int, typer.Option(min=1, help="How many trainers.")] = 2,
     servers: Annotated[int, typer.Option(min=0, help="How many server processes; 0: threads of the trainers.")] = 0,
@@ -117,7 +122,7 @@ def show(
 
 @app.command(cls=TakesScript, context_settings=_OPTIONS_ANYWHERE)
 def plan(
-    strategy: Annotated[str, typer.Argument(help="A strategy's name, or a YAML file of rules.")],
+    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="A strategy's name, or a YAML file of rules.")],
     script: Script,
     arguments: Arguments = None,
     trainers: Trainers = None,
@@ -187,7 +192,7 @@ def _check_views(program: str | None, after: str | None, diff: str | None) -> No
         raise RequestError("--after and --diff: found both, expected one. `--diff A..B` says between which passes.")
     if program not in (None, "trainer") and (after is not None or diff is not None):
         raise RequestError(
-            f"--program {program}: found beside --after or --diff, expected trainer: passes rewrite the trainer's program."
+            f"--program {program}: found beside --after or --diff, expected trainer. Passes rewrite its program only."
         )
 
 

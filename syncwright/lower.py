@@ -62,12 +62,14 @@ def pipeline(without: Sequence[str] = ()) -> tuple[Pass, ...]:
 
 def _refuse_without(parts: Split, without: Sequence[str]) -> None:
     """Servers' programs wait for what these passes make trainers send."""
-    needed = {"serve_parameters": tuple(parts.pieces), "share_globals": tuple(p for j in parts.joins for p in j.parameters)}
-    for name, parameters in needed.items():
-        if name in without and parameters:
+    served = next(iter(parts.pieces), None)
+    needed = {"serve_parameters"} if served else set()
+    needed |= {"share_globals"} if parts.joins else set()
+    for name in without:
+        if name in needed:
             raise LoweringError(
-                f"the pass '{name}' is left out, but the plan keeps '{parameters[0]}' on a server, whose program needs it. "
-                "Leave it in, or share all variables by all_reduce."
+                f"the pass '{name}' is left out, but the plan keeps '{served}' on a server, whose program waits for "
+                "what the pass makes trainers send. Leave the pass in, or share all variables by all_reduce."
             )
 
 

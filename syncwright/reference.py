@@ -86,7 +86,7 @@ def _split_step(
     kept, known, counts = Kept(binding), {}, {}
     for _ in range(_MOST_ROUNDS):
         runs, ends = {}, {}
-        for k, part in reversed(parts.items()):
+        for k, part in reversed(list(parts.items())):
             kept.put_back()
             torch.set_rng_state(streams[k])
             with _watched(binding, known, counts) as seen:

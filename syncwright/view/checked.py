@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from syncwright.checking import Check, Difference, check_plan
 from syncwright.view.look import Look
-from syncwright.view.tables import Table, counted, show_table, show_text
+from syncwright.view.tables import Table, counted, roles_text, show_table, show_text
 
 _COLUMNS = ("variable", "role", "to the whole batch", "to the parts", "floor", "tolerated", "verdict")
 
@@ -34,7 +34,7 @@ def show_check(out: Console, err: Console, seen: Look, steps: int, without: Sequ
 
 def check_table(check: Check) -> Table:
     """Largest relative difference of every variable to one device, and what was tolerated."""
-    who = f"{counted(check.plan.trainers, 'trainer')} and {counted(check.plan.servers, 'server')}"
+    who = roles_text(check.plan)
     steps = f"{counted(check.steps, 'step')}, all on the script's first batch"
     title = f"Largest relative difference of {who} to one device after {steps}"
     return Table(title, _COLUMNS, tuple(map(_row, check.differences)), right=frozenset(_COLUMNS[2:6]))

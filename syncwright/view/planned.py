@@ -17,7 +17,7 @@ from syncwright.split import grad_variable
 from syncwright.text import variable_type_text
 from syncwright.typed import tag
 from syncwright.update import followed
-from syncwright.view.tables import Table, counted, size_text
+from syncwright.view.tables import Table, counted, roles_text, size_text
 
 _COLUMNS = ("variable", "role", "type", "size", "sharing", "owner", "sent", "received")
 _RIGHT = frozenset({"size", "sent", "received"})
@@ -46,8 +46,7 @@ def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
     totals = [("total", "", "", size_text(sum(v.nbytes for v in variables)), "", "", *_bytes(_sum(traffic)))]
     if OTHER in traffic:
         totals.insert(0, ("weights, norms, what the step returns", "", "", "", "", "", *_bytes(traffic[OTHER])))
-    who = f"{counted(plan.trainers, 'trainer')}, {counted(plan.servers, 'server')}"
-    title = f"The plan for {who}; sent and received: bytes per step of one trainer"
+    title = f"The plan for {roles_text(plan)}; sent and received: bytes per step of one trainer"
     return Table(title, _COLUMNS, tuple(rows), tuple(totals), _RIGHT)
 
 

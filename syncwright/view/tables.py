@@ -9,6 +9,8 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
+from syncwright.plan import Plan
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -61,6 +63,12 @@ def size_text(nbytes: float) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """`1 server`, `2 servers`, `3 pushes`."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def roles_text(plan: Plan) -> str:
+    """`2 trainers and 1 server`; servers where they own something."""
+    trainers, served = counted(plan.trainers, "trainer"), plan.reducer is not None
+    return f"{trainers} and {counted(plan.servers, 'server')}" if served else trainers
 
 
 def _line(table: Table, line: Sequence[str], widths: list[int]) -> str:
