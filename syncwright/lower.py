@@ -46,6 +46,7 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     for each in pipeline(passes, without):
         step = _applied(each, step, plan)
     parts = split(program, find_updates(program), plan)
+    _refuse_without(parts, without)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
@@ -70,6 +71,19 @@ def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass,
         if name not in names:
             raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
     return tuple(each for each in passes if each.__name__ not in without)
+
+
+def _refuse_without(parts: Split, without: Sequence[str]) -> None:
+    """Servers' programs wait for what these passes make trainers send."""
+    served = next(iter(parts.pieces), None)
+    needed = {"serve_parameters"} if served else set()
+    needed |= {"share_globals"} if parts.joins else set()
+    for name in without:
+        if name in needed:
+            raise LoweringError(
+                f"the pass '{name}' is left out, but the plan keeps '{served}' on a server, whose program waits for "
+                "what the pass makes trainers send. Leave the pass in, or share all variables by all_reduce."
+            )
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:

@@ -23,8 +23,8 @@ from syncwright.planning import PlanSource, make_plan
 from syncwright.program import Program
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
-from syncwright.runtime.intercept import intercepted
-from syncwright.runtime.membership import membership
+from syncwright.runtime.intercept import FirstStep, intercepted
+from syncwright.runtime.membership import disabled_passes, membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_store, tell_failure
@@ -81,7 +81,8 @@ class Trainer:
         self._user_step, self._examples, self._deadlines = step, examples, deadlines
         self._plan_source = plan
         self._binding = Binding(model, optimizer, state)
-        self._programs = Programs(step, self._binding, optimizer, self._make_plan, compile=compile)
+        without = disabled_passes(os.environ)
+        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile)
         self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
         self._stores: tuple[Store, Store] | None = None
         self._threads: list[ServerThread] = []
@@ -118,6 +119,7 @@ class Trainer:
         `DeadlineExceeded`, which name who is gone or late, at any.
         """
         self._check_open()
+        self._intercepted(batch)
         part = Part(batch, count_examples(batch, self._examples))
         if self.trainers == 1:
             check_not_empty(part.examples)
@@ -131,6 +133,7 @@ class Trainer:
 
     def start(self, batch: tuple) -> None:
         """Captures on `batch` and meets the other roles, without a step."""
+        self._intercepted(batch)
         part = Part(batch, count_examples(batch, self._examples))
         self._started(self._programs.for_batch(batch), part)
 
@@ -234,6 +237,11 @@ class Trainer:
         if self._closed:
             raise JobError("this trainer is closed; expected steps before close(). Call distribute again to go on.")
 
+    def _intercepted(self, batch: tuple) -> None:
+        if self._replica is None:
+            parts = (self._user_step, self.model, self.optimizer, self._binding.extra)
+            intercepted(FirstStep(*parts, self._plan_source, self._examples, batch))
+
     def _make_plan(self, program: Program) -> Plan:
         return make_plan(self._plan_source, program, self.trainers, self._server_count())
 
@@ -252,7 +260,6 @@ class Trainer:
         if self._replica is not None:
             return
         self._job = prepared.job
-        intercepted(self, prepared, part)
         self._agree(prepared.job)
         embedded = zmq.Context() if self.place.alone else None
         for address in self.place.hosted(len(prepared.job.servers)):
