@@ -69,11 +69,12 @@ def run(
 ) -> None:
     """Run SCRIPT as a job of several processes on this machine; all behind SCRIPT is its own."""
     from syncwright.lower import pipeline
+from syncwright.passes import PIPELINE
     from syncwright.runtime.launch import launch
     from syncwright.runtime.membership import DISABLED_PASSES
 
     with _errors():
-        pipeline(_listed(disable_passes))
+        pipeline(PIPELINE, _listed(disable_passes))
         if not Path(script).is_file():
             raise RequestError(f"script: found no file {script!r}, expected a Python script. Check the path.")
         environment = {**os.environ, DISABLED_PASSES: disable_passes} if disable_passes else None

@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.errors import LoweringError
 from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
-from syncwright.passes import PIPELINE
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import by_collective, communicates, is_local
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable
@@ -66,7 +66,7 @@ def _applied(each: Pass, program: Program, plan: Plan) -> Program:
 
 def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass, ...]:
     """The passes in order, without some. Raises `LoweringError` for a name that no pass has."""
-    names = [each.__name__ for each in passes]
+    names = [each.__name__ for each in COMPILED]
     for name in without:
         if name not in names:
             raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")

@@ -38,7 +38,9 @@ class Interpreter:
             blocked = next(self._ready[program].run(values, _NO_PORT))
         except StopIteration as stop:
             return stop.value
-        raise JobError(f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do.")
+        raise JobError(
+            f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do."
+        )
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from syncwright.errors import RequestError
 from syncwright.job import Job
 from syncwright.lower import pipeline
+from syncwright.passes import PIPELINE
 from syncwright.near import did_you_mean
 from syncwright.plan import Plan
 from syncwright.program import Program
@@ -50,14 +51,14 @@ def text_of_difference(span: str, program: Program, plan: Plan, without: Sequenc
 
 
 def _before(name: str, without: Sequence[str]) -> str:
-    names = [CAPTURED, *(each.__name__ for each in pipeline(without))]
+    names = [CAPTURED, *(each.__name__ for each in pipeline(PIPELINE, without))]
     _check(name, names[1:])
     return names[names.index(name) - 1]
 
 
 def _stages(wanted: Sequence[str], program: Program, plan: Plan, without: Sequence[str]) -> dict[str, Program]:
     """The program after each of the passes `wanted`."""
-    passes = pipeline(without)
+    passes = pipeline(PIPELINE, without)
     for name in wanted:
         _check(name, [CAPTURED, *(each.__name__ for each in passes)])
     found = {CAPTURED: program}
