@@ -69,7 +69,7 @@ def run(
 ) -> None:
     """Run SCRIPT as a job of several processes on this machine; all behind SCRIPT is its own."""
     from syncwright.lower import pipeline
-from syncwright.passes import PIPELINE
+    from syncwright.passes import PIPELINE
     from syncwright.runtime.launch import launch
     from syncwright.runtime.membership import DISABLED_PASSES
 

@@ -114,9 +114,9 @@ view            tables and diffs for people
     tables
     planned
     programs
-    checked
     script
     look
+    checked
 demo            the main job on real data
     course
 cli             the command `syncwright`

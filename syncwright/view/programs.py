@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from syncwright.errors import RequestError
 from syncwright.job import Job
 from syncwright.lower import pipeline
-from syncwright.passes import PIPELINE
 from syncwright.near import did_you_mean
+from syncwright.passes import PIPELINE
 from syncwright.plan import Plan
 from syncwright.program import Program
 from syncwright.text import diff, to_text
