@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.errors import LoweringError
@@ -15,7 +15,7 @@ from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import by_collective, communicates, is_local
-from syncwright.plan import Plan
+from syncwright.plan import AllReduce, Plan
 from syncwright.program import Program, Role, Variable
 from syncwright.split import (
     Split,
@@ -42,6 +42,7 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
     verify(program)
+    _check_replicated(program, plan)
     step = program
     for each in pipeline(passes, without):
         step = _applied(each, step, plan)
@@ -54,6 +55,19 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
     verify_job(job)
     return job
+
+
+def _check_replicated(program: Program, plan: Plan) -> None:
+    """Replicas stay equal only where their update reads nothing that differs between trainers."""
+    kinds = find_updates(program).kinds()
+    for sharing in plan.sharings:
+        shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
+        if shared and kinds.get(sharing.variable) == "foreign":
+            raise LoweringError(
+                f"the update of '{sharing.variable}' reads the batch or the forward, or draws random numbers, so the "
+                "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
+                "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
+            )
 
 
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
@@ -146,7 +160,7 @@ def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     for part in servers:
         lines += [repr(v) for v in part.holds]
-        lines += [_line(n) for p in part.programs for n in p.graph.nodes]
+        lines += [line for p in part.programs for line in _lines(p)]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -154,6 +168,11 @@ def _channel(node: Node) -> str:
     return str(next(a for a in node.args if isinstance(a, str)))
 
 
-def _line(node: Node) -> str:
-    args = torch.fx.node.map_arg(node.args, lambda n: n.name)
-    return f"{node.name} {node.op} {node.target} {args} {sorted(node.kwargs)} {node.meta.get('variable')}"
+def _lines(program: Program) -> list[str]:
+    """A program's nodes by their numbers: names differ where the forward does."""
+    number = {node: f"%{index}" for index, node in enumerate(program.graph.nodes)}
+    return [
+        f"{n.op} {n.target if n.op == 'call_function' else n.meta.get('variable')} "
+        f"{map_arg((n.args, n.kwargs), number.__getitem__)}"
+        for n in program.graph.nodes
+    ]

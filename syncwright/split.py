@@ -76,8 +76,9 @@ def _check_local(join: Join, plan: Plan) -> None:
 def _check_served(update: Update | None, name: str) -> None:
     if update is not None and update.kind == "foreign":
         raise LoweringError(
-            f"'{name}' is planned for a server, but its update reads the batch or the forward. Expected an update made "
-            "from the parameter, its gradient, its state and hyper-parameters. Share it by all_reduce."
+            f"'{name}' is planned for a server, but its update reads the batch or the forward, or draws random numbers. "
+            "Expected an update made from the parameter, its gradient, its state and hyper-parameters. Make it so, or "
+            "share the variable by: local."
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import is_random
 from syncwright.program import Program, Role
 
 aten = torch.ops.aten
@@ -142,6 +143,8 @@ class _Reader:
             return Cut(str(node.args[1]))
         if node.op == "placeholder":
             return self._of_variable(node)
+        if is_random(node):
+            return Foreign()
         given = [self.found.get(n, Foreign()) for n in node.all_input_nodes]
         return _combine(node, [g for g in given if not isinstance(g, Free)])
 

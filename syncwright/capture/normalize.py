@@ -108,7 +108,8 @@ class _Builder:
         returned, replaced = flat[: self.traced.leaves], flat[self.traced.leaves :]
         results: dict[str, Node] = {}
         for name, node in zip(output_names(self.traced.returned), returned, strict=True):
-            results[name] = self._returned(name, node)
+            own = f"returned.{name}" if name in self.variables else name
+            results[own] = self._returned(own, node)
         self.written.update({name: self.made[node] for name, node in zip(self.traced.replaced, replaced, strict=True)})
         for variable in self.traced.arguments:
             if variable.name in self.written and variable.role is not Role.GRAD:
