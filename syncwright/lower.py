@@ -56,7 +56,7 @@ def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass,
     names = [each.__name__ for each in passes]
     for name in without:
         if name not in names:
-            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}.")
+            raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
     return tuple(each for each in passes if each.__name__ not in without)
 
 

@@ -37,7 +37,8 @@ def make_plan(source: PlanSource, program: Program, trainers: int, servers: int)
             return make_plan(named(source, variables), program, trainers, servers)
         case _:
             raise PlanError(
-                f"plan: found a {type(source).__name__}, expected a strategy's name, the path of a YAML file, Rules or a Plan."
+                f"plan: found a {type(source).__name__}, expected a strategy's name, the path of a YAML file, Rules or "
+                "a Plan. Give one of these, such as plan='all_reduce'."
             )
     _check_numbers(plan, trainers, servers)
     check(plan, variables, digest)

@@ -14,6 +14,4 @@ def check_golden(name: str, text: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8"), (
-        f"{path.name} differs; set UPDATE_GOLDEN=1 and look at git diff"
-    )
+    assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; set UPDATE_GOLDEN=1 and look at git diff"

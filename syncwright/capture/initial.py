@@ -28,12 +28,12 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
     if not parameter.requires_grad:
         return {}
     with torch.random.fork_rng(devices=[]):
-        fresh, other = _Shadow(optimizer, group, parameter), _Shadow(optimizer, group, parameter)
+        fresh, other = _Shadow(optimizer, group, parameter, name), _Shadow(optimizer, group, parameter, name)
         found, elsewhere = fresh.watch(_probe_gradient(parameter, 0)), other.watch(_probe_gradient(parameter, 1))
         found = {k: v if _equal(v, elsewhere[k]) else _zero(v) for k, v in found.items()}
-        again = _Shadow(optimizer, group, parameter)
+        again = _Shadow(optimizer, group, parameter, name)
         again.update({key: _clone(value) for key, value in found.items()}, _probe_gradient(parameter, 0))
-    _check_same(name, type(optimizer).__name__, fresh, again)
+    _check_same(fresh, again)
     return found
 
 
@@ -45,7 +45,8 @@ def _probe_gradient(parameter: torch.Tensor, seed: int) -> torch.Tensor:
 class _Shadow:
     """A copy of an optimizer with one parameter and a state of its own."""
 
-    def __init__(self, optimizer: Optimizer, group: dict, parameter: torch.Tensor):
+    def __init__(self, optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str):
+        self.about = f"{type(optimizer).__name__}, parameter '{name}'"
         self.parameter = parameter.detach().clone().requires_grad_()
         shadow = object.__new__(type(optimizer))
         shadow.__dict__.update(optimizer.__dict__)
@@ -60,7 +61,9 @@ class _Shadow:
         with _Photographs() as photographs:
             self._step(gradient)
         recorder = self.optimizer.state[self.parameter]
-        return {k: photographs.before(v) for k, v in recorder.first.items() if v is not None}
+        for key, value in recorder.first.items():
+            self._check_kind(key, value)
+        return {k: photographs.before(v) for k, v in recorder.first.items() if v is not None}  # type: ignore[arg-type]
 
     def update(self, state: Mapping[str, StateValue], gradient: torch.Tensor) -> None:
         self.optimizer.state[self.parameter].update(state)
@@ -68,7 +71,21 @@ class _Shadow:
 
     def _step(self, gradient: torch.Tensor) -> None:
         self.parameter.grad = gradient.clone()
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            raise CaptureError(
+                f"{self.about}: found {type(error).__name__} in its first update: {error}. Expected an optimizer whose "
+                "step() needs no closure and works from one gradient alone. Use another optimizer (not LBFGS), or take "
+                "one step before capture so that its state exists."
+            ) from error
+
+    def _check_kind(self, key: str, value: object) -> None:
+        if value is not None and not isinstance(value, torch.Tensor | int | float):
+            raise CaptureError(
+                f"{self.about}: found a {type(value).__name__} in its state under '{key}', expected tensors and "
+                "numbers. Keep the value in a tensor, or outside of the optimizer's state."
+            )
 
 
 class _Recorder(dict):
@@ -103,27 +120,22 @@ class _Photographs(TorchDispatchMode):
         if id(tensor) not in self._kept:
             self._kept[id(tensor)] = (tensor, tensor.detach().clone())
 
-    def before(self, value: object) -> StateValue:
+    def before(self, value: StateValue) -> StateValue:
         if isinstance(value, torch.Tensor):
             kept = self._kept.get(id(value))
             return kept[1] if kept is not None else value.detach().clone()
-        if isinstance(value, int | float):
-            return value
-        raise CaptureError(
-            f"an optimizer keeps a {type(value).__name__} in its state; expected tensors and numbers. "
-            "Keep the value in a tensor, or outside of the optimizer's state."
-        )
+        return value
 
 
-def _check_same(name: str, kind: str, fresh: _Shadow, again: _Shadow) -> None:
+def _check_same(fresh: _Shadow, again: _Shadow) -> None:
     ours, theirs = again.optimizer.state[again.parameter], fresh.optimizer.state[fresh.parameter]
     differing = [key for key in theirs if not _equal(theirs[key], ours.get(key))]
     if not _equal(fresh.parameter, again.parameter) or differing:
         raise CaptureError(
-            f"{kind} treats the first update of '{name}' differently from all others "
-            f"({', '.join(differing) or 'its result differs'}), so no initial state stands for it. "
-            "Expected a state from which the first update is like the rest. "
-            "For SGD with momentum set dampening=0, or take one step before capture so that the state exists."
+            f"{fresh.about}: found a first update that differs from all others "
+            f"({', '.join(differing) or 'its result'}), so no initial state stands for it. Expected a state from which "
+            "the first update is like the rest. For SGD with momentum set dampening=0, or take one step before capture "
+            "so that the state exists."
         )
 
 

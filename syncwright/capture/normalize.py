@@ -142,8 +142,8 @@ class _Builder:
             if node.users:
                 raise CaptureError(
                     f"the gradient of '{variable.of}' outlives the step: the step adds to what the last one left. "
-                    "Expected each step to start from no gradient. Call optimizer.zero_grad() in the step; to accumulate "
-                    "over several batches, call backward() several times in one step."
+                    "Expected each step to start from no gradient. Call optimizer.zero_grad() in the step; to "
+                    "accumulate over several batches, call backward() several times in one step."
                 )
             self.graph.erase_node(node)
             del self.variables[variable.name]

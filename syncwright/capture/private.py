@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -101,10 +102,33 @@ def symbolic_extremes(scopes: list[dict]) -> Iterator[None]:
 
 @contextmanager
 def no_printing(refuse: Callable[[], str]) -> Iterator[None]:
-    """`print(loss)` inside a step would print once, at capture, and never again: it is refused."""
-    before = FakeTensor.__repr__
-    FakeTensor.__repr__ = lambda self, **_: refuse()  # type: ignore[method-assign]
+    """`print(loss)` or `print(loss.item())` inside a step would print once, at capture, and never again: it is refused.
+
+    Torch itself may put a tensor into its messages.
+    """
+    kinds = (FakeTensor, torch.SymFloat, torch.SymInt, torch.SymBool)
+    before = [(kind, kind.__repr__) for kind in kinds]
+
+    def refusing(original: Callable) -> Callable:
+        return lambda self, **options: original(self, **options) if _torch_asks() else refuse()
+
+    for kind, original in before:
+        kind.__repr__ = refusing(original)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        FakeTensor.__repr__ = before  # type: ignore[method-assign]
+        for kind, original in before:
+            kind.__repr__ = original  # type: ignore[method-assign]
+
+
+def _torch_asks() -> bool:
+    """Whether the text of a tensor is wanted by torch and not, through `Tensor.__format__`, by who uses it."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in _ASKING:
+        frame = frame.f_back
+    file = "" if frame is None else frame.f_code.co_filename
+    return file.startswith(_TORCH) or "/sympy/" in file
+
+
+_ASKING = frozenset({"__repr__", "__str__", "__format__", "__torch_function__", "handle_torch_function"})
+_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"

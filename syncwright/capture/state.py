@@ -64,6 +64,11 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, optimizer: object, state: Mapping[str, nn.Module] | None = None):
+        if not isinstance(model, nn.Module):
+            raise CaptureError(
+                f"the model is a {type(model).__name__}; expected an nn.Module, whose parameters and buffers become "
+                "variables. Put what the step trains into a module (an nn.ModuleDict joins several)."
+            )
         self.model = model
         self.optimizers = _named_optimizers(optimizer)
         self.extra = dict(state or {})
@@ -76,8 +81,8 @@ class Binding:
         for label, module in self.extra.items():
             if not isinstance(module, nn.Module):
                 raise CaptureError(
-                    f"state[{label!r}] is a {type(module).__name__}; expected an nn.Module, whose parameters and buffers "
-                    "become variables. Keep other values in a buffer of a module."
+                    f"state[{label!r}] is a {type(module).__name__}; expected an nn.Module, whose parameters and "
+                    "buffers become variables. Keep other values in a buffer of a module."
                 )
             self._add_module(module, f"{label}.", Role.BUFFER)
         self.parameters = {id(slots[0].get()): name for name, slots in self.modules.items()}
@@ -226,7 +231,8 @@ class Binding:
             raise CaptureError(
                 f"{label} holds a parameter of shape {tuple(parameter.shape)} that the model does not have. "
                 "Expected every parameter of the optimizer to be one of model.parameters(). Pass the module that "
-                "holds it as the model (an nn.ModuleDict joins several), or build the optimizer after the model is final."
+                "holds it as the model (an nn.ModuleDict joins several), or build the optimizer after the model is "
+                "final."
             )
         held = dict(optimizer.state.get(parameter, {}))
         fresh = initial_state(optimizer, group, parameter, name) if not held else {}
@@ -303,7 +309,8 @@ def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:
     for label, each in named.items():
         if not isinstance(each, Optimizer):
             raise CaptureError(
-                f"{label} is a {type(each).__name__}; expected a torch.optim.Optimizer, or a tuple or dict of them."
+                f"{label} is a {type(each).__name__}; expected a torch.optim.Optimizer, or a tuple or dict of them. "
+                "Build it over model.parameters() and pass it as `optimizer`."
             )
     return named
 

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
@@ -157,7 +159,7 @@ class _Trace:
         except (CaptureError, _BranchOnState):
             raise
         except Exception as error:
-            raise _explain(error) from error
+            raise _explain(error, self.step) from error
 
     def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> None:
         for name in self.binding.modules:
@@ -178,7 +180,7 @@ class _Trace:
         def step(closure=None):
             if closure is not None:
                 raise CaptureError(
-                    f"{type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
+                    f"{_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
             if not self.on_tensors:
@@ -244,20 +246,28 @@ def _refusals() -> Iterator[None]:
     def refuse_schedule(self, *args, **kwargs):
         raise CaptureError(
             f"{_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
-            "Expected the schedule to advance outside: call it after trainer.step(...)."
+            "Expected the schedule to advance outside. Call it after trainer.step(...)."
+        )
+
+    def refuse_scaling(self, outputs):
+        if not self.is_enabled():
+            return outputs
+        raise CaptureError(
+            f"{_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
+            "gradients, which have no value while the step is captured. Expected a step without loss scaling: train in "
+            "bfloat16 or float32, or build GradScaler(enabled=False)."
         )
 
     def refuse_print() -> str:
-        raise CaptureError(
-            f"{_line()}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
-            "captured. Return it from the step and print what trainer.step(...) gives back."
-        )
+        raise _printed(_line())
 
     kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
     with ExitStack() as undo:
         for kind in kinds:
             undo.callback(setattr, kind, "step", vars(kind)["step"])
             kind.step = refuse_schedule  # type: ignore[method-assign]
+        undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
+        GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
         undo.enter_context(_Replays())
         yield
@@ -292,6 +302,14 @@ class _Replays(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _printed(where: str) -> CaptureError:
+    return CaptureError(
+        f"{where}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
+        "captured. Expected a step that only computes. Return it from the step and print what trainer.step(...) gives "
+        "back."
+    )
+
+
 def _subclasses(kind: type) -> list[type]:
     return [s for c in kind.__subclasses__() for s in [c, *_subclasses(c)]]
 
@@ -309,43 +327,55 @@ def _check_after(swap, hypers: Mapping[str, object]) -> None:
         )
 
 
-def _explain(error: Exception) -> CaptureError:
+def _explain(error: Exception, step: Callable) -> CaptureError:
     """The user's own line, what stood there, and what to do."""
-    where = _user_line(error.__traceback__)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, private.DATA_DEPENDENT) or "data-dependent" in str(error).lower():
+    where = _user_line(error.__traceback__) or _definition(step)
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    if isinstance(error, private.DATA_DEPENDENT) or any(sign in text for sign in _NEEDS_A_VALUE):
         return CaptureError(
-            f"{where}: the step decides by a tensor's value, which is not known while it is captured. "
-            "Expected the same operations for every batch. Use torch.where(condition, a, b), or decide outside the step."
+            f"{where}: the step needs a tensor's value, which is not known while it is captured. Expected the same "
+            "operations for every batch. To decide by a tensor, use torch.where(condition, a, b); to look at one, "
+            "return it from the step; or decide outside the step."
         )
-    if "convert all Tensors to FakeTensors" in str(error) or "mixing fake" in str(error).lower():
+    if "unsupported format string" in text:
+        return _printed(where)
+    if "convert all Tensors to FakeTensors" in str(error):
         return CaptureError(
             f"{where}: the step uses a tensor that is neither an argument nor part of the model. Expected every tensor "
-            "to come in by the batch, or as a parameter or buffer of the model. Pass it in the batch, or register it with "
-            "module.register_buffer(name, tensor)."
+            "to come in by the batch, or as a parameter or buffer of the model. Pass it in the batch, or register it "
+            "with module.register_buffer(name, tensor)."
         )
     return CaptureError(
-        f"{where}: {type(error).__name__} while the step was captured: {text}. Expected a step that runs as it is on one "
-        "device; run step(model, optimizer, *batch) once without Syncwright to see whether it does."
+        f"{where}: found {type(error).__name__}{': ' if text else ''}{text} while the step was captured. Expected a "
+        "step that runs as it is on one device. Run step(model, optimizer, *batch) once without Syncwright to see "
+        "whether it does."
     )
 
 
-def _user_line(tb) -> str:
+_NEEDS_A_VALUE = ("data-dependent", ".numpy() is not supported")
+
+
+def _definition(step: Callable) -> str:
+    """Where the step itself is written: for a call that did not come into it."""
+    code = inspect.unwrap(step).__code__ if inspect.isfunction(inspect.unwrap(step)) else None
+    return "the step" if code is None else _quoted(code.co_filename, code.co_firstlineno)
+
+
+def _user_line(tb: TracebackType | None) -> str:
     frames = [f for f in traceback.extract_tb(tb) if not _ours(f.filename)]
-    if not frames:
-        return "the step"
-    last = frames[-1]
-    return f'{last.filename.rsplit("/", 1)[-1]}:{last.lineno} "{(last.line or "").strip()}"'
+    return _quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
 
 
 def _line() -> str:
     frame = sys._getframe(1)
     while frame is not None and _ours(frame.f_code.co_filename):
         frame = frame.f_back
-    if frame is None:
-        return "the step"
-    file = frame.f_code.co_filename
-    return f'{file.rsplit("/", 1)[-1]}:{frame.f_lineno} "{linecache.getline(file, frame.f_lineno).strip()}"'
+    return "the step" if frame is None else _quoted(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _quoted(file: str, number: int) -> str:
+    """`train.py:12 "loss.backward()"`."""
+    return f'{file.rsplit("/", 1)[-1]}:{number} "{linecache.getline(file, number).strip()}"'
 
 
 _TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
@@ -354,7 +384,7 @@ _SYNCWRIGHT = __file__.rsplit("/", 2)[0] + "/"
 
 def _ours(filename: str) -> bool:
     library = filename.startswith((_TORCH, _SYNCWRIGHT, "<")) or "/contextlib.py" in filename
-    return library or "/site-packages/" in filename
+    return library or "/site-packages/" in filename or "/logging/__init__.py" in filename
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):

@@ -16,6 +16,8 @@ from syncwright.program import Program
 from syncwright.shapes import call, mode_of
 
 aten = torch.ops.aten
+INSIDE = "inside"
+"""The key in an all-reduce's meta under which the names of its values stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ def _fits(group: list[Member], member: Member, riders: list[Member]) -> bool:
 def _join(program: Program, channel: str, members: list[Member]) -> None:
     graph, mode = program.graph, mode_of(program.graph)
     last, first_wait = max(m.start for m in members), min(m.wait for m in members)
+    inside = tuple(str(m.start.args[1]) for m in members)
     if len(members) == 1:
+        members[0].start.meta[INSIDE] = inside
         members[0].start.args = (members[0].start.args[0], channel)
         members[0].wait.args = (members[0].start, channel)
         return
@@ -104,6 +108,7 @@ def _join(program: Program, channel: str, members: list[Member]) -> None:
         flat = [call(graph, mode, aten.reshape.default, m.start.args[0], [m.numel]) for m in members]
         joined = call(graph, mode, aten.cat.default, flat)
         started = call(graph, mode, ops.all_reduce, joined, channel)
+        started.meta[INSIDE] = inside
     with graph.inserting_before(first_wait):
         waited = call(graph, mode, ops.wait, started, channel)
         parts = call(graph, mode, aten.split_with_sizes.default, waited, [m.numel for m in members])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
 
+from syncwright import ops
 from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
+from syncwright.passes.bucket import INSIDE
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
 from syncwright.runtime.transport import Transport, Work
 
@@ -22,6 +24,7 @@ class Client:
         self._asked: set[tuple[str, int]] = set()
         self._got: dict[tuple[str, int], torch.Tensor] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
+        self._notes = _notes(job)
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -32,10 +35,12 @@ class Client:
         self._step, self._weight, self._hypers = step, weight, dict(hypers)
         self._got = {key: value for key, value in self._got.items() if key[1] >= step}
         self._asked = {key for key in self._asked if key[1] >= step}
+        self.transport.progress(step, "begin")
 
     def push(self, channel: str, tensor: torch.Tensor) -> None:
         known = self.job.channels[channel]
         hypers = {name: self._hypers[name] for name in known.hypers}
+        self.transport.progress(self._step, f"push {channel}")
         header = Push(channel, self._step, self._weight, hypers)
         self._send(known.server, Message(header, tensor.detach().contiguous()))
 
@@ -44,21 +49,29 @@ class Client:
 
     def fetch(self, channel: str, version: int) -> torch.Tensor | None:
         """The value once `version` steps are in it; asks for it the first time, None while it is not there."""
-        key = (channel, version)
-        if key not in self._asked:
-            self._asked.add(key)
-            self._send(self.job.owners[channel], Message(Pull(channel, version)))
-        return self._got.get(key)
+        if (channel, version) not in self._got:
+            self.transport.progress(self._step, f"pull {channel}")
+            self.ask((channel,), version)
+        return self._got.get((channel, version))
+
+    def ask(self, channels: Sequence[str], version: int) -> None:
+        """Asks ahead: a server answers as soon as the version is there, while this trainer does something else."""
+        for channel in channels:
+            if (channel, version) not in self._asked:
+                self._asked.add((channel, version))
+                self._send(self.job.owners[channel], Message(Pull(channel, version)))
 
     def give(self, channel: str, version: int, tensor: torch.Tensor) -> None:
         """Sets a value on its server: at the start, or when a checkpoint is loaded."""
         self._send(self.job.owners[channel], Message(Value(channel, version), tensor.detach().contiguous()))
 
     def start(self, channel: str, tensor: torch.Tensor) -> None:
-        self._works[channel] = (self.transport.all_reduce(tensor, channel), tensor)
+        self.transport.progress(self._step, f"all-reduce {channel}")
+        self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel)), tensor)
 
     def finish(self, channel: str) -> torch.Tensor | None:
         work, tensor = self._works[channel]
+        self.transport.progress(self._step, f"wait {channel}")
         if not work.done():
             return None
         del self._works[channel]
@@ -80,9 +93,21 @@ class Client:
             case Value(channel=channel, version=version) if message.tensor is not None:
                 self._got[channel, version] = message.tensor
             case Failure(reason=reason):
-                raise JobError(f"{sender} cannot go on: {reason}")
+                raise JobError(reason)
             case other:
                 raise JobError(f"{sender} sent a {type(other).__name__}, which trainers do not take.")
 
     def _send(self, server: int, message: Message) -> None:
         self.transport.send(Address(Kind.SERVER, server), message)
+
+
+def _notes(job: Job) -> dict[str, str]:
+    """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
+    nodes = [n for n in job.trainer["step"].graph.nodes if n.target is ops.all_reduce]
+    inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
+    return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}
+
+
+def _listed(names: tuple[str, ...], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

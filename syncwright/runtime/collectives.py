@@ -12,7 +12,7 @@ import torch.distributed as dist
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.rendezvous import Rendezvous
+from syncwright.runtime.rendezvous import Rendezvous, look_up
 from syncwright.runtime.shared_memory import HostGroup, is_available
 from syncwright.runtime.transport import Work
 
@@ -34,13 +34,14 @@ class Collectives:
         self,
         me: Address,
         rendezvous: Rendezvous,
+        join: float,
         seconds: float,
         heartbeat: Heartbeat,
         watch: Callable[[], None],
     ) -> None:
         self.me = me
         self._rendezvous = rendezvous
-        self._seconds = seconds
+        self._join_seconds, self._seconds = join, seconds
         self._heartbeat = heartbeat
         self._watch = watch
         self._joined = self._created = False
@@ -78,6 +79,19 @@ class Collectives:
             return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part` into `whole`, part after part; parts have one shape.
+
+        Into a tensor that is given: the functional form, which makes its own, corrupts the heap on Gloo with several
+        under way (torch 2.13).
+        """
+        self.join()
+        if not self._joined:
+            whole.copy_(part.reshape(whole.shape))
+            return Done()
+        work = dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
+        return self._started(work, whole, f"the gathering of {note}")
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self.join()
@@ -104,10 +118,13 @@ class Collectives:
         if found != (trainers, self.me.rank):
             raise ClusterError(
                 f"the script has initialised torch.distributed as rank {found[1]} of {found[0]}, but this "
-                f"process is {self.me} of {trainers}: initialise it among all trainers, or not at all"
+                f"process is {self.me} of {trainers}. Expected the same numbers. Initialise it among all trainers, or "
+                "not at all."
             )
 
     def _create_group(self, trainers: int) -> None:
+        everyone = [self.me, *self.others]
+        look_up(self._rendezvous.client(), self.me, self.others, everyone, self._join_seconds, self._watch)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(
@@ -138,11 +155,18 @@ class Collectives:
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
+        doing = f"{doing} at step {self._heartbeat.step}"
         if late:
-            who = self._heartbeat.late(self.others)
-            return DeadlineExceeded(f"{doing}, for more than {self._seconds:g} s: {who}")
-        reason = str(cause).splitlines()[0]
-        return PeerLost(f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)} ({reason})")
+            return DeadlineExceeded(
+                f"{doing}, for more than {self._seconds:g} s: {self._heartbeat.late(self.others)}. Expected every "
+                "trainer to take part in time. See the output of who is late; if it is only slow, give a longer "
+                "Deadlines.wait."
+            )
+        return PeerLost(
+            f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)}. Expected every trainer to stay, "
+            "and to make the same number of steps. See its output; trainer.shard(loader) gives every trainer as many "
+            "batches."
+        )
 
 
 class Done:

@@ -12,7 +12,7 @@ import msgspec
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import FAILED, Rendezvous, names
+from syncwright.runtime.rendezvous import Rendezvous, failure, names, tell_failure
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Beat(msgspec.Struct, frozen=True):
 class Heartbeat:
     """Changes: a thread writes this role's beat to the store and reads who failed; it waits for nobody.
 
-    failed       what the launcher says about a role that ended badly, as a sentence; None so far
+    failed       what a role says about its own failure, or the launcher about one that ended badly; None so far
     store_lost   why the store can no longer be reached; None as long as it can
     """
 
@@ -51,6 +51,21 @@ class Heartbeat:
     def progress(self, step: int, node: str) -> None:
         """Notes where this role is; costs one attribute write."""
         self._at = (step, node)
+
+    @property
+    def step(self) -> int:
+        """The step that this role is at."""
+        return self._at[0]
+
+    def fail(self, reason: str) -> None:
+        """Tells all roles of this generation that this one cannot go on. The first who says so is heard."""
+        tell_failure(self._store, reason)
+
+    def silent(self, peers: Sequence[Address]) -> list[Address]:
+        """Those of `peers` that beat no more: ended, gone, stopped or cut off. Takes two beats to tell."""
+        before = {peer: self._read(peer) for peer in peers}
+        self._stop.wait(3 * self._every)
+        return [peer for peer, beat in before.items() if self._read(peer) == beat]
 
     def ended(self, peer: Address) -> bool:
         """Whether `peer` closed its transport in good order."""
@@ -81,6 +96,8 @@ class Heartbeat:
         Waits for up to three beats: a process that has just died looks alive before.
         """
         before = {peer: self._read(peer) for peer in peers}
+        if any(beat is None or beat.ended for beat in before.values()):
+            return self.late(peers)
         deadline = time.monotonic() + 3 * self._every
         while self.failed is None and self.store_lost is None and time.monotonic() < deadline:
             self._stop.wait(0.05 * self._every)
@@ -109,8 +126,7 @@ class Heartbeat:
         beat = Beat(os.getpid(), self._host, step, node, self._number, time.time(), ended)
         try:
             self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
-            if self.failed is None and self._job.check([FAILED]):
-                self.failed = self._job.get(FAILED).decode()
+            self.failed = self.failed or failure([self._store, self._job])
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
         return self.store_lost is None

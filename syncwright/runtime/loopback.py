@@ -16,7 +16,7 @@ from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.programs import Prepared, Programs
-from syncwright.runtime.replica import Examples, Part, Replica, count_examples, random_stream
+from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
 from syncwright.runtime.server import Server
 
 __all__ = ["Loopback", "loopback"]
@@ -64,9 +64,11 @@ class Loopback:
         """One global step; returns the reduced loss, or loss and metrics (tensors along the batch: trainer 0's)."""
         if len(batches) != self.trainers:
             raise BatchError(
-                f"step got {len(batches)} batches; expected {self.trainers}, one tuple of step arguments per trainer."
+                f"step got {len(batches)} batches; expected {self.trainers}, one tuple of step arguments per trainer. "
+                "Give a trainer without examples empty tensors."
             )
         parts = [Part(batch, count_examples(batch, self.examples)) for batch in batches]
+        check_not_empty(sum(part.examples for part in parts))
         full = next(p for p in parts if p.examples > 0)
         prepared = [self.programs.for_batch(p.batch if p.examples > 0 else full.batch) for p in parts]
         self._start(prepared[0], parts[0])
@@ -195,6 +197,9 @@ class LoopbackTransport:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
+
+    def progress(self, step: int, node: str) -> None:
+        """Nobody asks: a loopback that stands still says itself who waits for what."""
 
 
 class _stream:

@@ -11,6 +11,8 @@ from pathlib import Path
 from syncwright.errors import ClusterError
 from syncwright.runtime.messages import Address, Kind
 
+_START = "Start all roles with `syncwright run` or torchrun, which set these variables."
+
 
 class Host(StrEnum):
     """Who listens where the store is."""
@@ -81,8 +83,10 @@ class Membership:
         2 trainers, no server processes, 3 servers: trainer 0 hosts servers 0 and 2, trainer 1 server 1.
         """
         if self.servers and servers > self.servers:
-            found = f"the plan names {servers} servers, the job has {self.servers}"
-            raise ClusterError(f"{found}: start it with --servers {servers}, or make the plan for {self.servers}")
+            raise ClusterError(
+                f"servers: found {self.servers} in the job, expected at least {servers}, as the plan names. "
+                f"Start the job with --servers {servers}, or make the plan for {self.servers}."
+            )
         if self.servers:
             return [self.me] if self.me.kind is Kind.SERVER and self.me.rank < servers else []
         return [Address(Kind.SERVER, rank) for rank in range(self.me.rank, servers, self.trainers)]
@@ -101,14 +105,14 @@ def membership(environment: Mapping[str, str]) -> Membership:
 def _from_launcher(environment: Mapping[str, str]) -> Membership:
     role = _text(environment, "SYNCWRIGHT_ROLE")
     if role not in {*Kind}:
-        raise ClusterError(f"SYNCWRIGHT_ROLE is {role!r}; expected trainer or server")
+        raise ClusterError(f"SYNCWRIGHT_ROLE is {role!r}; expected trainer or server. {_START}")
     trainers = _number(environment, "SYNCWRIGHT_TRAINERS", at_least=1)
     servers = _number(environment, "SYNCWRIGHT_SERVERS")
     me = Address(Kind(role), _number(environment, "SYNCWRIGHT_RANK"))
     _check_rank(me, trainers if me.kind is Kind.TRAINER else servers)
     host, _, port = _text(environment, "SYNCWRIGHT_STORE").rpartition(":")
     if not host or not port.isdecimal():
-        raise ClusterError(f"SYNCWRIGHT_STORE is {environment['SYNCWRIGHT_STORE']!r}; expected host:port")
+        raise ClusterError(f"SYNCWRIGHT_STORE is {environment['SYNCWRIGHT_STORE']!r}; expected host:port. {_START}")
     return Membership(
         me,
         trainers,
@@ -147,19 +151,21 @@ def _from_torchrun(environment: Mapping[str, str]) -> Membership:
 
 def _check_rank(me: Address, count: int) -> None:
     if me.rank >= count:
-        raise ClusterError(f"this process is {me}, but the job has {count} {me.kind}s, numbered from 0")
+        raise ClusterError(
+            f"this process is {me}, but the job has {count} {me.kind}s; expected a number below {count}. {_START}"
+        )
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
     if not environment.get(name):
-        raise ClusterError(f"{name} is not set, though other variables of a launcher are; start all roles with one")
+        raise ClusterError(f"{name} is not set; expected it beside the other variables of a launcher. {_START}")
     return environment[name]
 
 
 def _number(environment: Mapping[str, str], name: str, at_least: int = 0) -> int:
     text = _text(environment, name)
     if not text.isdecimal() or int(text) < at_least:
-        raise ClusterError(f"{name} is {text!r}; expected a whole number, at least {at_least}")
+        raise ClusterError(f"{name} is {text!r}; expected a whole number, at least {at_least}. {_START}")
     return int(text)
 
 

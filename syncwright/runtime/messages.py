@@ -72,7 +72,7 @@ class Leave(Header, frozen=True, tag="leave"):
 
 
 class Failure(Header, frozen=True, tag="failure"):
-    """The sender cannot go on; `reason` is for people. Whoever hears it ends with it."""
+    """The sender cannot go on; `reason`, for people, names who cannot and why. Whoever hears it ends with it."""
 
     reason: str
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import msgspec
@@ -17,12 +17,12 @@ from torch.distributed import (
     TCPStore,
 )
 
-from syncwright.errors import DeadlineExceeded, PeerLost
+from syncwright.errors import ClusterError, DeadlineExceeded, PeerLost
 from syncwright.runtime.membership import Host, Membership
 from syncwright.runtime.messages import Address, Kind
 
 FAILED = "failed"
-"""The key, below no generation, where the launcher says who ended badly."""
+"""The key where a role says that it cannot go on (in its generation), or the launcher that one ended badly (above)."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -75,10 +75,35 @@ class Rendezvous:
                 multi_tenant=is_master,
             )
         except (DistNetworkError, DistStoreError) as error:
+            if is_master:
+                raise ClusterError(
+                    f"{self.place.me} cannot host the job's store at {at}: {_cause(error)}. Expected a free port on "
+                    "this host. End the process that listens there, or set MASTER_PORT to another port for all roles."
+                ) from error
             raise DeadlineExceeded(
-                f"{self.place.me} could not reach the job's store at {at} within {self.seconds:g} s; "
-                f"is the process that hosts it alive, and its port open? ({error})"
+                f"{self.place.me} could not reach the job's store at {at} within {self.seconds:g} s. Expected the "
+                "process that hosts it to be alive, and its port open. See the output of the launcher (or torchrun, or "
+                "trainer 0)."
             ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The system's own word, without the place in torch's source."""
+    return "the port is taken" if "EADDRINUSE" in str(error) else str(error).split("\n")[0].rstrip(".")
+
+
+def tell_failure(store: Store, reason: str) -> None:
+    """Tells all roles of a generation why one of them cannot go on. The first who does is heard."""
+    with suppress(DistNetworkError, DistStoreError):
+        store.compare_set(FAILED, "", reason)
+
+
+def failure(stores: Sequence[Store]) -> str | None:
+    """Why some role cannot go on, if one has said so, or the launcher of one."""
+    for store in stores:
+        if store.check([FAILED]):
+            return store.get(FAILED).decode()
+    return None
 
 
 def publish(store: Store, me: Address, endpoint: Endpoint) -> None:
@@ -88,11 +113,17 @@ def publish(store: Store, me: Address, endpoint: Endpoint) -> None:
 
 
 def look_up(
-    store: Store, me: Address, wanted: Sequence[Address], everyone: Sequence[Address], seconds: float
+    store: Store,
+    me: Address,
+    wanted: Sequence[Address],
+    everyone: Sequence[Address],
+    seconds: float,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[Address, Endpoint]:
     """Where each of `wanted` listens; waits until all have said so.
 
     everyone: all roles of the job, for the error that says who is missing and who is not.
+    watch: raises when a role is known to be lost.
     """
     deadline = time.monotonic() + seconds
     pause = 0.005
@@ -106,6 +137,7 @@ def look_up(
                 return found
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(_who_is_missing(store, me, wanted, everyone, seconds))
+            watch()
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
 
@@ -127,8 +159,8 @@ def reaching_the_store(me: Address) -> Iterator[None]:
         yield
     except (DistNetworkError, DistStoreError) as error:
         raise PeerLost(
-            f"{me} lost the job's store: the launcher (or torchrun's agent, or trainer 0) that hosts it "
-            f"has ended; see its output ({error})"
+            f"{me} lost the job's store. Expected the launcher (or torchrun's agent, or trainer 0), which hosts it, to "
+            "run until the job ends. See its output."
         ) from error
 
 
@@ -137,10 +169,9 @@ def _who_is_missing(
 ) -> str:
     here = [peer for peer in everyone if store.check([f"present/{peer}"])]
     missing = [peer for peer in wanted if peer not in here]
-    verb, its = ("has", "its address") if len(missing) == 1 else ("have", "their addresses")
-    others = f"{names(here)} {'has' if len(here) == 1 else 'have'}"
+    one = len(missing) == 1
     return (
-        f"{names(missing)} {verb} not published {its} within {seconds:g} s; {others}. "
-        f"{me} waits for {'it' if len(missing) == 1 else 'them'}: look at the output of what is missing, "
-        "and whether it runs the same script"
+        f"{me} has waited {seconds:g} s for {names(missing)}; {names(here)} {'has' if len(here) == 1 else 'have'} "
+        f"come. Expected {'it' if one else 'them'} to come to {'its' if one else 'their'} first trainer.step(...) in "
+        "the same script. See the output of what is missing; if it is only slow, give a longer Deadlines.join."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class Replica:
         """
         self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
-        executor = prepared.phases[phase]
+        executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers)
@@ -62,6 +63,7 @@ class Replica:
         results = yield from executor.run(values, self.client)
         self._keep(results)
         self.step_count += 1
+        self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
 
     def _adopt(self, prepared: Prepared) -> None:
@@ -69,7 +71,7 @@ class Replica:
         if prepared is self._layout:
             return
         self._layout = prepared
-        program = prepared.phases["step"].program
+        program = prepared.job.trainer["step"]
         self._parts = flat_parts(program)
         for name, parts in self._parts.items():
             flat = program.variables[name]
@@ -89,8 +91,8 @@ class Replica:
         apart = [p.name for p in parts if self.values[p.name] != self.values[name]]
         if apart:
             raise JobError(
-                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them needs "
-                "them equal. Expected parameters of one optimizer to have made the same number of steps. "
+                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them "
+                "needs them equal. Expected parameters of one optimizer to have made the same number of steps. "
                 "Give distribute(..., compile=False)."
             )
 
@@ -136,17 +138,30 @@ class Replica:
 
 def count_examples(batch: tuple, examples: Examples) -> float:
     """How many examples a batch counts as: `examples`, or the leading size of its first tensor."""
-    if callable(examples):
-        return float(examples(*batch))
     if examples is not None:
-        return float(examples)
+        count = float(examples(*batch) if callable(examples) else examples)
+        if not 0 <= count < math.inf:
+            raise BatchError(
+                f"examples: found {count:g} for a batch, expected a finite number, at least 0. Let `examples` count "
+                "what the loss is a mean over, such as the valid tokens."
+            )
+        return count
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return float(leaf.shape[0])
     raise BatchError(
-        "the batch has no tensor with a leading axis, so its examples cannot be counted. "
-        "Give distribute(..., examples=) a number, or a function of the batch."
+        "the batch has no tensor with a leading axis, so its examples cannot be counted; expected one such as [64, "
+        "10]. Give distribute(..., examples=) a number, or a function of the batch."
     )
+
+
+def check_not_empty(examples: float) -> None:
+    """Raises `BatchError` for a global batch without examples: its mean is 0 / 0."""
+    if examples == 0:
+        raise BatchError(
+            "the global batch has no examples; expected at least one, on some trainer. Leave the step out for such a "
+            "batch."
+        )
 
 
 def random_stream(trainer: int) -> torch.Tensor:

@@ -117,7 +117,7 @@ class Server:
             case Leave(step=step):
                 self._left[sender.rank] = step
             case Failure(reason=reason):
-                raise JobError(f"{sender} cannot go on: {reason}")
+                raise JobError(reason)
         return self._advance()
 
     def _hello(self, sender: Address, digest: str) -> list[Outgoing]:
@@ -125,8 +125,9 @@ class Server:
             return []
         raise Disagreement(
             f"{sender} derived another job than server {self.rank} (digest {digest[:12]}, expected "
-            f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all of "
-            "them from the same script with the same arguments, and take care that nothing in it depends on the rank."
+            f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all "
+            "of them from the same script with the same arguments, and take care that nothing in it depends on the "
+            "rank."
         )
 
     def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:

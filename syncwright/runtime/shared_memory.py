@@ -130,13 +130,19 @@ class HostGroup:
         os.ftruncate(mine, max(2 * nbytes, 1))
         buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {self.rank: _mapped(mine, nbytes, tensor.dtype)}
         for peer in self._peers.values():
-            socket.send_fds(peer.memory, [nbytes.to_bytes(8, "little")], [mine])
+            self._send_memory(peer, nbytes, mine, note)
         os.close(mine)
         for peer in self._peers.values():
             theirs = self._receive_memory(peer, nbytes, note)
             buffers[peer.rank] = _mapped(theirs, nbytes, tensor.dtype)
             os.close(theirs)
         return Slot([buffers[rank] for rank in range(self.trainers)])
+
+    def _send_memory(self, peer: Peer, nbytes: int, descriptor: int, note: str) -> None:
+        try:
+            socket.send_fds(peer.memory, [nbytes.to_bytes(8, "little")], [descriptor])
+        except OSError as error:
+            raise self._fault(_doing(self.rank, note), error, False) from error
 
     def _receive_memory(self, peer: Peer, nbytes: int, note: str) -> int:
         deadline = time.monotonic() + self._seconds
@@ -190,7 +196,8 @@ class HostGroup:
                 connection, _ = listener.accept()
             except TimeoutError as error:
                 raise DeadlineExceeded(
-                    f"trainer {self.rank} has waited {self._seconds:.0f} s for the other trainers of this host"
+                    f"trainer {self.rank} has waited {self._seconds:g} s for the other trainers of this host. Expected "
+                    "them to call in time. See their output."
                 ) from error
             connection.settimeout(self._seconds)
             greeting = connection.recv(5, socket.MSG_WAITALL)

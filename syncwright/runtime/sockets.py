@@ -25,12 +25,14 @@ from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode, enco
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
 
+STAY = "Expected every role to stay until the job ends. See its output."
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """In seconds: to find each other at the start, for a collective, and to send what is left at the end."""
+    """In seconds: to find each other at the start, for any other wait, and to send what is left at the end."""
 
     join: float = 60.0
     wait: float = 300.0
@@ -86,7 +88,9 @@ class SocketTransport:
         self._closed = False
         self._store = rendezvous.client()
         self._heartbeat = Heartbeat(me, rendezvous)
-        self._collectives = Collectives(me, rendezvous, self._deadlines.wait, self._heartbeat, self.watch)
+        self._collectives = Collectives(
+            me, rendezvous, self._deadlines.join, self._deadlines.wait, self._heartbeat, self.watch
+        )
         try:
             self._start(rendezvous, embedded=rendezvous.place.alone and context is not None)
         except BaseException:
@@ -107,7 +111,7 @@ class SocketTransport:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             why = "it never connected, or its connection is gone"
-            raise PeerLost(f"{self.me} cannot send to {to}: {why}; {self.late([to])}") from error
+            raise PeerLost(f"{self.me} cannot send to {to}: {why}; {self._heartbeat.lost([to])}. {STAY}") from error
 
     def receive(self, seconds: float) -> tuple[Address, Message] | None:
         """The next message from anyone, None when none came within `seconds`; `PeerLost` if one is gone."""
@@ -128,6 +132,10 @@ class SocketTransport:
         """Starts the sum of `tensor` over all trainers, in place."""
         return self._collectives.all_reduce(tensor, note)
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part` into `whole`."""
+        return self._collectives.all_gather(whole, part, note)
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self._collectives.broadcast(tensor, note)
@@ -144,20 +152,29 @@ class SocketTransport:
         """Who among `peers` is silent or behind, as a sentence for an error."""
         return self._heartbeat.late(peers)
 
+    def fail(self, reason: str) -> None:
+        """Tells all roles, also those that wait in a collective, that this one cannot go on."""
+        self._heartbeat.fail(reason)
+
+    def ended(self, peer: Address) -> bool:
+        """Whether `peer` has closed its transport in good order."""
+        return self._heartbeat.ended(peer)
+
+    def silent(self, peers: list[Address]) -> list[Address]:
+        """Those of `peers` that show no sign of life. Takes some seconds."""
+        return self._heartbeat.silent(peers)
+
     def watch(self) -> None:
         """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""
         if self._heartbeat.failed is not None:
-            raise PeerLost(f"{self.me} cannot go on: {self._heartbeat.failed}")
+            raise PeerLost(f"{self.me} cannot go on: {self._heartbeat.failed.rstrip('.')}. {STAY}")
         if self._heartbeat.store_lost is not None:
             at = self._place.store
-            raise PeerLost(
-                f"{self.me} cannot go on: the job's store at {at} is gone, so the process that "
-                f"hosts it has ended; see its output ({self._heartbeat.store_lost})"
-            )
+            raise PeerLost(f"{self.me} cannot go on: the job's store at {at} is gone with who hosts it. {STAY}")
         for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
             if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
                 lost = self._heartbeat.lost([server])
-                raise PeerLost(f"{self.me} lost its connection to {server}: {lost}")
+                raise PeerLost(f"{self.me} lost its connection to {server}: {lost}. {STAY}")
             # A server may end before another server; a trainer is served until it leaves.
             self._poller.unregister(self._monitors.pop(server))
             self._ended.add(server)
@@ -193,7 +210,7 @@ class SocketTransport:
         publish(self._store, self.me, Endpoint(self._binding.url, self._token))
 
     def _connect(self, servers: Sequence[Address]) -> None:
-        found = look_up(self._store, self.me, servers, self._everyone, self._deadlines.join)
+        found = look_up(self._store, self.me, servers, self._everyone, self._deadlines.join, self.watch)
         for server, endpoint in found.items():
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))
@@ -207,7 +224,7 @@ class SocketTransport:
 
     def _dealer(self, server: Address) -> zmq.Socket:
         if server in self._ended:
-            raise PeerLost(f"{self.me} cannot send to {server}: {self.late([server])}")
+            raise PeerLost(f"{self.me} cannot send to {server}: {self.late([server])}. {STAY}")
         if server not in self._dealers:
             self._connect([server])
         return self._dealers[server]

@@ -8,15 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import zmq
+from torch.distributed import Store
 from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
-from syncwright.errors import DeadlineExceeded, Disagreement, JobError
+from syncwright.errors import DeadlineExceeded, Disagreement, JobError, PeerLost
 from syncwright.job import Job
 from syncwright.plan import Plan
 from syncwright.planning import PlanSource, make_plan
@@ -27,12 +27,12 @@ from syncwright.runtime.intercept import intercepted
 from syncwright.runtime.membership import membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.programs import Prepared, Programs
-from syncwright.runtime.rendezvous import Rendezvous
-from syncwright.runtime.replica import Examples, Part, Replica, count_examples, random_stream
+from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_store, tell_failure
+from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
 from syncwright.runtime.server import Server
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sharding import bounds, shard
-from syncwright.runtime.sockets import Deadlines, SocketTransport
+from syncwright.runtime.sockets import STAY, Deadlines, SocketTransport
 
 log = logging.getLogger("syncwright")
 _generations = itertools.count()
@@ -83,7 +83,7 @@ class Trainer:
         self._binding = Binding(model, optimizer, state)
         self._programs = Programs(step, self._binding, optimizer, self._make_plan, compile=compile)
         self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
-        self._store = None
+        self._stores: tuple[Store, Store] | None = None
         self._threads: list[ServerThread] = []
         self._transport: SocketTransport | None = None
         self._replica: Replica | None = None
@@ -119,10 +119,15 @@ class Trainer:
         """
         self._check_open()
         part = Part(batch, count_examples(batch, self._examples))
+        if self.trainers == 1:
+            check_not_empty(part.examples)
         prepared = self._prepared(part)
         self._started(prepared, part)
         assert self._replica is not None, "started"
-        return self._drive(self._replica.step(prepared, part))
+        assert self._transport is not None, "started"
+        returned = self._drive(self._replica.step(prepared, part))
+        self._transport.progress(self._replica.step_count, "between steps")
+        return returned
 
     def start(self, batch: tuple) -> None:
         """Captures on `batch` and meets the other roles, without a step."""
@@ -141,6 +146,11 @@ class Trainer:
         Outputs are tensors along the batch axis, in any tree; they come back joined. Values are those of the steps
         done; nothing is updated.
         """
+        if self._replica is None and self.trainers > 1:
+            raise JobError(
+                "evaluate() was called before the trainers have met; expected a step first. Give distribute(..., example=batch) "
+                "to meet at once."
+            )
         self.sync()
         sizes, collected, structure = [], [], None
         for batch in loader:
@@ -186,8 +196,10 @@ class Trainer:
             self.sync()
             if self._replica is not None:
                 self._replica.client.leave(self._replica.step_count)
-        finally:
-            self._end()
+        except BaseException:
+            self._end(failed=True)
+            raise
+        self._end(failed=False)
 
     def __enter__(self) -> Trainer:
         return self
@@ -196,20 +208,31 @@ class Trainer:
         if error is None:
             self.close()
             return
-        if self._replica is not None:
-            self._replica.client.fail(f"{kind.__name__ if kind else 'an error'}: {error}")
-        self._end()
+        if not isinstance(error, PeerLost | SystemExit):
+            self._tell(f"{self.place.me} cannot go on: {type(error).__name__}: {error}".rstrip(": "))
+        self._end(failed=True)
 
-    def _end(self) -> None:
+    def _tell(self, reason: str) -> None:
+        """Best effort: servers by a message, and all who wait elsewhere by the store."""
+        if self._stores is not None:
+            tell_failure(self._stores[0], reason)
+        if self._replica is not None:
+            self._replica.client.fail(reason)
+
+    def _end(self, failed: bool) -> None:
+        """Servers that live here go on until the last trainer has left, unless this one fails."""
         self._closed = True
         if self._transport is not None:
             self._transport.close()
         for thread in self._threads:
-            thread.join(self._deadlines.linger + 5)
+            if failed:
+                thread.stop.set()
+            while thread.is_alive():
+                thread.join(1.0)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise JobError("this trainer is closed; expected steps before close(). Call distribute again.")
+            raise JobError("this trainer is closed; expected steps before close(). Call distribute again to go on.")
 
     def _make_plan(self, program: Program) -> Plan:
         return make_plan(self._plan_source, program, self.trainers, self._server_count())
@@ -269,26 +292,32 @@ class Trainer:
         theirs = self._published("digest", job.digest)
         if theirs != job.digest:
             raise Disagreement(
-                f"{self.place.me} derived another job than trainer 0 (digest {job.digest[:12]}, expected {theirs[:12]}). "
-                "Expected all roles to build the same model, optimizer, step and plan. Start all of them from the same "
-                "script with the same arguments, and take care that nothing in it depends on the rank."
+                f"{self.place.me} derived another job than trainer 0 (digest {job.digest[:12]}, expected "
+                f"{theirs[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all of "
+                "them from the same script with the same arguments, and take care that nothing in it depends on the "
+                "rank."
             )
 
     def _published(self, key: str, mine: str) -> str:
         """Trainer 0's word on `key`, the same for all."""
-        if self._store is None:
-            self._store = self._rendezvous.client()
+        if self._stores is None:
+            self._stores = self._rendezvous.clients()
+        store, seconds = self._stores[0], max(self._deadlines.join, self._deadlines.wait)
         if self.place.me == Address(Kind.TRAINER, 0):
-            self._store.set(key, mine)
+            store.set(key, mine)
             return mine
-        try:
-            self._store.wait([key], timedelta(seconds=self._deadlines.wait))
-        except RuntimeError as error:
-            raise DeadlineExceeded(
-                f"{self.place.me} has waited {self._deadlines.wait:.0f} s for trainer 0's {key}. Expected trainer 0 to "
-                "come to its first step. See its output."
-            ) from error
-        return self._store.get(key).decode()
+        deadline = time.monotonic() + seconds
+        with reaching_the_store(self.place.me):
+            while not store.check([key]):
+                if (why := failure(self._stores)) is not None:
+                    raise PeerLost(f"{self.place.me} cannot go on: {why.rstrip('.')}. {STAY}")
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(
+                        f"{self.place.me} has waited {seconds:g} s for trainer 0's {key}. Expected trainer 0 to come "
+                        "to its first step. See its output."
+                    )
+                time.sleep(0.01)
+            return store.get(key).decode()
 
     def _share_state(self, state: torch.Tensor) -> torch.Tensor:
         self._shared_states += 1
@@ -313,20 +342,23 @@ class Trainer:
                 value.copy_(part.view(value.shape))
 
     def _gathered(self, outputs: list[torch.Tensor], sizes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Every trainer's rows in the order of the loader: a sum of tensors that are zero elsewhere is exact."""
+        """Every trainer's rows in the order of the loader. Parts are padded to one length on the way."""
         rows = torch.cat(outputs)
         if self.trainers == 1:
             return rows
         assert self._transport is not None, "more than one trainer, so joined"
-        whole = torch.zeros(
-            sum(n for n, _, _ in sizes), *rows.shape[1:], dtype=_summable(rows.dtype), device=rows.device
-        )
-        at = taken = 0
-        for count, start, stop in sizes:
-            whole[at + start : at + stop] = rows[taken : taken + stop - start]
-            at, taken = at + count, taken + stop - start
-        self._transport.all_reduce(whole, "the outputs of an evaluation").done()
-        return whole.to(rows.dtype)
+        counts = [[stop - start for start, stop in spans] for spans in self._spans(sizes)]
+        longest = max(sum(each) for each in counts)
+        part = rows.new_zeros((longest, *rows.shape[1:]))
+        part[: len(rows)] = rows
+        whole = rows.new_empty((self.trainers, *part.shape))
+        self._transport.all_gather(_bytes_of(whole), _bytes_of(part), "the outputs of an evaluation").done()
+        parts = [list(theirs[: sum(each)].split(each)) for theirs, each in zip(whole, counts, strict=True)]
+        return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
+
+    def _spans(self, sizes: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
+        """Per trainer, its rows of every batch."""
+        return [[bounds(count, self.trainers, rank) for count, _, _ in sizes] for rank in range(self.trainers)]
 
     def _drive(self, run: Generator[Blocked, None, object]) -> object:
         """Runs until done, taking messages in whenever it waits."""
@@ -341,7 +373,6 @@ class Trainer:
     def _wait(self, blocked: Blocked) -> None:
         assert self._replica is not None, "joined"
         assert self._transport is not None, "joined"
-        self._transport.progress(self._replica.step_count, blocked.node)
         deadline = time.monotonic() + self._deadlines.wait
         while True:
             got = self._transport.receive(1.0)
@@ -358,8 +389,9 @@ class Trainer:
         owner = Address(Kind.SERVER, self._job.owners[blocked.channel])
         others = [Address(Kind.TRAINER, k) for k in range(self.trainers) if k != self.rank]
         return (
-            f"{self.place.me} has waited {self._deadlines.wait:.0f} s at {blocked.node} of step {self._replica.step_count} "
-            f"for '{blocked.channel}' of {owner}. {self._transport.late([owner, *others])}"
+            f"{self.place.me} has waited {self._deadlines.wait:g} s at {blocked.node} of step "
+            f"{self._replica.step_count} for '{blocked.channel}' of {owner}: {self._transport.late([owner, *others])}. "
+            "Expected it in time. See the output of who is late; if it is only slow, give a longer Deadlines.wait."
         )
 
     def _check_threads(self) -> None:
@@ -385,5 +417,6 @@ def _has_rows(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def _summable(dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if dtype is torch.bool else dtype
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory: collectives do not take every dtype."""
+    return tensor.view(-1).view(torch.uint8)

@@ -40,6 +40,10 @@ class Transport(Protocol):
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+        ...
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
         ...
@@ -50,6 +54,18 @@ class Transport(Protocol):
 
     def late(self, peers: list[Address]) -> str:
         """Who among `peers` is silent or behind, as a sentence for an error."""
+        ...
+
+    def fail(self, reason: str) -> None:
+        """Tells all roles, also those that wait in a collective, that this one cannot go on."""
+        ...
+
+    def ended(self, peer: Address) -> bool:
+        """Whether `peer` has closed its transport in good order."""
+        ...
+
+    def silent(self, peers: list[Address]) -> list[Address]:
+        """Those of `peers` that show no sign of life. Takes some seconds."""
         ...
 
     def close(self) -> None:

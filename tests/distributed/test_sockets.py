@@ -161,7 +161,7 @@ def test_what_does_not_fit_the_job_is_refused_with_the_sender(transport: Open) -
 
 def test_a_server_that_is_missing_is_named(transport: Open) -> None:
     transport(S0, servers=2)
-    with pytest.raises(DeadlineExceeded, match=r"server 1 has not published its address within 0\.1 s; server 0 "):
+    with pytest.raises(DeadlineExceeded, match=r"trainer 0 has waited 0\.1 s for server 1; server 0 "):
         transport(T0, servers=2)
 
 
@@ -229,7 +229,7 @@ def test_processes_exchange_and_sum(environment: dict[str, str], capsys: pytest.
 def test_a_killed_server_is_named(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     begun = time.monotonic()
     assert launch(str(JOB), ["lose"], 1, 1, environment=environment, patience=Patience(end=8)) == 128 + 9
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     said = capsys.readouterr()
     assert "server 0 (pid " in said.err
     assert "was ended by SIGKILL" in said.err
