@@ -273,14 +273,6 @@ def _refusals() -> Iterator[None]:
         yield
 
 
-def _printed(where: str) -> CaptureError:
-    return CaptureError(
-        f"{where}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
-        "captured. Expected a step that only computes. Return it from the step and print what trainer.step(...) gives "
-        "back."
-    )
-
-
 class _Replays(TorchDispatchMode):
     """Refuses random numbers drawn again from a state that the step has set: a graph draws new ones.
 
@@ -308,6 +300,14 @@ class _Replays(TorchDispatchMode):
                 "of what is checkpointed, or checkpoint nothing that draws."
             )
         return func(*args, **(kwargs or {}))
+
+
+def _printed(where: str) -> CaptureError:
+    return CaptureError(
+        f"{where}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
+        "captured. Expected a step that only computes. Return it from the step and print what trainer.step(...) gives "
+        "back."
+    )
 
 
 def _subclasses(kind: type) -> list[type]:
