@@ -53,8 +53,8 @@ def check_notes(check: Check) -> list[str]:
     if check.weights:
         lines.append(
             f"the whole batch's gradient is the parts' times {', '.join(f'{w:.3g}' for w in check.weights)}, "
-            "but the plan weighs them otherwise: a loss that is a sum takes `reduce: sum` in the plan; one whose mean is "
-            "not over the batch's leading axis takes distribute(..., examples=)"
+            "but the plan weighs them otherwise: a loss that is a sum takes `reduce: sum` in the plan; one whose mean "
+            "is not over the batch's leading axis takes distribute(..., examples=)"
         )
     return [*lines, _verdict(check)]
 
