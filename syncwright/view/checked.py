@@ -47,9 +47,15 @@ def check_notes(check: Check) -> list[str]:
     ]
     if check.mixing:
         lines = [
-            f"compared with the parts only, as on N virtual batches: {', '.join(check.mixing)} in train mode "
+            f"compared with the parts only, as on N virtual batches: {', '.join(check.mixing)} "
             "joins the examples of a batch or draws at random, so the whole batch at once is another computation"
         ]
+    if check.weights:
+        lines.append(
+            f"the whole batch's gradient is the parts' times {', '.join(f'{w:.3g}' for w in check.weights)}, "
+            "but the plan weighs them otherwise: a loss that is a sum takes `reduce: sum` in the plan; one whose mean "
+            "is not over the batch's leading axis takes distribute(..., examples=)"
+        )
     return [*lines, _verdict(check)]
 
 
