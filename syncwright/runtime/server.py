@@ -119,7 +119,7 @@ class Server:
         if name in self._held:
             self._versions[name][version] = _as_held(tensor)
             for running in self._running:
-                if name in running.program.writes:
+                if name in running.program.writes or not any(w in self._held for w in running.program.writes):
                     running.step = max(running.step, version)
         else:
             self._values[name, version - 1] = tensor

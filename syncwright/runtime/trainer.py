@@ -210,7 +210,7 @@ class Trainer:
     def _tell(self, reason: str) -> None:
         """Best effort: servers by a message, and all who wait elsewhere by the store."""
         if self._stores is not None:
-            tell_failure(self._stores[0], reason)
+            tell_failure(self._stores, reason)
         if self._replica is not None:
             self._replica.client.fail(reason)
 
