@@ -91,7 +91,7 @@ class Heartbeat:
         return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
     def lost(self, peers: Sequence[Address]) -> str:
-        """Who among `peers` is gone, after a connection broke: a word of its own or of the launcher, or who beats no more.
+        """Who among `peers` is gone, after a connection broke: its own or the launcher's word, or who beats no more.
 
         Waits for up to ten beats: a process that has just died looks alive before.
         """
