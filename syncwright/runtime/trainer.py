@@ -89,6 +89,7 @@ class Trainer:
         self._transport: SocketTransport | None = None
         self._replica: Replica | None = None
         self._shared_states = 0
+        self._failure: BaseException | None = None
         self._closed = False
         if self.place.me.kind is Kind.TRAINER:
             torch.set_rng_state(random_stream(self.rank))
@@ -192,15 +193,21 @@ class Trainer:
             self._broadcast_values()
 
     def close(self) -> None:
-        """Writes the trained values back, leaves the job and frees everything. Safe to call twice."""
+        """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
+
+        After an error that ended the job only the last: there are no values to be had from those who are gone.
+        """
         if self._closed:
+            return
+        if self._failure is not None:
+            self._abandon(self._failure)
             return
         try:
             self.sync()
             if self._replica is not None:
                 self._replica.client.leave(self._replica.step_count)
-        except BaseException:
-            self._end(failed=True)
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._end(failed=False)
 
@@ -210,7 +217,11 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-            return
+        else:
+            self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Ends here, and tells the others why, unless one of them is the reason."""
         if not isinstance(error, PeerLost | SystemExit):
             self._tell(f"{self.place.me} cannot go on: {type(error).__name__}: {error}".rstrip(": "))
         self._end(failed=True)
@@ -218,7 +229,7 @@ class Trainer:
     def _tell(self, reason: str) -> None:
         """Best effort: servers by a message, and all who wait elsewhere by the store."""
         if self._stores is not None:
-            tell_failure(self._stores[0], reason)
+            tell_failure(self._stores, reason)
         if self._replica is not None:
             self._replica.client.fail(reason)
 
@@ -260,6 +271,14 @@ class Trainer:
         if self._replica is not None:
             return
         self._job = prepared.job
+        try:
+            self._meet(prepared, part)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _meet(self, prepared: Prepared, part: Part) -> None:
+        """Agrees with the other roles on the job, starts the servers that live here, and joins. A server ends here."""
         self._agree(prepared.job)
         embedded = zmq.Context() if self.place.alone else None
         for address in self.place.hosted(len(prepared.job.servers)):
@@ -376,6 +395,9 @@ class Trainer:
                 self._wait(next(run))
         except StopIteration as stop:
             return stop.value
+        except JobError as error:
+            self._failure = error
+            raise
 
     def _wait(self, blocked: Blocked) -> None:
         assert self._replica is not None, "joined"
