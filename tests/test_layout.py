@@ -60,6 +60,7 @@ verify          legal programs, one error class per rule
     passes
     running
     server
+    job
 update          how each update may be split, from graph edges
 split           the cut at the gradients: programs of servers
 strategies      a name to rules

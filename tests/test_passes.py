@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_files import GOLDEN, check_golden
-from mirrored import known_pulls, run_mirrored, some_values, truth_of
+from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
 
 from syncwright import ops, passes
 from syncwright.idle import idle
