@@ -44,7 +44,7 @@ class Mirrored(Interpreter):
             case ops.wait:
                 return args[0] * self.trainers if self.peers is None else args[0] + self.peers[args[1]]
             case ops.pull:
-                return self.truth[args[1], bool(args[0])].to(args[3]).reshape(args[2])
+                return self.truth[args[1], bool(args[0])].to(args[3]).expand(args[2])
         return super().call_function(target, args, kwargs)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from golden_files import GOLDEN, check_golden
-from mirrored import known_pulls, run_mirrored, some_values, truth_of
 
 from syncwright import ops, passes
 from syncwright.idle import idle
@@ -23,6 +22,7 @@ from syncwright.split import server_parts, split
 from syncwright.text import parse, to_text
 from syncwright.update import find_updates
 from syncwright.verify import verify, verify_after
+from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
 
 PASSES: dict[str, Callable[[Program, Plan], Program]] = {each.__name__: each for each in passes.PIPELINE}
 CASES = sorted(path.parent for name in PASSES for path in (GOLDEN / name).glob("*/before.txt"))

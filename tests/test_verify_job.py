@@ -156,7 +156,7 @@ def test_what_lowering_makes_is_legal():
     verify_job(trainer_with())
 
 
-def test_a_pass_at_fault_is_named(monkeypatch):
+def test_a_pass_at_fault_is_named():
     from syncwright.passes import tidy
 
     def forgetful(program, plan):
@@ -165,10 +165,9 @@ def test_a_pass_at_fault_is_named(monkeypatch):
             node.meta.clear()
         return program
 
-    monkeypatch.setattr("syncwright.lower.PIPELINE", (forgetful,))
     program = syncwright.capture(train, *model_and_optimizer(), torch.ones(4, 3), torch.ones(4, 2))
     with pytest.raises(rules.BrokenByPass, match=r"^after pass forgetful: "):
-        lower(program, make_plan("all_reduce", program, 1, 0))
+        lower(program, make_plan("all_reduce", program, 1, 0), passes=(forgetful,))
 
 
 def model_and_optimizer():
