@@ -90,7 +90,7 @@ class _Builder:
 
     def _call(self, node: Node, last: Mapping[str, Node]) -> None:
         target = node.target
-        if target in _IDENTITY or (target is ops.gradient and last[node.args[1]] is not node):
+        if target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
         elif (statistic := _unchanged_statistic(node)) is not None:
             self.made[node] = self.made[statistic]

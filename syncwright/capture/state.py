@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,16 +143,16 @@ class Binding:
     def load_state_dict(self, optimizer: object, state: Mapping[str, object]) -> None:
         """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects."""
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        states = state["optimizer"]
+        states: Any = state["optimizer"]
         match optimizer:
             case dict():
-                pairs = [(each, states[key]) for key, each in optimizer.items()]  # type: ignore[index]
+                saved = [states[key] for key in optimizer]
             case tuple() | list():
-                pairs = list(zip(optimizer, states, strict=True))  # type: ignore[arg-type]
+                saved = list(states)
             case _:
-                pairs = [(optimizer, states)]
-        for each, saved in pairs:
-            each.load_state_dict(copy.deepcopy(saved))  # type: ignore[attr-defined]
+                saved = [states]
+        for each, its in zip(self.optimizers.values(), saved, strict=True):
+            each.load_state_dict(copy.deepcopy(its))
 
     def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         held = slot.optimizer.state[slot.parameter]
@@ -279,7 +280,7 @@ class Swap:
             if slots[0].get() is not self.given[name]:
                 found[name] = slots[0].get()
         for name, slot in self.binding.states.items():
-            parameter = self.given[self.binding.parameters[id(slot.parameter)]]
+            parameter: Any = self.given[self.binding.parameters[id(slot.parameter)]]
             now = slot.optimizer.state[parameter].get(slot.key)
             if now is not self.given[name]:
                 found[name] = now
@@ -315,6 +316,7 @@ def _declared_floats(kind: type[Optimizer]) -> set[str]:
 def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:
     if isinstance(optimizer, Optimizer):
         return {"optimizer": optimizer}
+    named: dict[str, Any]
     if isinstance(optimizer, dict):
         named = {f"optimizer.{key}": each for key, each in optimizer.items()}
     elif isinstance(optimizer, tuple | list):

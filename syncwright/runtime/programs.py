@@ -38,7 +38,7 @@ class Prepared:
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0):
         self.captured, self.job, self.compiled = captured, job, compiled
         self.pulls = tuple(
-            n.args[1] for n in communications(job.trainer["step"]) if n.target is ops.pull and not n.args[0]
+            str(n.args[1]) for n in communications(job.trainer["step"]) if n.target is ops.pull and not n.args[0]
         )
         self._interpreted = interpreted
         self._executors: dict[str, Executor | CompiledExecutor] = {}
