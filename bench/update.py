@@ -1,8 +1,4 @@
-"""The optimizer's update alone, on the GPT's parameters: torch's own, and ours once there is one.
-
-To plug ours in, let `ours` return a callable that runs one update in place over the model's parameters, whose
-gradients are in `.grad`, with the optimizer's hyper-parameters.
-"""
+"""The optimizer's update alone, on the GPT's parameters: torch's own, and the one that our compiled step runs."""
 
 from __future__ import annotations
 
@@ -13,10 +9,20 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from bench.contestants import NotAvailable
+from bench.contestants.ours import step
 from bench.wire import Channel
 from bench.workloads import WORKLOADS
+from syncwright.capture import capture_step
+from syncwright.capture.state import Binding
+from syncwright.lower import lower
+from syncwright.passes import COMPILED
+from syncwright.passes.flatten import flat_parts
+from syncwright.planning import make_plan
+from syncwright.program import Program, Role, Variable
+from syncwright.runtime.compiled import CompiledExecutor
 
 Update = Callable[[], object]
 
@@ -34,7 +40,61 @@ def torch_foreach(model: nn.Module) -> Update:
 
 
 def ours(model: nn.Module) -> Update:
-    raise NotAvailable("no public way yet to compile the captured update alone")
+    """The update that a compiled step runs, cut out of it: flat, in place, host arithmetic outside the kernel.
+
+    Gradients are where the step leaves them: in the bucket, which is the flat buffer.
+    """
+    workload = WORKLOADS["gpt"]
+    optimizer = workload.optimizer(model, False)
+    binding = Binding(model, optimizer)
+    captured = capture_step(step, binding, optimizer, tuple(workload.batches(0)[0]))
+    plan = make_plan("independent", captured.program, trainers=2, servers=0)
+    whole = lower(captured.program, plan, passes=COMPILED).trainer["step"]
+    program, bucket = _update_of(whole)
+    values = _laid_out(program, whole, binding)
+    values[bucket.name] = torch.randn(bucket.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    executor = CompiledExecutor(program)
+
+    def update() -> None:
+        results = _finished(executor, {**values, **binding.hyper_values()})
+        values.update({name: value for name, value in results.items() if name in values})
+
+    return update
+
+
+def _update_of(program: Program) -> tuple[Program, Variable]:
+    """What writes parameters and state, reading the bucket of gradients as a variable."""
+    parts = flat_parts(program)
+    bucket = next(n for n in program.graph.nodes if n.target is torch.ops.aten.cat.default and _is_flat(n, parts, program))
+    val = bucket.meta["val"]
+    variable = Variable("bucket", Role.GRAD, tuple(val.shape), val.dtype)
+    kept = (Role.PARAM, Role.STATE)
+    results = {name: node for name, node in program.results.items() if program.variables[name].role in kept}
+    return program.slice(results, {bucket: variable}), variable
+
+
+def _is_flat(node: Node, parts: dict, program: Program) -> bool:
+    return any(program.variables[name].numel == node.meta["val"].numel() for name in parts)
+
+
+def _laid_out(program: Program, whole: Program, binding: Binding) -> dict[str, object]:
+    held = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in binding.values().items()}
+    for name, members in flat_parts(whole).items():
+        if whole.variables[name].shape:
+            held[name] = torch.zeros(whole.variables[name].shape)
+            for member in members:
+                held[name][slice(*member.part)] = held[member.name].reshape(-1)
+    return {name: held[name] for name in program.reads if name in held}
+
+
+def _finished(executor: CompiledExecutor, values: dict[str, object]) -> dict[str, object]:
+    """Runs a program without communications."""
+    run = executor.run(values, None)
+    try:
+        next(run)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("an update on its own waits for nobody")
 
 
 UPDATES: dict[str, Callable[[nn.Module], Update]] = {

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import is_random
 from syncwright.program import Program, Role
 
 aten = torch.ops.aten
@@ -115,19 +116,20 @@ def find_updates(program: Program) -> Updates:
     before  %g = gradient(%mm, "w"); %n = linalg_vector_norm(%g); ...; %c = clamp(...); %s = mul(%g, %c); %new = sub(w, %s)
     after   w: elementwise, reads the global value %c, whose partial of w is %n
     """
-    marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
-    meanings = _Reader(program, marks).read()
+    marks = {str(n.args[1]): n for n in program.graph.find_nodes(op="call_function", target=ops.gradient)}
+    follows = followed(program)
+    meanings = _Reader(program, marks, follows).read()
     joins = _joins(program, meanings)
-    return Updates(_updates(program, marks, meanings), joins, marks, meanings)
+    return Updates(_updates(program, marks, meanings, joins, follows), joins, marks, meanings)
 
 
 class _Reader:
     """Gives every node of the update region its meaning, in graph order."""
 
-    def __init__(self, program: Program, marks: Mapping[str, Node]):
-        self.program = program
+    def __init__(self, program: Program, marks: Mapping[str, Node], follows: Mapping[str, str]):
+        self.program, self.follows = program, follows
         self.marks = set(marks.values())
-        self.region = _region(program, self.marks)
+        self.region = _region(program, self.marks, follows)
         self.found: dict[Node, Meaning] = {}
 
     def read(self) -> dict[Node, Meaning]:
@@ -141,6 +143,8 @@ class _Reader:
             return Cut(str(node.args[1]))
         if node.op == "placeholder":
             return self._of_variable(node)
+        if is_random(node):
+            return Foreign()
         given = [self.found.get(n, Foreign()) for n in node.all_input_nodes]
         return _combine(node, [g for g in given if not isinstance(g, Free)])
 
@@ -166,7 +170,7 @@ class _Reader:
 
     def _of_buffer(self, name: str) -> Meaning:
         """A buffer that follows a parameter (an average of weights) is aligned with it; others belong to the forward."""
-        owner = followed(self.program).get(name)
+        owner = self.follows.get(name)
         return Foreign() if owner is None else Cut(owner)
 
 
@@ -205,9 +209,9 @@ def _made_from(node: Node, buffer: str, new: Mapping[Node, str], program: Progra
     return found.pop() if len(found) == 1 and not stack else None
 
 
-def _region(program: Program, marks: set[Node]) -> set[Node]:
+def _region(program: Program, marks: set[Node], follows: Mapping[str, str]) -> set[Node]:
     """Ancestors of everything an update writes, stopping at the marks."""
-    results, follows = program.results, followed(program)
+    results = program.results
     roots = [
         results[v.name]
         for v in program.variables.values()
@@ -228,9 +232,7 @@ _SHAPE_ONLY = frozenset(
 )
 _POINTWISE = _SHAPE_ONLY | {aten._to_copy.default, aten.copy.default, aten.fill.Scalar, aten.fill.Tensor}
 _NORM = aten.linalg_vector_norm.default
-_REDUCTIONS = frozenset(
-    {_NORM, aten.sum.default, aten.amax.default, aten.amin.default, aten.mean.default, aten.any.default}
-)
+_REDUCTIONS = frozenset({_NORM, aten.sum.default, aten.amax.default, aten.amin.default})
 
 
 def is_pointwise(node: Node) -> bool:
@@ -284,11 +286,16 @@ def _pointwise(node: Node, given: list[Meaning], aligned: list[Meaning], paramet
 
 
 def _is_partial(node: Node) -> bool:
-    """A reduction over everything to one number, which pieces can add up (see `passes.partials`)."""
-    if node.target not in _REDUCTIONS:
+    """A reduction over everything to one number, which pieces can add up (see `split._combine_parts`)."""
+    if node.target not in _REDUCTIONS or _counts(node):
         return False
     value = node.meta["val"]
     return value.dim() == 0 and not node.kwargs.get("dtype")
+
+
+def _counts(node: Node) -> bool:
+    """The "norm" of order 0 counts; counts of pieces do not combine as norms do."""
+    return node.target is _NORM and len(node.args) > 1 and node.args[1] == 0
 
 
 def _keeps_rows(node: Node) -> bool:
@@ -307,7 +314,7 @@ def _joins(program: Program, meanings: Mapping[Node, Meaning]) -> tuple[Join, ..
 
     def root(node: Node) -> Node:
         while parent[node] is not node:
-            node = parent[node]
+            parent[node] = node = parent[parent[node]]
         return node
 
     for node in joined:
@@ -342,27 +349,48 @@ _ORDER = {Free: 0, Scalar: 0, Joined: 0, Cut: 0, Rows: 1, Whole: 2, Foreign: 3}
 _KINDS = ("elementwise", "row-wise", "whole", "foreign")
 
 
-def _updates(program: Program, marks: Mapping[str, Node], meanings: Mapping[Node, Meaning]) -> dict[str, Update]:
-    follows = followed(program)
-    found = {}
-    for variable in program.of_role(Role.PARAM):
-        writes = tuple(
-            name
-            for name in program.writes
-            if name == variable.name
-            or (program.variables[name].role is Role.STATE and program.variables[name].of == variable.name)
-            or follows.get(name) == variable.name
-        )
-        if variable.name in writes:
-            found[variable.name] = Update(variable.name, writes, _kind(program, writes, variable.name, marks, meanings))
+def _updates(
+    program: Program,
+    marks: Mapping[str, Node],
+    meanings: Mapping[Node, Meaning],
+    joins: tuple[Join, ...],
+    follows: Mapping[str, str],
+) -> dict[str, Update]:
+    uncuttable, ends = _needed_whole(meanings, joins), set(marks.values())
+    results, found = program.results, {}
+    for parameter, writes in _writes_by_parameter(program, follows).items():
+        if parameter in writes:
+            kind = _kind([results[name] for name in writes], ends, meanings)
+            cuttable = kind in ("whole", "foreign") or parameter not in uncuttable
+            found[parameter] = Update(parameter, tuple(writes), kind if cuttable else "whole")
     return found
 
 
-def _kind(program, writes, parameter: str, marks, meanings) -> str:
+def _writes_by_parameter(program: Program, follows: Mapping[str, str]) -> dict[str, list[str]]:
+    """What the update of each parameter writes: itself, its state, buffers made from it."""
+    found: dict[str, list[str]] = {v.name: [] for v in program.of_role(Role.PARAM)}
+    for name in program.writes:
+        variable = program.variables[name]
+        match variable.role:
+            case Role.PARAM:
+                found[name].append(name)
+            case Role.STATE:
+                found.setdefault(str(variable.of), []).append(name)
+            case _ if name in follows:
+                found[follows[name]].append(name)
+    return found
+
+
+def _needed_whole(meanings: Mapping[Node, Meaning], joins: tuple[Join, ...]) -> set[str]:
+    """Parameters with a part in a global value that pieces cannot add up (a mean, a median)."""
+    parts = [(node, parameter) for join in joins for node, parameter in join.partials.items()]
+    return {parameter for node, parameter in parts if not (isinstance(meanings[node], Scalar) or _is_partial(node))}
+
+
+def _kind(written: list[Node], marks: set[Node], meanings: Mapping[Node, Meaning]) -> str:
     """The hardest node on the way from the marks to what is written; joined values are somebody else's work."""
-    results = program.results
-    stack, seen, worst = [results[name] for name in writes], set(), 0
-    while stack:
+    stack, seen, worst = list(written), set(), 0
+    while stack and worst < len(_KINDS) - 1:
         node = stack.pop()
         if node in seen:
             continue
@@ -371,6 +399,6 @@ def _kind(program, writes, parameter: str, marks, meanings) -> str:
         if isinstance(meaning, Joined):
             continue
         worst = max(worst, _ORDER[type(meaning)])
-        if node not in marks.values():
+        if node not in marks:
             stack.extend(node.all_input_nodes)
     return _KINDS[worst]

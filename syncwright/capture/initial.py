@@ -50,6 +50,7 @@ class _Shadow:
         self.parameter = parameter.detach().clone().requires_grad_()
         shadow = object.__new__(type(optimizer))
         shadow.__dict__.update(optimizer.__dict__)
+        shadow.__dict__.pop("step", None)  # a schedule's counter, which would update the user's own
         hooks = [key for key, value in vars(optimizer).items() if isinstance(value, OrderedDict)]
         shadow.__dict__.update({key: OrderedDict() for key in hooks})
         shadow.param_groups = [_own_copy(group) | {"params": [self.parameter]}]

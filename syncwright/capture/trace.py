@@ -18,6 +18,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright import ops
 from syncwright.capture import private
@@ -172,9 +173,8 @@ class _Trace:
         scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
         undo.enter_context(private.symbolic_extremes(scopes))
         for each in self.binding.optimizers.values():
-            original = each.step
-            each.step = self._stepper(each, original)  # type: ignore[method-assign]
-            undo.callback(each.__dict__.pop, "step")
+            undo.callback(_restore, each, "step", each.__dict__.get("step"))
+            each.step = self._stepper(each, each.step)  # type: ignore[method-assign]
 
     def _stepper(self, each: torch.optim.Optimizer, original: Callable) -> Callable:
         def step(closure=None):
@@ -199,6 +199,14 @@ class _Trace:
         replaced = swap.replaced()
         self.replaced = tuple(replaced)
         return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in [*leaves, *replaced.values()]]
+
+
+def _restore(owner: object, key: str, before: object) -> None:
+    """An attribute of the instance is what it was; None: there was none."""
+    if before is None:
+        vars(owner).pop(key, None)
+    else:
+        setattr(owner, key, before)
 
 
 def _mark(name: str) -> Callable[[torch.Tensor], None]:
@@ -261,7 +269,37 @@ def _refusals() -> Iterator[None]:
         undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
         GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
+        undo.enter_context(_Replays())
         yield
+
+
+class _Replays(TorchDispatchMode):
+    """Refuses random numbers drawn again from a state that the step has set: a graph draws new ones.
+
+    `checkpoint` does so where it computes a forward with dropout once more. Setting the state back is no draw.
+    """
+
+    def __enter__(self):
+        self._set, self._replaying = torch.set_rng_state, False
+        torch.set_rng_state = torch.random.set_rng_state = self._note
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.set_rng_state = torch.random.set_rng_state = self._set
+        return super().__exit__(*raised)
+
+    def _note(self, state: torch.Tensor) -> None:
+        self._set(state)
+        self._replaying = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._replaying and torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError(
+                f"{_line()}: {func} draws random numbers after the step has set the random state, as torch.utils."
+                "checkpoint does to draw a dropout's mask again. Expected every number to be drawn once. Leave dropout out "
+                "of what is checkpointed, or checkpoint nothing that draws."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _printed(where: str) -> CaptureError:

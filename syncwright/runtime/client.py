@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -49,12 +49,17 @@ class Client:
 
     def fetch(self, channel: str, version: int) -> torch.Tensor | None:
         """The value once `version` steps are in it; asks for it the first time, None while it is not there."""
-        key = (channel, version)
-        if key not in self._asked:
-            self._asked.add(key)
+        if (channel, version) not in self._got:
             self.transport.progress(self._step, f"pull {channel}")
-            self._send(self.job.owners[channel], Message(Pull(channel, version)))
-        return self._got.get(key)
+            self.ask((channel,), version)
+        return self._got.get((channel, version))
+
+    def ask(self, channels: Sequence[str], version: int) -> None:
+        """Asks ahead: a server answers as soon as the version is there, while this trainer does something else."""
+        for channel in channels:
+            if (channel, version) not in self._asked:
+                self._asked.add((channel, version))
+                self._send(self.job.owners[channel], Message(Pull(channel, version)))
 
     def give(self, channel: str, version: int, tensor: torch.Tensor) -> None:
         """Sets a value on its server: at the start, or when a checkpoint is loaded."""

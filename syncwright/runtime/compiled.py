@@ -16,7 +16,8 @@ from syncwright.runtime.inductor import compile_graph
 from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
 from syncwright.shapes import fake, is_host, like, new_mode
 
-SMALL = 12
+FEW_NODES, FEW_ELEMENTS = 12, 4096
+"""A segment with fewer nodes on smaller tensors runs as it is: compiling it would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +114,14 @@ class _Builder:
             self.graph.call_function(torch.ops.aten.copy_.default, (self.made[placeholder], self.made[node]))
         self.graph.output([self.made[n] for n in returned])
         module = GraphModule({}, self.graph)
-        function = module if len(self.segment.nodes) <= SMALL else compile_graph(module, self.examples)
+        function = module if self._is_small() else compile_graph(module, self.examples)
         return Compiled(function, tuple(self.inputs), tuple(self.hosts), tuple(returned))
+
+    def _is_small(self) -> bool:
+        vals = [n.meta["val"] for n in self.segment.nodes]
+        tensors = [v for v in vals if isinstance(v, torch.Tensor)]
+        few = len(vals) <= FEW_NODES and len(tensors) == len(vals)
+        return few and all(v.numel() <= FEW_ELEMENTS for v in tensors)
 
     def _reads(self, mine: set[Node], written: Mapping[Node, Node]) -> list[Node]:
         """What the segment takes from outside, behind its views, in graph order."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
 
+from syncwright import ops
 from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
-from syncwright.errors import BatchError
+from syncwright.errors import BatchError, LoweringError
 from syncwright.job import Job
-from syncwright.lower import lower
+from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
 from syncwright.program import Program
@@ -25,15 +25,42 @@ from syncwright.runtime.executor import Executor
 
 log = logging.getLogger("syncwright")
 CAPACITY = 8
+INTERPRETED_FIRST = 3
+"""Runs of a further shape before it is compiled."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A step ready to run on batches of one shape."""
+    """A step ready to run on batches of one shape. Changes as it is used: executors are made when they are needed.
 
-    captured: Captured
-    job: Job
-    phases: Mapping[str, Executor | CompiledExecutor]
+    interpreted  how many runs are interpreted before the step is compiled: a last, ragged batch is not worth it
+    """
+
+    def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0):
+        self.captured, self.job, self.compiled = captured, job, compiled
+        self.pulls = tuple(
+            n.args[1] for n in communications(job.trainer["step"]) if n.target is ops.pull and not n.args[0]
+        )
+        self._interpreted = interpreted
+        self._executors: dict[str, Executor | CompiledExecutor] = {}
+
+    def executor(self, phase: str) -> Executor | CompiledExecutor:
+        """Runs `job.trainer[phase]`; the step itself compiled, where it is to be."""
+        compile = self.compiled and phase == "step" and self._interpreted == 0
+        kind = CompiledExecutor if compile else Executor
+        if not isinstance(self._executors.get(phase), kind):
+            self._executors[phase] = self._make(phase, compile)
+        if phase == "step" and self._interpreted:
+            self._interpreted -= 1
+        return self._executors[phase]
+
+    def _make(self, phase: str, compile: bool) -> Executor | CompiledExecutor:
+        program = self.job.trainer[phase]
+        if not compile:
+            return Executor(program)
+        began = time.perf_counter()
+        executor = CompiledExecutor(program)
+        log.info("compiled the step in %.1f s", time.perf_counter() - began)
+        return executor
 
 
 class Programs:
@@ -49,6 +76,7 @@ class Programs:
         compile: bool | str = False,
     ):
         self._step, self._binding, self._optimizer = step, binding, optimizer
+        self._served: str | None = None
         self._make_plan, self._without, self._compile = plan, without, compile
         self.latest: Prepared | None = None
         self._plan: Plan | None = None
@@ -79,15 +107,23 @@ class Programs:
             self._plan = self._make_plan(captured.program)
         compiled = self._compiles()
         job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
+        self._check_served(job)
         again = "again, for another shape or setting" if self._kept else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
-        phases: dict[str, Executor | CompiledExecutor] = {name: Executor(p) for name, p in job.trainer.items()}
-        if compiled:
-            began = time.perf_counter()
-            phases["step"] = CompiledExecutor(job.trainer["step"])
-            log.info("compiled the step in %.1f s", time.perf_counter() - began)
-        return Prepared(captured, job, phases)
+        return Prepared(captured, job, compiled, INTERPRETED_FIRST if self._kept else 0)
+
+    def _check_served(self, job: Job) -> None:
+        """Servers go on with the updates that they were started with: a step with others is refused."""
+        if not job.servers:
+            return
+        self._served = self._served or job.digest
+        if job.digest != self._served:
+            raise LoweringError(
+                "a setting of the step changed (a flag of the optimizer, a frozen layer, a number such as weight_decay that "
+                "became or ceased to be zero), and with it an update that servers run. Expected servers' updates to stay as "
+                "they were at the first step. Set it before the first step, or share these variables by all_reduce."
+            )
 
     def _compiles(self) -> bool:
         if self._compile == "auto":
@@ -107,4 +143,13 @@ class Programs:
 
 
 def _key(leaf: object) -> object:
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise BatchError(
+            f"the batch holds a {type(leaf).__name__}; expected tensors, numbers and strings, in any tree. "
+            "Turn it into a tensor: torch.as_tensor(...)."
+        ) from error
+    return leaf

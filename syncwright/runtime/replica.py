@@ -54,7 +54,7 @@ class Replica:
         """
         self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
-        executor = prepared.phases[phase]
+        executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers)
@@ -63,6 +63,7 @@ class Replica:
         results = yield from executor.run(values, self.client)
         self._keep(results)
         self.step_count += 1
+        self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
 
     def _adopt(self, prepared: Prepared) -> None:
@@ -70,7 +71,7 @@ class Replica:
         if prepared is self._layout:
             return
         self._layout = prepared
-        program = prepared.phases["step"].program
+        program = prepared.job.trainer["step"]
         self._parts = flat_parts(program)
         for name, parts in self._parts.items():
             flat = program.variables[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 
 import torch
 from torch.fx import Node
@@ -24,6 +25,7 @@ _VIEWS = frozenset(
         aten.permute.default,
         aten.unsqueeze.default,
         aten.split_with_sizes.default,
+        getitem,
     }
 )
 
@@ -71,11 +73,12 @@ class _Cutter:
         self.items: list[Item] = []
         self.open = Segment()
         self.inside: set[Node] = set()
+        self.placed: set[Node] = set()
         self.sends: list[Node] = []
 
     def run(self) -> Cut:
         for node in self.nodes:
-            if node in self.views:
+            if node in self.views or node in self.placed:
                 continue
             if node.target in ops.SENDS:
                 self._send(node)
@@ -84,10 +87,17 @@ class _Cutter:
             elif runs_alone(node):
                 self._alone(node)
             else:
-                self.open.nodes.append(node)
-                self.inside.add(node)
+                self._place(node)
         self._close()
         return Cut(tuple(self.items), frozenset(self.views))
+
+    def _place(self, node: Node) -> None:
+        """Into the open segment; what a node gives as a tuple is taken apart at once, so that only tensors cross."""
+        picks = node.users if isinstance(node.meta["val"], tuple | list) else ()
+        for each in (node, *picks):
+            self.open.nodes.append(each)
+            self.inside.add(each)
+            self.placed.add(each)
 
     def _send(self, node: Node) -> None:
         self.sends.append(node)
@@ -143,8 +153,7 @@ def _views(program: Program) -> set[Node]:
     found: set[Node] = set()
     sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in (ops.wait, ops.pull)}
     for node in program.graph.nodes:
-        picks = str(node.target).endswith("getitem>") or getattr(node.target, "__name__", "") == "getitem"
-        if node.op == "call_function" and (node.target in _VIEWS or picks):
+        if node.op == "call_function" and node.target in _VIEWS:
             first = node.args[0]
             if isinstance(first, Node) and (first in found or (first in sources and not is_host(first.meta["val"]))):
                 found.add(node)

@@ -8,23 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
 from syncwright.errors import Disagreement, JobError
 from syncwright.job import Channel, Job
 from syncwright.program import Program
+from syncwright.runtime.executor import Executor, Port
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
 Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
+_NO_PORT = cast(Port, None)  # a server's program holds no communication
 
 
-def interpret(program: Program, values: Mapping[str, object]) -> Mapping[str, object]:
-    """Runs a server's program as it is."""
-    with torch.no_grad():
-        return program.run(values)
+class Interpreter:
+    """Runs a server's programs as they are; each is made ready once. Changes with every new program."""
+
+    def __init__(self) -> None:
+        self._ready: dict[Program, Executor] = {}
+
+    @torch.no_grad()
+    def __call__(self, program: Program, values: Mapping[str, object]) -> Mapping[str, object]:
+        if program not in self._ready:
+            self._ready[program] = Executor(program)
+        try:
+            blocked = next(self._ready[program].run(values, _NO_PORT))
+        except StopIteration as stop:
+            return stop.value
+        raise JobError(
+            f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do."
+        )
 
 
 @dataclass(slots=True)
@@ -32,6 +48,7 @@ class Running:
     """A program and the step that it runs next. Changes with every step."""
 
     program: Program
+    reads: tuple[str, ...]
     host: frozenset[str]
     step: int = 0
 
@@ -46,18 +63,18 @@ class Merging:
 class Server:
     """One server of a job. Changes with every message that it handles."""
 
-    def __init__(self, job: Job, rank: int, compute: Compute = interpret):
+    def __init__(self, job: Job, rank: int, compute: Compute | None = None):
         part = job.servers[rank]
-        self.job, self.rank, self._compute = job, rank, compute
+        self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self._held = {v.name: v for v in part.holds}
-        self._running = [Running(p, _host_reads(p)) for p in part.programs]
+        self._running = [Running(p, p.reads, _host_reads(p)) for p in part.programs]
         self._exports = part.exports
         self._versions: dict[str, dict[int, object]] = {name: {} for name in self._held}
         self._values: dict[tuple[str, int], object] = {}
         self._merging: dict[tuple[str, int], Merging] = {}
         self._left: dict[int, int] = {}
         self._parked: list[tuple[Address, Pull]] = []
-        self._readers = {name: [r for r in self._running if name in r.program.reads] for name in self._held}
+        self._readers = {name: [r for r in self._running if name in r.reads] for name in self._held}
 
     @property
     def done(self) -> bool:
@@ -119,8 +136,7 @@ class Server:
         if name in self._held:
             self._versions[name][version] = _as_held(tensor)
             for running in self._running:
-                if name in running.program.writes or not any(w in self._held for w in running.program.writes):
-                    running.step = max(running.step, version)
+                running.step = max(running.step, version)
         else:
             self._values[name, version - 1] = tensor
 
@@ -155,7 +171,7 @@ class Server:
 
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
-        for name in running.program.reads:
+        for name in running.reads:
             value = (
                 self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
             )
@@ -230,11 +246,18 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
     for _, tensor in ordered[1:]:
         total = total + tensor
     if channel.merge == "mean":
-        weight = sum(w for w, _ in ordered) / trainers
-        if weight == 0:
-            return total
-        if weight != 1:
+        weight = _sum_of_weights([w for w, _ in ordered], total.dtype) / trainers
+        if weight not in (0, 1):
             total = total / weight
+    return total
+
+
+def _sum_of_weights(weights: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """Added as collectives add them, in float64 only for float64 values: so servers and replicas agree to the bit."""
+    precision = torch.float64 if dtype is torch.float64 else torch.float32
+    total = torch.tensor(weights[0], dtype=precision)
+    for weight in weights[1:]:
+        total = total + torch.tensor(weight, dtype=precision)
     return total
 
 

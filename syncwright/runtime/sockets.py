@@ -132,6 +132,10 @@ class SocketTransport:
         """Starts the sum of `tensor` over all trainers, in place."""
         return self._collectives.all_reduce(tensor, note)
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part` into `whole`."""
+        return self._collectives.all_gather(whole, part, note)
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self._collectives.broadcast(tensor, note)

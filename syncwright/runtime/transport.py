@@ -40,6 +40,10 @@ class Transport(Protocol):
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+        ...
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
         ...

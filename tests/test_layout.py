@@ -1,0 +1,199 @@
+"""The architecture, as a list: what is public, and which file may import which."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import syncwright
+
+ROOT = Path(syncwright.__file__).parent
+
+PUBLIC = [
+    "AllReduce",
+    "Local",
+    "ParameterServer",
+    "Plan",
+    "Program",
+    "Role",
+    "Rules",
+    "Trainer",
+    "Variable",
+    "capture",
+    "distribute",
+    "loopback",
+]
+
+# A file imports only from lines above its own, and from the indented lines above its own in its package.
+# `__init__` files stand apart: they gather what their package gives to those below.
+LAYOUT = """
+errors          the exception tree
+near            did you mean ...?
+document        YAML that knows its lines
+typed           dataclasses that hold what their annotations say, in Python and in YAML
+cluster         facts about machines
+program         Program, Variable, Role
+ops             communication, as operators of a graph
+dead            dead nodes
+shapes          fake values of new nodes
+text            Program to stable text and back
+    words
+    line
+    write
+    read
+    diff
+plan            how each variable is shared
+    partition
+    placement
+    sync
+    rules
+    plan
+    resolve
+    check
+job             programs by role and phase, and what crosses between them
+verify          legal programs, one error class per rule
+    causes
+    arguments
+    program
+    passes
+    running
+    server
+    job
+update          how each update may be split, from graph edges
+split           the cut at the gradients: programs of servers
+strategies      a name to rules
+    fixed
+planning        what a user gives as plan= to the complete plan
+capture         a step, a model and optimizers to a Program; the only part that knows torch.optim
+    private
+    initial
+    state
+    trace
+    normalize
+    step
+passes          one rewrite of a trainer's program per file
+    insert
+    share_globals
+    serve_parameters
+    average
+    bucket
+    flatten
+    tidy
+idle            the program of a trainer without examples
+lower           Program and Plan to a Job
+runtime         what runs a job
+    messages
+    transport
+    membership
+    rendezvous
+    endpoint
+    heartbeat
+    shared_memory
+    collectives
+    wire
+    sockets
+    launch
+    executor
+    inductor
+    segments
+    compiled
+    server
+    client
+    programs
+    replica
+    sharding
+    loopback
+    intercept
+    serving
+    trainer
+reference       what one device computes, in plain PyTorch
+checking        a plan against one device
+view            tables and diffs for people
+    tables
+    planned
+    programs
+    script
+    look
+    checked
+demo            the main job on real data
+    course
+cli             the command `syncwright`
+"""
+
+
+def order() -> list[str]:
+    """The modules' names without `syncwright.`, from the top of LAYOUT down."""
+    names: list[str] = []
+    package = ""
+    for line in LAYOUT.strip().splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            names.append(f"{package}.{name}")
+        else:
+            package = name
+            names.append(name)
+    return names
+
+
+PLACES = {name: place for place, name in enumerate(order())}
+
+
+def modules() -> dict[str, Path]:
+    """Every module but `__init__` files, by its name without `syncwright.`."""
+    files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+
+
+def place(module: str) -> tuple[int, ...]:
+    """Where a module stands: its line, or its package's line and then its own."""
+    assert module in PLACES, f"give {module} a line in LAYOUT, below everything that it imports"
+    package, _, inside = module.partition(".")
+    if not inside:
+        return (PLACES[package],)
+    return (PLACES[package], PLACES[module])
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, module) of everything of Syncwright's that a file imports, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        own = [name.removeprefix("syncwright.") for name in names if name.startswith("syncwright.")]
+        found += [(node.lineno, known(name)) for name in own]
+    return found
+
+
+def known(name: str) -> str:
+    """The module of a dotted name: known("plan.plan.Plan") == "plan.plan", known("plan.Plan") == "plan"."""
+    while not (ROOT.joinpath(*name.split(".")).is_dir() or ROOT.joinpath(*name.split(".")).with_suffix(".py").exists()):
+        assert "." in name, f"no file is syncwright.{name}"
+        name = name.rpartition(".")[0]
+    return name
+
+
+def test_public_names_are_those_listed():
+    assert sorted(syncwright.__all__) == sorted(PUBLIC)
+    assert len(syncwright.__all__) <= 20
+    for name in syncwright.__all__:
+        assert getattr(syncwright, name) is not None, name
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_only_from_those_above_it(module):
+    package, here = module.partition(".")[0], place(module)
+    for line, imported in imports(modules()[module]):
+        above = place(imported) < here and imported != package
+        assert above, f"{modules()[module]}:{line}: {module} imports {imported}, which does not stand above it"
+
+
+def test_names_of_modules_say_what_they_hold():
+    vague = {"utils", "util", "common", "helper", "helpers", "manager", "misc"}
+    assert not [name for name in modules() if vague & set(name.split("."))]
