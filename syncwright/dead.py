@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Graph, Node
 
 from syncwright import ops
 
 
-def remove_dead(graph: Graph) -> None:
-    """Drops calls that nothing uses; random and communicating ones act on more than their users and stay."""
+def remove_dead(graph: Graph, kept: Callable[[Node], bool] | None = None) -> None:
+    """Drops calls that nothing uses, but for those `kept`: random and communicating ones act on more than users."""
+    kept = kept or is_effect
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not is_effect(node):
+        if node.op == "call_function" and not node.users and not kept(node):
             graph.erase_node(node)
 
 

@@ -6,28 +6,29 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.errors import LoweringError
 from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
-from syncwright.passes import PIPELINE
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import by_collective, communicates, is_local
-from syncwright.plan import Plan
+from syncwright.plan import AllReduce, Plan
 from syncwright.program import Program, Role, Variable
 from syncwright.split import (
     Split,
     global_variable,
     grad_variable,
     held_by_servers,
-    merge_of,
+    merges,
     piece_of,
     server_parts,
     split,
 )
-from syncwright.update import find_updates
+from syncwright.update import find_updates, followed
+from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
 
@@ -40,24 +41,63 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
+    verify(program)
+    _check_replicated(program, plan)
     step = program
     for each in pipeline(passes, without):
-        step = each(step, plan)
+        step = _applied(each, step, plan)
     parts = split(program, find_updates(program), plan)
+    _refuse_without(parts, without)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": step, "idle": idle(step)}
-    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    verify_job(job)
+    return job
+
+
+def _check_replicated(program: Program, plan: Plan) -> None:
+    """Replicas stay equal only where their update reads nothing that differs between trainers."""
+    kinds = find_updates(program).kinds()
+    for sharing in plan.sharings:
+        shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
+        if shared and kinds.get(sharing.variable) == "foreign":
+            raise LoweringError(
+                f"the update of '{sharing.variable}' reads the batch or the forward, or draws random numbers, so the "
+                "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
+                "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
+            )
+
+
+def _applied(each: Pass, program: Program, plan: Plan) -> Program:
+    """What a pass makes of a program, verified."""
+    after = each(program, plan)
+    if after is not program:
+        verify_after(each.__name__, program, after)
+    return after
 
 
 def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass, ...]:
     """The passes in order, without some. Raises `LoweringError` for a name that no pass has."""
-    names = [each.__name__ for each in passes]
+    names = [each.__name__ for each in COMPILED]
     for name in without:
         if name not in names:
             raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
     return tuple(each for each in passes if each.__name__ not in without)
+
+
+def _refuse_without(parts: Split, without: Sequence[str]) -> None:
+    """Servers' programs wait for what these passes make trainers send."""
+    served = next(iter(parts.pieces), None)
+    needed = {"serve_parameters"} if served else set()
+    needed |= {"share_globals"} if parts.joins else set()
+    for name in without:
+        if name in needed:
+            raise LoweringError(
+                f"the pass '{name}' is left out, but the plan keeps '{served}' on a server, whose program waits for "
+                "what the pass makes trainers send. Leave the pass in, or share all variables by all_reduce."
+            )
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
@@ -70,13 +110,13 @@ def _channels(
     channels: dict[str, Channel] = {}
     owners = {name: rank for name, (rank, _) in held_by_servers(parts).items()}
     hypers = {part.rank: _hypers(part) for part in servers}
+    merge = merges(plan)
     for parameter, pieces in parts.pieces.items():
         grad = grad_variable(program, parameter)
-        merge = merge_of(plan, parameter)
         for piece in pieces:
             variable = piece_of(grad, program.variables[parameter], piece, len(pieces))
             rank = int(piece.owner or 0)
-            channels[variable.name] = Channel(variable, rank, merge, hypers[rank])  # type: ignore[arg-type]
+            channels[variable.name] = Channel(variable, rank, merge[parameter], hypers[rank])
     for join in parts.joins:
         for node, parameter in join.partials.items():
             if parameter not in parts.pieces:
@@ -89,12 +129,17 @@ def _channels(
 
 
 def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[str, Channel], owners: dict) -> None:
-    policies = dict(plan.buffers)
+    """A channel for every value that `average_values` sends through the reducer."""
+    policies, follows = dict(plan.buffers), followed(program)
     for name in program.writes:
         variable = program.variables[name]
-        if variable.role not in (Role.OUTPUT, Role.BUFFER) or name in owners or is_local(variable, program):
-            continue
-        mean = variable.dtype.is_floating_point and policies.get(name, "mean") == "mean"
+        match variable.role:
+            case Role.OUTPUT if not is_local(variable, program):
+                mean = variable.dtype.is_floating_point
+            case Role.BUFFER if name not in follows and policies.get(name) != "local":
+                mean = policies.get(name, "mean") == "mean"
+            case _:
+                continue
         channels[name] = Channel(variable, reducer, "mean" if mean else "sum")
         owners[name] = reducer
 
@@ -115,7 +160,7 @@ def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     for part in servers:
         lines += [repr(v) for v in part.holds]
-        lines += [_line(n) for p in part.programs for n in p.graph.nodes]
+        lines += [line for p in part.programs for line in _lines(p)]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -123,6 +168,11 @@ def _channel(node: Node) -> str:
     return str(next(a for a in node.args if isinstance(a, str)))
 
 
-def _line(node: Node) -> str:
-    args = torch.fx.node.map_arg(node.args, lambda n: n.name)
-    return f"{node.name} {node.op} {node.target} {args} {sorted(node.kwargs)} {node.meta.get('variable')}"
+def _lines(program: Program) -> list[str]:
+    """A program's nodes by their numbers: names differ where the forward does."""
+    number = {node: f"%{index}" for index, node in enumerate(program.graph.nodes)}
+    return [
+        f"{n.op} {n.target if n.op == 'call_function' else n.meta.get('variable')} "
+        f"{map_arg((n.args, n.kwargs), number.__getitem__)}"
+        for n in program.graph.nodes
+    ]

@@ -9,6 +9,7 @@ from enum import Enum
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 
 class Role(Enum):
@@ -90,7 +91,7 @@ class Program:
 
     @property
     def placeholders(self) -> dict[str, Node]:
-        return {n.meta["variable"]: n for n in self.graph.nodes if n.op == "placeholder"}
+        return {n.meta["variable"]: n for n in self.graph.find_nodes(op="placeholder")}
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -113,8 +114,11 @@ class Program:
 
     def edit(self) -> Program:
         """A copy whose graph may be changed."""
-        graph = Graph()
-        graph.output(graph.graph_copy(self.graph, {}))
+        graph, made = Graph(), {}
+        for node in self.graph.nodes:
+            if node.op != "output":
+                made[node] = copy_node(graph, node, made)
+        graph.output({name: made[node] for name, node in self.results.items()})
         return replace(self, graph=graph, variables=dict(self.variables))
 
     def slice(self, results: Mapping[str, Node], stop_at: Mapping[Node, Variable] | None = None) -> Program:
@@ -134,7 +138,7 @@ class Program:
                 read[variable.name] = variable
         for node in kept:
             if node not in made:
-                made[node] = graph.node_copy(node, made.__getitem__)
+                made[node] = copy_node(graph, node, made)
         graph.output({name: made[node] for name, node in results.items()})
         variables = read | {name: self.variables[name] for name in results if name in self.variables}
         guards = tuple(g for g in self.guards if set(g.reads) <= set(read))
@@ -170,6 +174,15 @@ def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
     node.target = node.name
     node.meta = {"variable": variable.name, "val": val}
     return node
+
+
+def copy_node(graph: Graph, node: Node, made: Mapping[Node, Node]) -> Node:
+    """`Graph.node_copy` in half the time: arguments that come later are not searched for symbolic sizes."""
+    copied = graph.create_node(node.op, node.target, name=node.name)
+    copied.args = map_arg(node.args, made.__getitem__)
+    copied.kwargs = map_arg(node.kwargs, made.__getitem__)
+    copied.meta = dict(node.meta)
+    return copied
 
 
 def set_results(program: Program, results: Mapping[str, Node]) -> None:

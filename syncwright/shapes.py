@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from syncwright import ops
 from syncwright.program import Program, Role, Variable
 
 HOST_TYPES = (float, int, bool)
@@ -58,13 +59,30 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
     if not isinstance(node.target, torch._ops.OpOverload):
         if node.meta.get("val") is None or not is_host(node.meta["val"]):
             node.meta["val"] = _plain(node)
-        return
-    if node.target is torch.ops.aten._local_scalar_dense.default:
+    elif node.target is torch.ops.aten._local_scalar_dense.default:
         node.meta.setdefault("val", float)
-        return
-    args, kwargs = map_arg((node.args, node.kwargs), _stand_in)
-    with mode:
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[misc]
+    elif node.target in _LIKE_FIRST or _only_scales(node):
+        node.meta["val"] = node.all_input_nodes[0].meta["val"]
+    else:
+        args, kwargs = map_arg((node.args, node.kwargs), _stand_in)
+        with mode:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[misc]
+
+
+_LIKE_FIRST = frozenset({ops.gradient, ops.all_reduce, ops.wait})
+_SCALE = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
+
+
+def _only_scales(node: Node) -> bool:
+    """A contiguous float tensor times or by a number: what comes out looks like what goes in."""
+    if node.target not in _SCALE or node.kwargs:
+        return False
+    first, second = (a.meta["val"] if isinstance(a, Node) else a for a in node.args)
+    if not isinstance(first, torch.Tensor) or not first.is_contiguous() or not first.is_floating_point():
+        return False
+    if isinstance(second, torch.Tensor):
+        return first.dim() > 0 and second.dim() == 0 and second.is_floating_point()
+    return second in HOST_TYPES or isinstance(second, HOST_TYPES)
 
 
 def _plain(node: Node) -> object:
@@ -82,9 +100,55 @@ def _stand_in(node: Node) -> object:
     return {float: 0.5, int: 1, bool: True}[val] if is_host(val) else val
 
 
-def propagate(program: Program) -> None:
-    """Recomputes every node's meta from the placeholders', in place (of a copy)."""
-    mode = mode_of(program.graph)
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            infer(node, mode)
+class Inference:
+    """`call` for many nodes: what each kind of call gives is found once. Changes as it learns."""
+
+    def __init__(self, mode: FakeTensorMode):
+        self.mode = mode
+        self._known: dict[object, object] = {}
+
+    def call(self, graph: Graph, target, *args, **kwargs) -> Node:
+        """Adds `target(*args)` at the graph's insertion point, with its meta."""
+        node = graph.call_function(target, args, kwargs)
+        self.infer(node)
+        return node
+
+    def fake_of(self, variable: Variable) -> object:
+        """The `meta["val"]` of a variable's placeholder."""
+        key = (variable.role is Role.HYPER, variable.shape, variable.dtype)
+        if key not in self._known:
+            self._known[key] = fake_of(self.mode, variable)
+        return self._known[key]
+
+    def propagate(self, program: Program) -> None:
+        """Recomputes every node's meta from the placeholders', in place (of a copy)."""
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                self.infer(node)
+
+    def infer(self, node: Node) -> None:
+        """Sets `meta["val"]` of a call from its arguments' meta."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            infer(node, self.mode)
+            return
+        args = [a for a in node.args if not isinstance(a, str)] if node.target in ops.COMMUNICATION else node.args
+        key = (node.target, _looks(args), _looks(node.kwargs))
+        if key not in self._known:
+            infer(node, self.mode)
+            self._known[key] = node.meta["val"]
+        node.meta["val"] = self._known[key]
+
+
+def _looks(value: object) -> object:
+    """All that an op's result can depend on, but for the numbers in tensors."""
+    match value:
+        case Node():
+            return _looks(value.meta["val"])
+        case torch.Tensor():
+            return (value.dtype, tuple(value.shape), value.stride(), value.device)
+        case dict():
+            return tuple((key, _looks(item)) for key, item in value.items())
+        case list() | tuple():
+            return tuple(_looks(item) for item in value)
+        case _:
+            return (type(value), value)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from syncwright.errors import LoweringError
 from syncwright.job import ServerPart
-from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
+from syncwright.plan import AllReduce, Local, ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
-from syncwright.shapes import call, fake, fake_of, mode_of, propagate
+from syncwright.shapes import Inference, call, fake, mode_of
 from syncwright.update import Join, Scalar, Update, Updates
 
 aten = torch.ops.aten
@@ -24,6 +25,8 @@ class Split:
 
     pieces  of every parameter that servers own
     joins   global values whose parts lie with several owners; others are computed inside one role's program
+    state   names of each parameter's state
+    stops   where slices end: at all gradients, and at global values that are made elsewhere
     """
 
     program: Program
@@ -31,9 +34,8 @@ class Split:
     pieces: Mapping[str, tuple[Piece, ...]]
     joins: tuple[Join, ...]
     reducer: int
-
-    def owners(self, parameter: str) -> set[int]:
-        return {int(p.owner or 0) for p in self.pieces.get(parameter, ())}
+    state: Mapping[str, tuple[str, ...]]
+    stops: Mapping[Node, Variable]
 
 
 def split(program: Program, updates: Updates, plan: Plan) -> Split:
@@ -41,8 +43,16 @@ def split(program: Program, updates: Updates, plan: Plan) -> Split:
     pieces = {s.variable: s.pieces for s in plan.sharings if isinstance(s.sync, ParameterServer)}
     for name in pieces:
         _check_served(updates.by_parameter.get(name), name)
+    for join in updates.joins:
+        _check_local(join, plan)
     crossing = tuple(j for j in updates.joins if _crosses(j, pieces))
-    return Split(program, updates, pieces, crossing, plan.reducer or 0)
+    state: dict[str, list[str]] = {}
+    for variable in program.of_role(Role.STATE):
+        state.setdefault(str(variable.of), []).append(variable.name)
+    stops = {mark: grad_variable(program, name) for name, mark in updates.marks.items()}
+    stops |= {node: global_variable(node) for join in crossing for node in join.values}
+    named = {parameter: tuple(names) for parameter, names in state.items()}
+    return Split(program, updates, pieces, crossing, plan.reducer or 0, named, stops)
 
 
 def _crosses(join: Join, pieces: Mapping[str, tuple[Piece, ...]]) -> bool:
@@ -51,11 +61,24 @@ def _crosses(join: Join, pieces: Mapping[str, tuple[Piece, ...]]) -> bool:
     return bool(served) and (len(join.parameters) > 1 or len(pieces[served[0]]) > 1)
 
 
+def _check_local(join: Join, plan: Plan) -> None:
+    """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
+    local = {s.variable for s in plan.sharings if isinstance(s.sync, Local)} & set(join.parameters)
+    shared = set(join.readers) - local
+    if plan.trainers > 1 and shared and local & set(join.partials.values()):
+        raise LoweringError(
+            f"'{sorted(local)[0]}' is local, but its gradient takes part in a global value (at {join.values[0].name}) that the "
+            f"update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared gradients "
+            "only. Clip local and shared parameters apart, or share them all."
+        )
+
+
 def _check_served(update: Update | None, name: str) -> None:
     if update is not None and update.kind == "foreign":
         raise LoweringError(
-            f"'{name}' is planned for a server, but its update reads the batch or the forward. Expected an update made "
-            "from the parameter, its gradient, its state and hyper-parameters. Share it by all_reduce."
+            f"'{name}' is planned for a server, but its update reads the batch or the forward, or draws random numbers. "
+            "Expected an update made from the parameter, its gradient, its state and hyper-parameters. Make it so, or "
+            "share the variable by: local."
         )
 
 
@@ -112,9 +135,8 @@ def held_by_servers(split: Split) -> dict[str, tuple[int, Variable]]:
 
 def owned(split: Split, parameter: str) -> tuple[str, ...]:
     """The parameter itself and what goes where it goes: its state, buffers made from it."""
-    state = [v.name for v in split.program.of_role(Role.STATE) if v.of == parameter]
     update = split.updates.by_parameter.get(parameter)
-    return tuple(dict.fromkeys([parameter, *state, *(update.writes if update else ())]))
+    return tuple(dict.fromkeys([parameter, *split.state.get(parameter, ()), *(update.writes if update else ())]))
 
 
 def server_parts(split: Split, plan: Plan) -> tuple[ServerPart, ...]:
@@ -124,62 +146,56 @@ def server_parts(split: Split, plan: Plan) -> tuple[ServerPart, ...]:
     after   server 0: reads w.grad, w; %m = mul(w.grad, 0.1); %new = sub(w, %m); output({"w": %new})
     """
     programs: dict[int, list[Program]] = {rank: [] for rank in range(plan.servers)}
+    known = Inference(mode_of(split.program.graph))
     for parameter, pieces in split.pieces.items():
         if parameter in split.updates.by_parameter:
+            update = _update_slice(split, parameter)
             for piece in pieces:
-                programs[int(piece.owner or 0)].append(update_program(split, parameter, piece))
+                programs[int(piece.owner or 0)].append(_specialise(split, update, parameter, piece, known))
     for join in split.joins:
         for node, parameter in join.partials.items():
             pieces = split.pieces.get(parameter, ())
             for piece in pieces[: len(partial_pieces(node, parameter, split))]:
-                programs[int(piece.owner or 0)].append(partial_program(split, node, parameter, piece))
+                part = _partial_slice(split, node, parameter, piece)
+                programs[int(piece.owner or 0)].append(_specialise(split, part, parameter, piece, known))
         programs[split.reducer].append(global_program(split, join))
-    holds = held_by_servers(split)
-    return tuple(
-        ServerPart(
-            rank,
-            tuple(v for owner, v in holds.values() if owner == rank),
-            tuple(programs[rank]),
-            _exports(rank, programs),
-        )
-        for rank in range(plan.servers)
-    )
+    holds: dict[int, list[Variable]] = {rank: [] for rank in programs}
+    for rank, variable in held_by_servers(split).values():
+        holds[rank].append(variable)
+    exports = _exports(programs)
+    return tuple(ServerPart(r, tuple(holds[r]), tuple(programs[r]), exports[r]) for r in programs)
 
 
-def _exports(rank: int, programs: Mapping[int, list[Program]]) -> dict[str, tuple[int, ...]]:
-    made = {name for p in programs[rank] for name in p.writes if p.variables[name].role is Role.GLOBAL}
-    return {
-        name: readers
-        for name in sorted(made)
-        if (readers := tuple(r for r, ps in programs.items() if r != rank and any(name in p.reads for p in ps)))
-    }
+def _exports(programs: Mapping[int, list[Program]]) -> dict[int, dict[str, tuple[int, ...]]]:
+    """What each server computes for others, with those others."""
+    readers: dict[str, list[int]] = {}
+    for rank, own in programs.items():
+        for name in {name for p in own for name in p.reads if p.variables[name].role is Role.GLOBAL}:
+            readers.setdefault(name, []).append(rank)
+    found = {}
+    for rank, own in programs.items():
+        made = {name for p in own for name in p.writes if p.variables[name].role is Role.GLOBAL}
+        elsewhere = {name: tuple(r for r in readers.get(name, ()) if r != rank) for name in sorted(made)}
+        found[rank] = {name: others for name, others in elsewhere.items() if others}
+    return found
 
 
-def update_program(split: Split, parameter: str, piece: Piece) -> Program:
-    """The slice that computes a piece's new value and state from its gradient and the global values it reads."""
+def _update_slice(split: Split, parameter: str) -> Program:
+    """The slice that computes a parameter's new value and state from its gradient and the global values it reads."""
     results = split.program.results
     wanted = {name: results[name] for name in split.updates.by_parameter[parameter].writes}
-    return _specialise(split, split.program.slice(wanted, _stops(split)), parameter, piece)
+    return split.program.slice(wanted, split.stops)
 
 
-def partial_program(split: Split, node: Node, parameter: str, piece: Piece) -> Program:
+def _partial_slice(split: Split, node: Node, parameter: str, piece: Piece) -> Program:
     """The slice that computes one owner's part of a global value."""
-    (index,) = [p.index for p in split.pieces[parameter] if p == piece]
-    variable = partial_pieces(node, parameter, split)[index]
-    stops = {n: v for n, v in _stops(split).items() if n is not node}
+    variable = partial_pieces(node, parameter, split)[piece.index]
+    stops = {n: v for n, v in split.stops.items() if n is not node} if node in split.stops else split.stops
     program = split.program.slice({variable.name: node}, stops)
-    program = replace(program, variables={**program.variables, variable.name: variable})
-    return _specialise(split, program, parameter, piece)
+    return replace(program, variables={**program.variables, variable.name: variable})
 
 
-def _stops(split: Split) -> dict[Node, Variable]:
-    """Where slices end: at all gradients, and at global values that are made elsewhere."""
-    stops = {mark: grad_variable(split.program, name) for name, mark in split.updates.marks.items()}
-    stops.update({node: global_variable(node) for join in split.joins for node in join.values})
-    return stops
-
-
-def _specialise(split: Split, program: Program, parameter: str, piece: Piece) -> Program:
+def _specialise(split: Split, program: Program, parameter: str, piece: Piece, known: Inference) -> Program:
     """The same program on rows [start, stop) of the parameter and of all that is aligned with it."""
     whole, count = split.program.variables[parameter], len(split.pieces[parameter])
     if count == 1:
@@ -188,12 +204,12 @@ def _specialise(split: Split, program: Program, parameter: str, piece: Piece) ->
     renamed = {
         name: piece_of(program.variables[name], whole, piece, count) for name in program.variables if name in mine
     }
-    program, mode = program.edit(), mode_of(program.graph)
+    program = program.edit()
     for name, node in program.placeholders.items():
         if name in renamed:
-            node.meta = {"variable": renamed[name].name, "val": fake_of(mode, renamed[name])}
+            node.meta = {"variable": renamed[name].name, "val": known.fake_of(renamed[name])}
     _resize(program, whole.shape, piece)
-    propagate(program)
+    known.propagate(program)
     variables = {renamed.get(n, v).name: renamed.get(n, v) for n, v in program.variables.items()}
     program.output.args = ({renamed[n].name if n in renamed else n: r for n, r in program.results.items()},)
     program = replace(program, variables=variables)
@@ -226,7 +242,7 @@ def global_program(split: Split, join: Join) -> Program:
     after   reads global.n0, global.n1; %s = stack([global.n0, global.n1]); ...; output({"global.c": %c})
     """
     stops = {node: global_variable(node) for node in join.partials}
-    stops.update({n: global_variable(n) for j in split.joins if j is not join for n in j.values})
+    stops |= {n: global_variable(n) for j in split.joins if j is not join for n in j.values}
     wanted = {global_variable(node).name: node for node in join.values}
     program = split.program.slice(wanted, stops)
     made = {global_variable(node).name: global_variable(node) for node in join.values}
@@ -264,7 +280,6 @@ def _combine_parts(program: Program, partial: Node, parts: Iterable[Variable]) -
     return replace(program, variables=variables | {part.name: part for part in parts})
 
 
-def merge_of(plan: Plan, parameter: str) -> str:
-    """How the contributions to a parameter's gradient become one."""
-    sync = next(s.sync for s in plan.sharings if s.variable == parameter)
-    return sync.reduce if isinstance(sync, AllReduce | ParameterServer) else "mean"
+def merges(plan: Plan) -> dict[str, Literal["mean", "sum"]]:
+    """How the contributions to each parameter's gradient become one."""
+    return {s.variable: s.sync.reduce for s in plan.sharings if isinstance(s.sync, AllReduce | ParameterServer)}

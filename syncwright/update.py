@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import is_random
 from syncwright.program import Program, Role
 
 aten = torch.ops.aten
@@ -115,19 +116,20 @@ def find_updates(program: Program) -> Updates:
     before  %g = gradient(%mm, "w"); %n = linalg_vector_norm(%g); ...; %c = clamp(...); %s = mul(%g, %c); %new = sub(w, %s)
     after   w: elementwise, reads the global value %c, whose partial of w is %n
     """
-    marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
-    meanings = _Reader(program, marks).read()
+    marks = {str(n.args[1]): n for n in program.graph.find_nodes(op="call_function", target=ops.gradient)}
+    follows = followed(program)
+    meanings = _Reader(program, marks, follows).read()
     joins = _joins(program, meanings)
-    return Updates(_updates(program, marks, meanings, joins), joins, marks, meanings)
+    return Updates(_updates(program, marks, meanings, joins, follows), joins, marks, meanings)
 
 
 class _Reader:
     """Gives every node of the update region its meaning, in graph order."""
 
-    def __init__(self, program: Program, marks: Mapping[str, Node]):
-        self.program = program
+    def __init__(self, program: Program, marks: Mapping[str, Node], follows: Mapping[str, str]):
+        self.program, self.follows = program, follows
         self.marks = set(marks.values())
-        self.region = _region(program, self.marks)
+        self.region = _region(program, self.marks, follows)
         self.found: dict[Node, Meaning] = {}
 
     def read(self) -> dict[Node, Meaning]:
@@ -141,6 +143,8 @@ class _Reader:
             return Cut(str(node.args[1]))
         if node.op == "placeholder":
             return self._of_variable(node)
+        if is_random(node):
+            return Foreign()
         given = [self.found.get(n, Foreign()) for n in node.all_input_nodes]
         return _combine(node, [g for g in given if not isinstance(g, Free)])
 
@@ -166,7 +170,7 @@ class _Reader:
 
     def _of_buffer(self, name: str) -> Meaning:
         """A buffer that follows a parameter (an average of weights) is aligned with it; others belong to the forward."""
-        owner = followed(self.program).get(name)
+        owner = self.follows.get(name)
         return Foreign() if owner is None else Cut(owner)
 
 
@@ -205,9 +209,9 @@ def _made_from(node: Node, buffer: str, new: Mapping[Node, str], program: Progra
     return found.pop() if len(found) == 1 and not stack else None
 
 
-def _region(program: Program, marks: set[Node]) -> set[Node]:
+def _region(program: Program, marks: set[Node], follows: Mapping[str, str]) -> set[Node]:
     """Ancestors of everything an update writes, stopping at the marks."""
-    results, follows = program.results, followed(program)
+    results = program.results
     roots = [
         results[v.name]
         for v in program.variables.values()
@@ -310,7 +314,7 @@ def _joins(program: Program, meanings: Mapping[Node, Meaning]) -> tuple[Join, ..
 
     def root(node: Node) -> Node:
         while parent[node] is not node:
-            node = parent[node]
+            parent[node] = node = parent[parent[node]]
         return node
 
     for node in joined:
@@ -346,22 +350,34 @@ _KINDS = ("elementwise", "row-wise", "whole", "foreign")
 
 
 def _updates(
-    program: Program, marks: Mapping[str, Node], meanings: Mapping[Node, Meaning], joins: tuple[Join, ...]
+    program: Program,
+    marks: Mapping[str, Node],
+    meanings: Mapping[Node, Meaning],
+    joins: tuple[Join, ...],
+    follows: Mapping[str, str],
 ) -> dict[str, Update]:
-    follows, uncuttable = followed(program), _needed_whole(meanings, joins)
-    found = {}
-    for variable in program.of_role(Role.PARAM):
-        writes = tuple(
-            name
-            for name in program.writes
-            if name == variable.name
-            or (program.variables[name].role is Role.STATE and program.variables[name].of == variable.name)
-            or follows.get(name) == variable.name
-        )
-        if variable.name in writes:
-            kind = _kind(program, writes, variable.name, marks, meanings)
-            cuttable = kind in ("whole", "foreign") or variable.name not in uncuttable
-            found[variable.name] = Update(variable.name, writes, kind if cuttable else "whole")
+    uncuttable, ends = _needed_whole(meanings, joins), set(marks.values())
+    results, found = program.results, {}
+    for parameter, writes in _writes_by_parameter(program, follows).items():
+        if parameter in writes:
+            kind = _kind([results[name] for name in writes], ends, meanings)
+            cuttable = kind in ("whole", "foreign") or parameter not in uncuttable
+            found[parameter] = Update(parameter, tuple(writes), kind if cuttable else "whole")
+    return found
+
+
+def _writes_by_parameter(program: Program, follows: Mapping[str, str]) -> dict[str, list[str]]:
+    """What the update of each parameter writes: itself, its state, buffers made from it."""
+    found: dict[str, list[str]] = {v.name: [] for v in program.of_role(Role.PARAM)}
+    for name in program.writes:
+        variable = program.variables[name]
+        match variable.role:
+            case Role.PARAM:
+                found[name].append(name)
+            case Role.STATE:
+                found.setdefault(str(variable.of), []).append(name)
+            case _ if name in follows:
+                found[follows[name]].append(name)
     return found
 
 
@@ -371,11 +387,10 @@ def _needed_whole(meanings: Mapping[Node, Meaning], joins: tuple[Join, ...]) -> 
     return {parameter for node, parameter in parts if not (isinstance(meanings[node], Scalar) or _is_partial(node))}
 
 
-def _kind(program, writes, parameter: str, marks, meanings) -> str:
+def _kind(written: list[Node], marks: set[Node], meanings: Mapping[Node, Meaning]) -> str:
     """The hardest node on the way from the marks to what is written; joined values are somebody else's work."""
-    results = program.results
-    stack, seen, worst = [results[name] for name in writes], set(), 0
-    while stack:
+    stack, seen, worst = list(written), set(), 0
+    while stack and worst < len(_KINDS) - 1:
         node = stack.pop()
         if node in seen:
             continue
@@ -384,6 +399,6 @@ def _kind(program, writes, parameter: str, marks, meanings) -> str:
         if isinstance(meaning, Joined):
             continue
         worst = max(worst, _ORDER[type(meaning)])
-        if node not in marks.values():
+        if node not in marks:
             stack.extend(node.all_input_nodes)
     return _KINDS[worst]

@@ -60,6 +60,7 @@ verify          legal programs, one error class per rule
     passes
     running
     server
+    job
 update          how each update may be split, from graph edges
 split           the cut at the gradients: programs of servers
 strategies      a name to rules
@@ -107,8 +108,17 @@ runtime         what runs a job
     intercept
     serving
     trainer
-checkpoint      what a checkpoint holds, by variable name
+reference       what one device computes, in plain PyTorch
+checking        a plan against one device
 view            tables and diffs for people
+    tables
+    planned
+    programs
+    script
+    look
+    checked
+demo            the main job on real data
+    course
 cli             the command `syncwright`
 """
 

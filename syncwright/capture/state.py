@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -105,10 +106,15 @@ class Binding:
         """What the trace has frozen and must be captured again when it changes: train or eval, flags, frozen layers."""
         modes = tuple(m.training for m in self.model.modules())
         trained = tuple(slots[0].get().requires_grad for slots in self.modules.values())
+        read = {(id(slot.optimizer), slot.group, slot.key) for slot in self.hypers.values()}
         flags = tuple(
-            tuple((k, v) for k, v in group.items() if isinstance(v, bool | int | str) or v is None)
+            tuple(
+                (k, v)
+                for k, v in group.items()
+                if (isinstance(v, bool | int | float | str) or v is None) and (id(each), index, k) not in read
+            )
             for each in self.optimizers.values()
-            for group in each.param_groups
+            for index, group in enumerate(each.param_groups)
         )
         return modes, trained, flags
 
@@ -207,8 +213,11 @@ class Binding:
             self.variables[first] = Variable(first, known.role, known.shape, known.dtype, aliases=aliases)
 
     def _add_optimizer(self, label: str, optimizer: Optimizer) -> None:
+        floats = _declared_floats(type(optimizer))
         for index, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
+                if isinstance(value, int) and not isinstance(value, bool) and key in floats:
+                    value = float(value)
                 self._add_hypers(f"{label}.{index}.{key}", optimizer, index, key, value)
             for parameter in group["params"]:
                 self._add_state(label, optimizer, group, parameter)
@@ -295,6 +304,12 @@ class Swap:
             for name, slot in self.binding.hypers.items()
             if _get_hyper(slot.optimizer.param_groups[slot.group], slot) is not hypers[name]
         ]
+
+
+def _declared_floats(kind: type[Optimizer]) -> set[str]:
+    """Hyper-parameters that the optimizer's class declares as floats: `SGD(lr=1)` is a rate, `Muon(ns_steps=5)` a count."""
+    declared = inspect.signature(kind.__init__).parameters.values()
+    return {p.name for p in declared if "float" in str(p.annotation) or isinstance(p.default, float)}
 
 
 def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import KEPT, before_first_use, behind, first_call, read_first, read_weight, scaled
+from syncwright.passes.insert import KEPT, before_first_use, behind, first_call, read_first, read_share, read_weight
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
-from syncwright.shapes import call, is_host, mode_of
+from syncwright.shapes import Inference, call, is_host, mode_of
 from syncwright.update import find_updates, followed
 
 aten = torch.ops.aten
@@ -32,8 +34,11 @@ def average_gradients(program: Program, plan: Plan) -> Program:
     program = program.edit()
     updates = find_updates(program)
     marks = {name: mark for name, mark in updates.marks.items() if name in chosen and name in updates.by_parameter}
+    known, mean = Inference(mode_of(program.graph)), None
+    if any(chosen[name].reduce == "mean" for name in marks):
+        program, mean = _read_mean(program, plan)
     for name, mark in marks.items():
-        program = _average(program, plan, mark, f"{name}.grad", chosen[name].reduce)
+        _average(program, mark, f"{name}.grad", mean if chosen[name].reduce == "mean" else None, known)
     return program
 
 
@@ -105,40 +110,49 @@ def _buffer(program: Program, plan: Plan, name: str, node: Node, policy: str) ->
 def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: str) -> Program:
     """The result `name` becomes the reduced `node`."""
     if by_collective(plan):
-        program, reduced = _reduced(program, plan, node, name, how, [program.output])
+        mean = None
+        if how == "mean":
+            program, mean = _read_mean(program, plan)
+        known = Inference(mode_of(program.graph))
+        reduced = _reduced(program, node, name, mean, [program.output], known)
     else:
         program, reduced = _through_reducer(program, plan, node, name, how)
     set_results(program, {**program.results, name: reduced})
     return program
 
 
-def _average(program: Program, plan: Plan, mark: Node, channel: str, how: str) -> Program:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mean:
+    """What makes a sum a weighted mean: this trainer's share of it, and the reduced total of all shares."""
+
+    share: Node
+    total: Node
+
+
+def _average(program: Program, mark: Node, channel: str, mean: _Mean | None, known: Inference) -> None:
     users = list(mark.users)
     if users:
-        program, reduced = _reduced(program, plan, mark, channel, how, users)
+        reduced = _reduced(program, mark, channel, mean, users, known)
         for user in users:
             user.replace_input_with(mark, reduced)
-    return program
 
 
-def _reduced(
-    program: Program, plan: Plan, node: Node, channel: str, how: str, users: list[Node]
-) -> tuple[Program, Node]:
-    mode, total, started = mode_of(program.graph), None, node
-    if how == "mean":
-        program, weight = read_weight(program)
-        program, total = _total(program, plan, weight)
+def _reduced(program: Program, node: Node, channel: str, mean: _Mean | None, users: list[Node], known) -> Node:
+    graph, started = program.graph, node
+    if mean is not None:
         with behind(node):
-            started = scaled(program, node, weight, plan.trainers)
+            started = known.call(graph, aten.mul.Tensor, node, mean.share)
     with behind(started):
-        started = call(program.graph, mode, ops.all_reduce, started, channel)
+        started = known.call(graph, ops.all_reduce, started, channel)
     with before_first_use(users):
-        reduced = call(program.graph, mode, ops.wait, started, channel)
-        if total is not None:
-            reduced = call(program.graph, mode, aten.div.Tensor, reduced, total)
-    if total is not None and reduced < total:
-        _move_before(total, reduced)
-    return program, reduced
+        reduced = divided = known.call(graph, ops.wait, started, channel)
+        if mean is not None:
+            reduced = divided = known.call(graph, aten.div.Tensor, reduced, mean.total)
+        if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # a 0-d half divided by a 0-d float
+            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
+    if mean is not None and divided < mean.total:
+        _move_before(mean.total, divided)
+    return reduced
 
 
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:
@@ -146,7 +160,7 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
     if how == "mean":
         program, weight = read_weight(program)
         with behind(node):
-            sent = scaled(program, node, weight, plan.trainers)
+            sent = call(program.graph, mode, aten.mul.Tensor, node, read_share(weight, plan.trainers))
     with behind(sent):
         token = call(program.graph, mode, ops.push, sent, name)
     val = sent.meta["val"]
@@ -154,12 +168,13 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
         return program, call(program.graph, mode, ops.pull, [token], name, list(val.shape), val.dtype)
 
 
-def _total(program: Program, plan: Plan, weight: Node) -> tuple[Program, Node]:
-    """The sum of all trainers' weights / trainers, as a tensor; reduced once, with the first value that is."""
+def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:
+    """The trainers' weights and their sum / trainers, as a tensor; reduced once, with the first value that is."""
+    program, weight = read_weight(program)
     graph, mode = program.graph, mode_of(program.graph)
-    known = next((n for n in graph.nodes if n.target is ops.wait and n.args[1] == TOTAL), None)
+    known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == TOTAL), None)
     if known is not None:
-        return program, next(iter(known.users))
+        return program, _Mean(read_share(weight, plan.trainers), next(iter(known.users)))
     wide = any(v.dtype is torch.float64 for v in program.of_role(Role.PARAM))
     with graph.inserting_before(first_call(graph)):
         own = call(graph, mode, aten.scalar_tensor.default, weight, dtype=torch.float64 if wide else torch.float32)
@@ -167,7 +182,7 @@ def _total(program: Program, plan: Plan, weight: Node) -> tuple[Program, Node]:
     with graph.inserting_before(graph.output_node()):
         summed = call(graph, mode, ops.wait, started, TOTAL)
         total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
-    return program, total
+    return program, _Mean(read_share(weight, plan.trainers), total)
 
 
 def _move_before(total: Node, user: Node) -> None:

@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.plan import AllReduce, Plan
 from syncwright.program import Program
-from syncwright.shapes import call, mode_of
+from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
 INSIDE = "inside"
@@ -49,11 +49,12 @@ def bucket(program: Program, plan: Plan) -> Program:
     Sizes [20, 10, 5, 40, 1] with cap 32 give [20, 10], [5], [40], [1] (PyTorch DDP's rule, in order of completion).
     """
     caps = {f"{s.variable}.grad": int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
-    if not any(n.target is ops.all_reduce for n in program.graph.nodes):
+    if not program.graph.find_nodes(op="call_function", target=ops.all_reduce):
         return program
     program = program.edit()
+    known = Inference(mode_of(program.graph))
     for index, members in enumerate(_group(_members(program, caps))):
-        _join(program, f"bucket.{index}", members)
+        _join(program, f"bucket.{index}", members, known)
     remove_dead(program.graph)
     return program
 
@@ -95,27 +96,27 @@ def _fits(group: list[Member], member: Member, riders: list[Member]) -> bool:
     return same and used + member.nbytes <= int(first.cap or 0) and not used_before_complete
 
 
-def _join(program: Program, channel: str, members: list[Member]) -> None:
-    graph, mode = program.graph, mode_of(program.graph)
+def _join(program: Program, channel: str, members: list[Member], known: Inference) -> None:
+    graph = program.graph
     last, first_wait = max(m.start for m in members), min(m.wait for m in members)
-    inside = tuple(str(m.start.args[1]) for m in members)
+    inside = tuple(str(m.start.args[1]) for m in sorted(members, key=lambda m: m.cap is None))  # gradients first
     if len(members) == 1:
         members[0].start.meta[INSIDE] = inside
         members[0].start.args = (members[0].start.args[0], channel)
         members[0].wait.args = (members[0].start, channel)
         return
     with graph.inserting_before(last):
-        flat = [call(graph, mode, aten.reshape.default, m.start.args[0], [m.numel]) for m in members]
-        joined = call(graph, mode, aten.cat.default, flat)
-        started = call(graph, mode, ops.all_reduce, joined, channel)
+        flat = [known.call(graph, aten.reshape.default, m.start.args[0], [m.numel]) for m in members]
+        joined = known.call(graph, aten.cat.default, flat)
+        started = known.call(graph, ops.all_reduce, joined, channel)
         started.meta[INSIDE] = inside
     with graph.inserting_before(first_wait):
-        waited = call(graph, mode, ops.wait, started, channel)
-        parts = call(graph, mode, aten.split_with_sizes.default, waited, [m.numel for m in members])
+        waited = known.call(graph, ops.wait, started, channel)
+        parts = known.call(graph, aten.split_with_sizes.default, waited, [m.numel for m in members])
         for index, member in enumerate(members):
-            part = call(graph, mode, getitem, parts, index)
+            part = known.call(graph, getitem, parts, index)
             member.wait.replace_all_uses_with(
-                call(graph, mode, aten.view.default, part, list(member.start.meta["val"].shape))
+                known.call(graph, aten.view.default, part, list(member.start.meta["val"].shape))
             )
     for member in members:
         graph.erase_node(member.wait)

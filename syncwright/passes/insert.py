@@ -11,7 +11,6 @@ import torch
 from torch.fx import Graph, Node
 
 from syncwright.program import Program, Role, Variable, new_placeholder
-from syncwright.shapes import call, mode_of
 
 WEIGHT = "batch.weight"
 FIRST = "trainer.first"
@@ -57,12 +56,11 @@ def read_first(program: Program) -> tuple[Program, Node]:
     return read_variable(program, Variable(FIRST, Role.HYPER, (), torch.int64), int)
 
 
-def scaled(program: Program, node: Node, weight: Node, trainers: int) -> Node:
-    """`node` times weight / trainers, at the graph's insertion point."""
-    mode = mode_of(program.graph)
+def read_share(weight: Node, trainers: int) -> Node:
+    """weight / trainers: what a trainer's contribution to a mean is multiplied by."""
     share = next((u for u in weight.users if u.target is operator.truediv and u.args[1] == trainers), None)
     if share is None:
-        with program.graph.inserting_before(first_call(program.graph)):
-            share = program.graph.create_node("call_function", operator.truediv, (weight, trainers), name="share")
+        with weight.graph.inserting_before(first_call(weight.graph)):
+            share = weight.graph.create_node("call_function", operator.truediv, (weight, trainers), name="share")
             share.meta["val"] = float
-    return call(program.graph, mode, torch.ops.aten.mul.Tensor, node, share)
+    return share

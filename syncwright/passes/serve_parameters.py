@@ -8,11 +8,11 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import before_first_use, behind, read_weight, scaled
-from syncwright.plan import Plan
+from syncwright.passes.insert import before_first_use, behind, read_share, read_weight
+from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, set_results
-from syncwright.shapes import call, mode_of
-from syncwright.split import Split, grad_variable, merge_of, owned, piece_name, split
+from syncwright.shapes import Inference, mode_of
+from syncwright.split import Split, grad_variable, merges, owned, piece_name, split
 from syncwright.update import find_updates
 
 aten = torch.ops.aten
@@ -27,69 +27,68 @@ def serve_parameters(program: Program, plan: Plan) -> Program:
     Where the step itself reads the new value, it is pulled again behind the push. See ParameterServer in
     `SEMANTICS`: one update per step, when all live trainers have pushed.
     """
-    parts = split(program, find_updates(program), plan)
-    if not parts.pieces:
+    if not any(isinstance(s.sync, ParameterServer) for s in plan.sharings):
         return program
-    program = program.edit()
-    parts = split(program, find_updates(program), plan)
-    tokens = {}
+    program, weight = program.edit(), None
+    parts, merge = split(program, find_updates(program), plan), merges(plan)
+    if plan.trainers > 1 and any(merge[parameter] == "mean" for parameter in parts.pieces):
+        program, weight = read_weight(program)
+    known, tokens = Inference(mode_of(program.graph)), {}
     for parameter in parts.pieces:
-        program, tokens[parameter] = _push(program, parts, plan, parameter)
-    return _pull(program, parts, tokens)
+        share = read_share(weight, plan.trainers) if weight is not None and merge[parameter] == "mean" else None
+        tokens[parameter] = _push(program, parts, parameter, share, known)
+    return _pull(program, parts, tokens, known)
 
 
-def _push(program: Program, parts: Split, plan: Plan, parameter: str) -> tuple[Program, list[Node]]:
+def _push(program: Program, parts: Split, parameter: str, share: Node | None, known: Inference) -> list[Node]:
+    """Pushes the pieces of a parameter's gradient, scaled where they are averaged; the tokens of the pushes."""
     mark = parts.updates.marks.get(parameter)
     if mark is None or parameter not in parts.updates.by_parameter:
-        return program, []
-    pieces, mode, tokens = parts.pieces[parameter], mode_of(program.graph), []
-    weighed = plan.trainers > 1 and merge_of(plan, parameter) == "mean"
-    weight = None
-    if weighed:
-        program, weight = read_weight(program)
+        return []
+    pieces, graph, tokens = parts.pieces[parameter], program.graph, []
     last = mark
-    if weight is not None:
+    if share is not None:
         with behind(last):
-            last = scaled(program, mark, weight, plan.trainers)
-    whole = last
+            last = known.call(graph, aten.mul.Tensor, mark, share)
+    whole, grad = last, grad_variable(program, parameter).name
     for piece in pieces:
-        name = piece_name(grad_variable(program, parameter).name, piece, len(pieces))
+        name = piece_name(grad, piece, len(pieces))
         with behind(last):
             rows = (
-                whole
-                if len(pieces) == 1
-                else call(program.graph, mode, aten.slice.Tensor, whole, 0, piece.start, piece.stop)
+                whole if len(pieces) == 1 else known.call(graph, aten.slice.Tensor, whole, 0, piece.start, piece.stop)
             )
         with behind(rows if rows is not whole else last):
-            last = call(program.graph, mode, ops.push, rows, name)
+            last = known.call(graph, ops.push, rows, name)
         tokens.append(last)
-    return program, tokens
+    for pull in [user for user in mark.users if user.target is ops.pull]:
+        pull.replace_input_with(mark, last)
+    return tokens
 
 
-def _pull(program: Program, parts: Split, tokens: dict[str, list[Node]]) -> Program:
-    results = program.results
-    kept = {n: r for n, r in results.items() if n not in {o for p in parts.pieces for o in owned(parts, p)}}
-    set_results(program, kept)
+def _pull(program: Program, parts: Split, tokens: dict[str, list[Node]], known: Inference) -> Program:
+    results, placeholders = program.results, program.placeholders
+    served = {name for parameter in parts.pieces for name in owned(parts, parameter)}
+    set_results(program, {name: node for name, node in results.items() if name not in served})
     remove_dead(program.graph)
     alive = set(program.graph.nodes)
     for parameter, pieces in parts.pieces.items():
         for name in owned(parts, parameter):
-            node = program.placeholders.get(name)
+            node = placeholders.get(name)
             if node is not None:
-                _replace(program, node, name, parameter, pieces, [], parts)
+                _replace(program, node, name, parameter, pieces, [], parts, known)
             new = results.get(name)
             if new is not None and new in alive and new.users:
-                _replace(program, new, name, parameter, pieces, tokens[parameter], parts)
+                _replace(program, new, name, parameter, pieces, tokens[parameter], parts, known)
     remove_dead(program.graph)
     return program
 
 
-def _replace(program, node: Node, name: str, parameter: str, pieces, after: list[Node], parts: Split) -> None:
+def _replace(program, node: Node, name: str, parameter: str, pieces, after: list[Node], parts: Split, known) -> None:
     """All uses of `node` read the server's value instead."""
     users = [u for u in node.users if u not in after]
     if not users:
         return
-    variable, mode = program.variables[name], mode_of(program.graph)
+    variable, graph = program.variables[name], program.graph
     rows = bool(variable.shape) and variable.shape[:1] == program.variables[parameter].shape[:1]
     taken = pieces if rows else pieces[:1]
     point = min(users)
@@ -105,8 +104,8 @@ def _replace(program, node: Node, name: str, parameter: str, pieces, after: list
                 [piece.stop - piece.start, *variable.shape[1:]] if len(pieces) > 1 and rows else list(variable.shape)
             )
             channel = piece_name(name, piece, len(pieces))
-            pulled.append(call(program.graph, mode, ops.pull, after, channel, shape, variable.dtype))
-        whole = pulled[0] if len(pulled) == 1 else call(program.graph, mode, aten.cat.default, pulled)
+            pulled.append(known.call(graph, ops.pull, after, channel, shape, variable.dtype))
+        whole = pulled[0] if len(pulled) == 1 else known.call(graph, aten.cat.default, pulled)
     for user in users:
         user.replace_input_with(node, whole)
     if node.op == "placeholder" and not node.users:

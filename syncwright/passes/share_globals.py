@@ -7,20 +7,22 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.passes.insert import before_first_use, behind
-from syncwright.plan import Plan
+from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program
 from syncwright.shapes import call, mode_of
 from syncwright.split import Split, global_variable, split
-from syncwright.update import find_updates
+from syncwright.update import Join, find_updates
 
 
 def share_globals(program: Program, plan: Plan) -> Program:
     """Trainers push their parts to the reducer and pull the value; servers do the same in their own programs.
 
     before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %c = clamp(...), %s = mul(%g0, %c)        (w1 on a server)
-    after   %n0 = vector_norm(%g0), %t = push(%n0, "global.n0"), %c = pull([%t], "global.c"), %s = mul(%g0, %c)
+    after   %n0 = vector_norm(%g0), %t = push(%n0, "global.n0"), %c = pull([%t, %g1], "global.c"), %s = mul(%g0, %c)
+
+    A pull waits for what its value is made of: parts of trainers, and gradients that `serve_parameters` will push.
     """
-    if not split(program, find_updates(program), plan).joins:
+    if not any(isinstance(s.sync, ParameterServer) for s in plan.sharings):
         return program
     program = program.edit()
     parts = split(program, find_updates(program), plan)
@@ -31,13 +33,15 @@ def share_globals(program: Program, plan: Plan) -> Program:
     return program
 
 
-def _push_partials(program: Program, parts: Split, join) -> list[Node]:
+def _push_partials(program: Program, parts: Split, join: Join) -> list[Node]:
+    """Pushes the trainers' parts; what a pull of the value has to wait for."""
     tokens = []
     for node, parameter in join.partials.items():
         if parameter not in parts.pieces:
             with behind(node):
                 tokens.append(call(program.graph, mode_of(program.graph), ops.push, node, global_variable(node).name))
-    return tokens
+    marks = [parts.updates.marks.get(p) for p in dict.fromkeys(join.partials.values()) if p in parts.pieces]
+    return [*tokens, *(mark for mark in marks if mark is not None)]
 
 
 def _pull_value(program: Program, value: Node, tokens: list[Node], inside: set[Node]) -> None:

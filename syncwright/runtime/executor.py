@@ -95,7 +95,8 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             port.push(args[1], args[0])
             return torch.empty(0)
         case ops.all_reduce:
-            port.start(args[1], args[0] if _is_given_away(node) else args[0].clone())
+            given = args[0] if _is_given_away(node) else args[0].clone()
+            port.start(args[1], given.contiguous())
             return args[0]
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))

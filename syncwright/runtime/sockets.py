@@ -184,8 +184,8 @@ class SocketTransport:
         if self._closed:
             return
         self._closed = True
-        self._collectives.close()
         self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone
+        self._collectives.close()
         linger = round(1000 * self._deadlines.linger)
         for dealer in self._dealers.values():
             dealer.disable_monitor()

@@ -8,7 +8,7 @@
     guard  "momentum != 0" momentum = "optimizer.0.momentum"
 
     %v_fc_weight: f32[4,3] = read "fc.weight"
-    %v_momentum: host float = read "optimizer.0.momentum" as "v_momentum"
+    %v_momentum: host float = read "optimizer.0.momentum"
 
     %t: f32[3,4] strides [1,3] = aten.t.default(%v_fc_weight)
     %pow_1: host float = operator.pow(%v_momentum, 2.0)
@@ -17,7 +17,7 @@
 
 One line is one variable, guard, node or result, in the program's order; names are the graph's own. Strides
 are shown where they are not those of a contiguous tensor, a device where it is not the CPU, `as` where a
-placeholder's target is not the mangled name. Empty lines and lines that begin with `#` mean nothing. Of a
+placeholder's target is not its name. Empty lines and lines that begin with `#` mean nothing. Of a
 node's meta, "val" and "variable" are kept.
 """
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from syncwright.program import Guard, Program, Role, Variable, mangle
+from syncwright.program import Guard, Program, Role, Variable
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
 
@@ -68,7 +68,7 @@ class _Reader:
         if line.accept("read"):
             variable = line.string("a variable")
             meta["variable"] = variable
-            target = line.string("a placeholder's target") if line.accept("as") else mangle(variable)
+            target = line.string("a placeholder's target") if line.accept("as") else name[1:]
             node = self.graph.create_node("placeholder", target, (), {}, name[1:])
         else:
             op = line.op()

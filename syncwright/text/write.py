@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from syncwright.program import Guard, Program, Role, Variable, mangle
+from syncwright.program import Guard, Program, Role, Variable
 from syncwright.text.words import (
     HOST_DTYPES,
     HOST_TYPES,
@@ -95,7 +95,7 @@ def _read_text(node: Node) -> str:
     if "variable" not in node.meta:
         raise TextError('found a placeholder without meta["variable"], expected its variable; use new_placeholder')
     name = node.meta["variable"]
-    return f"read {quote(name)}" + ("" if node.target == mangle(name) else f" as {quote(str(node.target))}")
+    return f"read {quote(name)}" + ("" if node.target == node.name else f" as {quote(str(node.target))}")
 
 
 def _call_text(node: Node) -> str:

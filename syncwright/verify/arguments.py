@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload
@@ -17,19 +19,18 @@ _NUMBER_KINDS = ("NumberType", "FloatType", "IntType", "BoolType", "SymIntType")
 
 def check_arguments(node: Node, op: OpOverload) -> None:
     """Raises WrongArgument where `node` does not fit the schema of its op."""
-    schema, about = op._schema, f"%{node.name}"
-    given = named_arguments(node, op)
+    declared, given, about = _declared(op), named_arguments(node, op), f"%{node.name}"
     if len(given) < len(node.args) + len(node.kwargs):
         found = f"{len(node.args)} positional and {len(node.kwargs)} named arguments"
-        raise WrongArgument(about, found, str(schema), "leave some out")
-    for argument in schema.arguments:
-        if argument.name in given:
-            _check_argument(node, op, argument, given[argument.name])
-        elif not argument.has_default_value():
-            raise WrongArgument(about, f"no argument {argument.name}", str(schema), "give it")
-    unknown = set(given) - {argument.name for argument in schema.arguments}
+        raise WrongArgument(about, found, str(op._schema), "leave some out")
+    for name, argument in declared.items():
+        if name in given:
+            _check_argument(node, op, argument, given[name])
+        elif not argument.optional:
+            raise WrongArgument(about, f"no argument {name}", str(op._schema), "give it")
+    unknown = set(given) - set(declared)
     if unknown:
-        raise WrongArgument(about, f"the argument {min(unknown)}", str(schema), "leave it out")
+        raise WrongArgument(about, f"the argument {min(unknown)}", str(op._schema), "leave it out")
 
 
 def check_host_arguments(node: Node, name: str) -> None:
@@ -45,25 +46,46 @@ def check_host_arguments(node: Node, name: str) -> None:
 
 def named_arguments(node: Node, op: OpOverload) -> Mapping[str, object]:
     """What the node gives, by the names in the op's schema; defaults are left out."""
-    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
+    names = [name for name, argument in _declared(op).items() if not argument.named_only]
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _check_argument(node: Node, op: OpOverload, argument: torch.Argument, value: object) -> None:
-    wanted = _wanted(argument.type, value, op)
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    """An argument of a schema; `kinds` from the outside in: ("OptionalType", "ListType", "TensorType")."""
+
+    kinds: tuple[str, ...]
+    optional: bool
+    named_only: bool
+
+
+@functools.cache
+def _declared(op: OpOverload) -> Mapping[str, _Argument]:
+    """The arguments in an op's schema, by name; torch builds new objects each time that it is asked."""
+    return {a.name: _Argument(_kinds(a.type), a.has_default_value(), a.kwarg_only) for a in op._schema.arguments}
+
+
+def _kinds(type_: torch.JitType) -> tuple[str, ...]:
+    kind = type_.kind()
+    inner = _kinds(type_.getElementType()) if kind in ("OptionalType", "ListType") else ()  # type: ignore[attr-defined]
+    return (kind, *inner)
+
+
+def _check_argument(node: Node, op: OpOverload, argument: _Argument, value: object) -> None:
+    wanted = _wanted(argument.kinds, value, op)
     if wanted:
-        found = f"{_shown(value)} as the argument {argument.name} of {op}"
+        name = next(name for name, each in _declared(op).items() if each is argument)
+        found = f"{_shown(value)} as the argument {name} of {op}"
         raise WrongArgument(f"%{node.name}", found, wanted, "convert it, or use another overload")
 
 
-def _wanted(type_: torch.JitType, value: object, op: OpOverload) -> str | None:
+def _wanted(kinds: tuple[str, ...], value: object, op: OpOverload) -> str | None:
     """What the schema asks for, in words, where `value` is not that."""
-    kind, val = type_.kind(), _val(value)
-    inner = type_.getElementType() if kind in ("OptionalType", "ListType") else type_  # type: ignore[attr-defined]
+    kind, val = kinds[0], _val(value)
     if kind == "OptionalType":
-        return None if val is None else _wanted(inner, value, op)
+        return None if val is None else _wanted(kinds[1:], value, op)
     if kind == "ListType" and isinstance(value, list | tuple):
-        return next((f"a list: {want}" for item in value if (want := _wanted(inner, item, op))), None)
+        return next((f"a list: {want}" for item in value if (want := _wanted(kinds[1:], item, op))), None)
     if kind == "TensorType" and not isinstance(val, torch.Tensor):
         takes_numbers = torch._C._should_allow_numbers_as_tensors(op._schema.name.split("::")[1])
         is_number = val in HOST_TYPES or isinstance(value, HOST_TYPES)

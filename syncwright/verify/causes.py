@@ -18,12 +18,28 @@
         ├── WrongArgument        an argument that the op cannot take: a number for a tensor, or the reverse
         ├── InputChanged         a run changed a value that the program was given
         ├── RandomOpsChanged     a pass dropped, copied or reordered ops that draw random numbers
-        └── NotForServers        a server's program reaches beyond the updates of what the server owns
-            ├── ServerReadsBatch     it reads a batch
-            ├── ServerRunsForward    it computes what forward and backward compute
-            ├── ServerDrawsRandom    it draws random numbers
-            ├── ServerReadsForeign   it reads what another role owns
-            └── ServerWritesForeign  it writes what another role owns
+        ├── NotForServers        a server's program reaches beyond the updates of what the server owns
+        │   ├── ServerReadsBatch     it reads a batch
+        │   ├── ServerRunsForward    it computes what forward and backward compute
+        │   ├── ServerDrawsRandom    it draws random numbers
+        │   ├── ServerReadsForeign   it reads what another role owns
+        │   └── ServerWritesForeign  it writes what another role owns
+        └── IllegalJob           programs that are each legal do not make a job together
+            ├── NoSuchServer         a channel, owner or export names a server that the job does not have
+            ├── UnknownChannel       a push that no server takes
+            ├── WrongPush            what is pushed does not have its channel's shape and dtype
+            ├── PushedTwice          two pushes to one channel in one step
+            ├── NeverPushed          a server waits for a channel to which no trainer pushes
+            ├── PulledFromNobody     a pull of what has no owner, or whose owner neither keeps nor computes it
+            ├── WrongPull            a pull does not have the shape and dtype of what its owner keeps
+            ├── PulledTooEarly       a value of this step is pulled without waiting for what it is made of
+            ├── UnfedRead            a server reads what nobody keeps, pushes, computes or exports for it
+            ├── WrittenTwice         two programs write one variable
+            ├── HeldTwice            two servers keep one variable
+            ├── ReducedTwice         two all-reduces of one channel in one step
+            ├── BadWait              an all-reduce that is not waited for once, or a wait for none
+            ├── OtherSequence        the program for empty batches sends other things than the step
+            └── Deadlock             servers and trainers wait for each other
 
 Every message says which node or variable it is about, what was found, what was expected and what to do.
 """
@@ -128,3 +144,67 @@ class ServerReadsForeign(NotForServers):
 
 class ServerWritesForeign(NotForServers):
     """A server must not write a parameter, buffer or state that it does not own."""
+
+
+class IllegalJob(BrokenRule):
+    """Programs that are each legal must also make a job together."""
+
+
+class NoSuchServer(IllegalJob):
+    """Channels, owners and exports must name servers of the job."""
+
+
+class UnknownChannel(IllegalJob):
+    """Every push must have a channel that a server takes."""
+
+
+class WrongPush(IllegalJob):
+    """What is pushed must have its channel's shape and dtype."""
+
+
+class PushedTwice(IllegalJob):
+    """A trainer must push to a channel once per step."""
+
+
+class NeverPushed(IllegalJob):
+    """Trainers must push to every channel: its server waits for them."""
+
+
+class PulledFromNobody(IllegalJob):
+    """Every pull must have an owner that keeps, merges or computes the value."""
+
+
+class WrongPull(IllegalJob):
+    """A pull must have the shape and dtype of what its owner keeps or computes."""
+
+
+class PulledTooEarly(IllegalJob):
+    """A pull of what is computed in this step must wait for a push of this step."""
+
+
+class UnfedRead(IllegalJob):
+    """What a server reads must be kept, merged or computed there, or exported to it."""
+
+
+class WrittenTwice(IllegalJob):
+    """A variable must be written by one program at most."""
+
+
+class HeldTwice(IllegalJob):
+    """A variable must be kept by one server at most."""
+
+
+class ReducedTwice(IllegalJob):
+    """An all-reduce must have a channel of its own."""
+
+
+class BadWait(IllegalJob):
+    """Every all-reduce must be waited for exactly once."""
+
+
+class OtherSequence(IllegalJob):
+    """All programs of a trainer must send the same things in the same order, or its peers hang."""
+
+
+class Deadlock(IllegalJob):
+    """No value may be needed for something that it is itself made from."""

@@ -1,0 +1,156 @@
+"""Golden text for every pass: a program and a plan in, a program out; and both are run and compared.
+
+tests/golden/<pass>/<case>/before.txt and plan.yaml are written by hand (or cut from a captured step); after.txt is
+what the pass makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from golden_files import GOLDEN, check_golden
+
+from syncwright import ops, passes
+from syncwright.idle import idle
+from syncwright.job import ServerPart
+from syncwright.plan import Plan
+from syncwright.program import Program
+from syncwright.split import server_parts, split
+from syncwright.text import parse, to_text
+from syncwright.update import find_updates
+from syncwright.verify import verify, verify_after
+from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
+
+PASSES: dict[str, Callable[[Program, Plan], Program]] = {each.__name__: each for each in passes.PIPELINE}
+CASES = sorted(path.parent for name in PASSES for path in (GOLDEN / name).glob("*/before.txt"))
+IDLE_CASES = sorted(path.parent for path in (GOLDEN / "idle").glob("*/before.txt"))
+SPLIT_CASES = sorted(path.parent for path in (GOLDEN / "split").glob("*/before.txt"))
+
+
+def case_name(case: Path) -> str:
+    return f"{case.parent.name}/{case.name}"
+
+
+def given(case: Path) -> tuple[Program, Plan]:
+    program = parse((case / "before.txt").read_text(encoding="utf-8"))
+    verify(program)
+    return program, Plan.from_yaml(case / "plan.yaml")
+
+
+def test_every_pass_has_a_golden_case():
+    assert {case.parent.name for case in CASES} == set(PASSES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_golden_pass(case):
+    before, plan = given(case)
+    text = to_text(before)
+    after = PASSES[case.parent.name](before, plan)
+    assert to_text(before) == text, "a pass leaves its input as it is"
+    verify_after(case.parent.name, before, after)
+    check_golden(f"{case_name(case)}/after", to_text(after))
+    check_same_results(before, after, plan)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_does_nothing_for_one_device(name):
+    before, _ = given(GOLDEN / "split" / "clip")
+    alone = Plan("", trainers=1, servers=0, reducer=None, sharings=())
+    after = PASSES[name](before, alone)
+    if name != "tidy":
+        assert after is before
+
+
+def check_same_results(before: Program, after: Program, plan: Plan) -> None:
+    """Where all trainers have one batch, a step computes what one device computes, to the bit; so do servers' parts."""
+    values = some_values(before)
+    written, run = run_mirrored(before, values, plan.trainers, known_pulls(before))
+    truth = truth_of(before, plan, values, written, run)
+    found, new_run = run_mirrored(after, {**values, **some_values(after)}, plan.trainers, truth)
+    assert set(found) <= set(written)
+    for name, value in found.items():
+        counted = not value.dtype.is_floating_point and bits(value) == bits(written[name] * plan.trainers)
+        assert counted or bits(value) == bits(written[name]), name
+    gone = set(written) - set(found)
+    owned = {s.variable for s in plan.sharings if s.owners}
+    assert {before.variables[name].of or name for name in gone} <= owned, "only what servers own is written elsewhere"
+    check_pushed_gradients(before, plan, run.seen, new_run.sent)
+
+
+def check_pushed_gradients(before: Program, plan: Plan, seen: dict, sent: dict) -> None:
+    """Gradients arrive on servers cut and scaled, so that the sum over trainers is theirs."""
+    for mark in before.graph.find_nodes(op="call_function", target=ops.gradient):
+        name = f"{mark.args[1]}.grad"
+        whole = seen[mark.name]
+        for channel, rows in {name: whole, **rows_of_gradient(plan, str(mark.args[1]), whole)}.items():
+            if channel in sent:
+                assert bits(sent[channel] * plan.trainers) == bits(rows), channel
+
+
+def rows_of_gradient(plan: Plan, parameter: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    pieces = next((s.pieces for s in plan.sharings if s.variable == parameter), ())
+    return {f"{parameter}.grad[{p.index}]": whole[p.start : p.stop] for p in pieces} if len(pieces) > 1 else {}
+
+
+def bits(value: torch.Tensor) -> tuple:
+    return tuple(value.shape), value.dtype, value.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("case", IDLE_CASES, ids=case_name)
+def test_golden_idle(case):
+    before, _ = given(case)
+    after = idle(before)
+    verify(after)
+    check_golden(f"{case_name(case)}/after", to_text(after))
+    values, pulls = some_values(before), known_pulls(before)
+    _, alone = run_mirrored(after, {**values, "batch.weight": 0.0}, 2, pulls)
+    written, busy = run_mirrored(before, {**values, "batch.weight": 2.0}, 2, pulls, peers=alone.sent)
+    found, run = run_mirrored(after, {**values, "batch.weight": 0.0}, 2, pulls, peers=busy.sent)
+    assert [(c, t.shape) for c, t in run.sent.items()] == [(c, t.shape) for c, t in busy.sent.items()]
+    assert {name: bits(value) for name, value in found.items()} == {name: bits(written[name]) for name in found}
+    sums = [sent for channel, sent in run.sent.items() if not channel.startswith("global.")]
+    assert not any(sent.any() for sent in sums), "it adds nothing"
+    shared = [channel for channel in run.sent if channel.startswith("global.")]
+    assert all(torch.equal(run.sent[channel], busy.sent[channel]) for channel in shared), "it knows what all know"
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=case_name)
+def test_golden_split(case):
+    """Servers' programs, run on pieces of what one device has, give pieces of what it writes."""
+    before, plan = given(case)
+    parts = server_parts(split(before, find_updates(before), plan), plan)
+    check_golden(f"{case_name(case)}/after", "\n".join(part_text(part) for part in parts))
+    values = some_values(before)
+    written, run = run_mirrored(before, values, plan.trainers, {})
+    truth = truth_of(before, plan, values, written, run)
+    have = {name: value for (name, later), value in truth.items() if later == name.startswith("global.")} | {
+        name: value for name, value in values.items() if not isinstance(value, torch.Tensor)
+    }
+    for mark in before.graph.find_nodes(op="call_function", target=ops.gradient):
+        whole = run.seen[mark.name]
+        have |= {f"{mark.args[1]}.grad": whole, **rows_of_gradient(plan, str(mark.args[1]), whole)}
+    programs = [program for part in parts for program in part.programs]
+    while programs:
+        ready = [p for p in programs if all(name in have for name in p.reads)]
+        assert ready, f"nothing feeds {[p.reads for p in programs]}"
+        for program in ready:
+            check_server_program(program, have, truth)
+        programs = [p for p in programs if p not in ready]
+
+
+def check_server_program(program: Program, have: dict, truth) -> None:
+    """Elementwise updates are equal to the bit; norms of pieces, up to the order in which they are added."""
+    for name, value in program.run({name: have[name] for name in program.reads}).items():
+        if (name, True) in truth:
+            torch.testing.assert_close(torch.as_tensor(value), truth[name, True], rtol=1e-6, atol=1e-7)
+        else:
+            have[name] = value
+
+
+def part_text(part: ServerPart) -> str:
+    exports = [f"# exports {name} to server {', '.join(map(str, to))}" for name, to in part.exports.items()]
+    holds = ", ".join(v.name for v in part.holds)
+    return "\n".join([f"# server {part.rank} keeps {holds}", *exports, "", *map(to_text, part.programs)])
