@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -41,18 +43,36 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
-    verify(program)
-    step = program
-    for each in pipeline(passes, without):
-        step = _applied(each, step, plan)
+    with _no_collection():
+        verify(program)
+        step = program
+        for each in pipeline(passes, without):
+            step = _applied(each, step, plan)
+        job = _job(program, plan, step)
+        verify_job(job)
+    return job
+
+
+def _job(program: Program, plan: Plan, step: Program) -> Job:
+    """The job of a captured program that the passes have turned into a trainer's `step`."""
     parts = split(program, find_updates(program), plan)
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": step, "idle": idle(step)}
-    job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
-    verify_job(job)
-    return job
+    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Graphs are many small objects that all stay: walking over them in search of garbage doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
