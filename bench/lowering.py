@@ -203,7 +203,11 @@ def main() -> None:
     found = shows(sizes)
     printer.print(show_table(found))
     if given.json:
-        document = {"torch": torch.__version__, "sizes": [asdict(s) for s in sizes], "shows": [asdict(s) for s in found]}
+        document = {
+            "torch": torch.__version__,
+            "sizes": [asdict(s) for s in sizes],
+            "shows": [asdict(s) for s in found],
+        }
         given.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if given.plot:
         save_plot(sizes, given.plot)

@@ -74,9 +74,7 @@ class Measured:
         }
 
 
-def measure(
-    workload: str, contestants: Sequence[Contestant], settings: Settings, say: Say
-) -> dict[str, dict]:
+def measure(workload: str, contestants: Sequence[Contestant], settings: Settings, say: Say) -> dict[str, dict]:
     """Everything about one workload, by contestant. All processes have ended when this returns or raises."""
     everyone = [Measured(contestant) for contestant in contestants]
     folder = Path(tempfile.mkdtemp(prefix="dense-"))
@@ -172,9 +170,7 @@ def start_round(
     attempt_all(everyone, act, say, seed=round_)
 
 
-def begin(
-    one: Measured, workload: str, cache: str, cache_folder: Path, folder: Path, settings: Settings
-) -> None:
+def begin(one: Measured, workload: str, cache: str, cache_folder: Path, folder: Path, settings: Settings) -> None:
     """New processes up to the end of the first step, timed from when all ranks have imported torch."""
     one.crew = crew.start(one.contestant, workload, cache_folder, folder)
     crew.wait(one.crew, "imported", settings.patience)
@@ -199,9 +195,7 @@ def global_loss(contestant: Contestant, ranks: Sequence[float]) -> float:
     return ranks[0]
 
 
-def block_round(
-    workload: str, everyone: Sequence[Measured], settings: Settings, round_: int, say: Say
-) -> None:
+def block_round(workload: str, everyone: Sequence[Measured], settings: Settings, round_: int, say: Say) -> None:
     """One timed block of everyone, in an order of the round's own."""
 
     def act(one: Measured) -> None:
@@ -211,9 +205,7 @@ def block_round(
 
     attempt_all(everyone, act, say, seed=round_)
     shown = "  ".join(
-        f"{one.contestant.name} {1e3 * one.seconds_per_step[-1]:.1f}"
-        for one in everyone
-        if one.status == "measured"
+        f"{one.contestant.name} {1e3 * one.seconds_per_step[-1]:.1f}" for one in everyone if one.status == "measured"
     )
     say(f"{workload} repeat {round_ + 1}/{settings.repeats}, ms per step: {shown}")
 

@@ -191,9 +191,7 @@ def median_or_none(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def difference_from_reference(
-    result: Mapping, results: Mapping[str, Mapping]
-) -> tuple[float | None, float | None]:
+def difference_from_reference(result: Mapping, results: Mapping[str, Mapping]) -> tuple[float | None, float | None]:
     """How far the first losses are from those of the contestant that they are judged by."""
     reference = results.get(result["loss_reference"])
     if reference is None or not measured(reference):

@@ -65,7 +65,9 @@ def ours(model: nn.Module) -> Update:
 def _update_of(program: Program) -> tuple[Program, Variable]:
     """What writes parameters and state, reading the bucket of gradients as a variable."""
     parts = flat_parts(program)
-    bucket = next(n for n in program.graph.nodes if n.target is torch.ops.aten.cat.default and _is_flat(n, parts, program))
+    bucket = next(
+        n for n in program.graph.nodes if n.target is torch.ops.aten.cat.default and _is_flat(n, parts, program)
+    )
     val = bucket.meta["val"]
     variable = Variable("bucket", Role.GRAD, tuple(val.shape), val.dtype)
     kept = (Role.PARAM, Role.STATE)

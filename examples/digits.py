@@ -51,9 +51,7 @@ def load() -> Data:
     images = torch.from_numpy(digits.images).float().div(16.0).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     held_out = torch.arange(len(labels)) % 5 == 0
-    return Data(
-        TensorDataset(images[~held_out], labels[~held_out]), TensorDataset(images[held_out], labels[held_out])
-    )
+    return Data(TensorDataset(images[~held_out], labels[~held_out]), TensorDataset(images[held_out], labels[held_out]))
 
 
 class Model(nn.Module):

@@ -175,10 +175,7 @@ def weather(observed: pd.DataFrame) -> pd.DataFrame:
     """One row per airport and hour: the weather then, over the hours before, and around New York."""
     observed = observed.assign(time=pd.to_datetime(observed["time_hour"]))
     hours = pd.date_range(observed["time"].min(), observed["time"].max(), freq="h")
-    now = {
-        origin: weather_now(rows.set_index("time").reindex(hours))
-        for origin, rows in observed.groupby("origin")
-    }
+    now = {origin: weather_now(rows.set_index("time").reindex(hours)) for origin, rows in observed.groupby("origin")}
     around = pd.DataFrame(
         {
             f"{name}_all": pd.concat([frame[name] for frame in now.values()], axis=1).max(axis=1)
@@ -228,9 +225,7 @@ def weather_before(now: pd.DataFrame) -> pd.DataFrame:
 class Model(nn.Module):
     """A table per category, and the dense features, into a small network: a logit per flight."""
 
-    def __init__(
-        self, rows: dict[str, int], dense: int = len(DENSE), width: int = 8, hidden: int = 64
-    ) -> None:
+    def __init__(self, rows: dict[str, int], dense: int = len(DENSE), width: int = 8, hidden: int = 64) -> None:
         super().__init__()
         self.embeddings = nn.ModuleDict({name: nn.Embedding(count, width) for name, count in rows.items()})
         for table in self.embeddings.values():
@@ -252,9 +247,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
 
 
-def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, dense: Tensor, late: Tensor
-) -> Tensor:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, dense: Tensor, late: Tensor) -> Tensor:
     """The whole training step, for one device."""
     optimizer.zero_grad()
     loss = F.binary_cross_entropy_with_logits(model(ids, dense), late)
@@ -342,9 +335,7 @@ class OneDevice:
 
     rank = 0
 
-    def __init__(
-        self, step: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, step: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.function, self.model, self.optimizer = step, model, optimizer
 
     def __enter__(self) -> OneDevice:
@@ -377,13 +368,9 @@ def show(bar: Progress) -> Callable[[int, int, Tensor], None]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description="Which flights will be late? Embeddings and a small network."
-    )
+    options = argparse.ArgumentParser(description="Which flights will be late? Embeddings and a small network.")
     options.add_argument("--one-device", action="store_true", help="plain PyTorch, without Syncwright")
-    options.add_argument(
-        "--plan", default=str(Path(__file__).with_suffix(".yaml")), help="a name or a YAML file"
-    )
+    options.add_argument("--plan", default=str(Path(__file__).with_suffix(".yaml")), help="a name or a YAML file")
     options.add_argument("--epochs", type=int, default=2)
     options.add_argument("--batch", type=int, default=1024, help="flights in a batch, over all trainers")
     options.add_argument("--seed", type=int, default=0)

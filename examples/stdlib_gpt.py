@@ -124,9 +124,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (batch, length) to logits (batch, length, vocabulary)."""
 
-    def __init__(
-        self, vocabulary: int = VOCABULARY, width: int = 256, layers: int = 4, heads: int = 4
-    ) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY, width: int = 256, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(CONTEXT, width)
@@ -209,9 +207,7 @@ class OneDevice:
 
     rank = 0
 
-    def __init__(
-        self, step: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, step: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.function, self.model, self.optimizer = step, model, optimizer
 
     def __enter__(self) -> OneDevice:

@@ -7,6 +7,7 @@
     ├── ClusterError        the machines are not the ones that the plan was made for
     ├── LoweringError       a plan that cannot be carried out exactly on this program
     ├── BatchError          a batch that does not fit the step
+    ├── RequestError        the command line was asked for something that is not there
     └── JobError            a running job cannot go on
         ├── PeerLost            a role that others wait for is gone
         ├── DeadlineExceeded    a role that others wait for is late
@@ -42,6 +43,10 @@ class LoweringError(SyncwrightError):
 
 class BatchError(SyncwrightError, ValueError):
     """A batch that does not fit the step."""
+
+
+class RequestError(SyncwrightError):
+    """The command line was asked for something that is not there."""
 
 
 class JobError(SyncwrightError, RuntimeError):

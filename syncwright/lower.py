@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.errors import LoweringError
 from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
-from syncwright.passes import PIPELINE
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import by_collective, communicates, is_local
-from syncwright.plan import Plan
+from syncwright.plan import AllReduce, Plan
 from syncwright.program import Program, Role, Variable
 from syncwright.split import (
     Split,
@@ -29,7 +29,7 @@ from syncwright.split import (
     server_parts,
     split,
 )
-from syncwright.update import find_updates, followed
+from syncwright.update import Updates, find_updates, followed
 from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
@@ -45,17 +45,20 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     """
     with _no_collection():
         verify(program)
+        updates = find_updates(program)
+        _check_replicated(updates, plan)
         step = program
         for each in pipeline(passes, without):
             step = _applied(each, step, plan)
-        job = _job(program, plan, step)
+        job = _job(split(program, updates, plan), plan, step, without)
         verify_job(job)
     return job
 
 
-def _job(program: Program, plan: Plan, step: Program) -> Job:
+def _job(parts: Split, plan: Plan, step: Program, without: Sequence[str]) -> Job:
     """The job of a captured program that the passes have turned into a trainer's `step`."""
-    parts = split(program, find_updates(program), plan)
+    _refuse_without(parts, without)
+    program = parts.program
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
@@ -75,6 +78,19 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _check_replicated(updates: Updates, plan: Plan) -> None:
+    """Replicas stay equal only where their update reads nothing that differs between trainers."""
+    kinds = updates.kinds()
+    for sharing in plan.sharings:
+        shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
+        if shared and kinds.get(sharing.variable) == "foreign":
+            raise LoweringError(
+                f"the update of '{sharing.variable}' reads the batch or the forward, or draws random numbers, so the "
+                "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
+                "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
+            )
+
+
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
     """What a pass makes of a program, verified."""
     after = each(program, plan)
@@ -85,11 +101,24 @@ def _applied(each: Pass, program: Program, plan: Plan) -> Program:
 
 def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass, ...]:
     """The passes in order, without some. Raises `LoweringError` for a name that no pass has."""
-    names = [each.__name__ for each in passes]
+    names = [each.__name__ for each in COMPILED]
     for name in without:
         if name not in names:
             raise LoweringError(f"no pass is called '{name}'; expected one of {', '.join(names)}. Correct `without`.")
     return tuple(each for each in passes if each.__name__ not in without)
+
+
+def _refuse_without(parts: Split, without: Sequence[str]) -> None:
+    """Servers' programs wait for what these passes make trainers send."""
+    served = next(iter(parts.pieces), None)
+    needed = {"serve_parameters"} if served else set()
+    needed |= {"share_globals"} if parts.joins else set()
+    for name in without:
+        if name in needed:
+            raise LoweringError(
+                f"the pass '{name}' is left out, but the plan keeps '{served}' on a server, whose program waits for "
+                "what the pass makes trainers send. Leave the pass in, or share all variables by all_reduce."
+            )
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
@@ -152,7 +181,7 @@ def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     for part in servers:
         lines += [repr(v) for v in part.holds]
-        lines += [_line(n) for p in part.programs for n in p.graph.nodes]
+        lines += [line for p in part.programs for line in _lines(p)]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -160,6 +189,11 @@ def _channel(node: Node) -> str:
     return str(next(a for a in node.args if isinstance(a, str)))
 
 
-def _line(node: Node) -> str:
-    args = torch.fx.node.map_arg(node.args, lambda n: n.name)
-    return f"{node.name} {node.op} {node.target} {args} {sorted(node.kwargs)} {node.meta.get('variable')}"
+def _lines(program: Program) -> list[str]:
+    """A program's nodes by their numbers: names differ where the forward does."""
+    number = {node: f"%{index}" for index, node in enumerate(program.graph.nodes)}
+    return [
+        f"{n.op} {n.target if n.op == 'call_function' else n.meta.get('variable')} "
+        f"{map_arg((n.args, n.kwargs), number.__getitem__)}"
+        for n in program.graph.nodes
+    ]

@@ -29,9 +29,8 @@ def make_plan(source: PlanSource, program: Program, trainers: int, servers: int)
         case Rules():
             return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest)
         case str() | Path() if _is_file(source):
-            if "digest" in _keys(source):
-                plan = Plan.from_yaml(source)
-            else:
+            plan = complete_plan(source)
+            if plan is None:
                 return make_plan(Rules.from_yaml(source), program, trainers, servers)
         case str():
             return make_plan(named(source, variables), program, trainers, servers)
@@ -43,6 +42,15 @@ def make_plan(source: PlanSource, program: Program, trainers: int, servers: int)
     _check_numbers(plan, trainers, servers)
     check(plan, variables, digest)
     return plan
+
+
+def complete_plan(source: PlanSource) -> Plan | None:
+    """The plan, where `source` is one or a file that holds one; None for everything that is still to be resolved."""
+    if isinstance(source, Plan):
+        return source
+    if isinstance(source, str | Path) and _is_file(source) and "digest" in _keys(source):
+        return Plan.from_yaml(source)
+    return None
 
 
 def plan_variables(program: Program) -> list[Variable]:

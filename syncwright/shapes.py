@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
@@ -11,6 +14,11 @@ from syncwright import ops
 from syncwright.program import Program, Role, Variable
 
 HOST_TYPES = (float, int, bool)
+
+
+def substitute(value: Any, known: Callable[[Node], Any]) -> Any:
+    """A node's arguments with every node replaced, in any tree of lists, tuples and dicts."""
+    return map_arg(value, known)
 
 
 def is_host(val: object) -> bool:
@@ -64,7 +72,7 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
     elif node.target in _LIKE_FIRST or _only_scales(node):
         node.meta["val"] = node.all_input_nodes[0].meta["val"]
     else:
-        args, kwargs = map_arg((node.args, node.kwargs), _stand_in)
+        args, kwargs = substitute((node.args, node.kwargs), _stand_in)
         with mode:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[misc]
 

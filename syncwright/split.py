@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from syncwright.errors import LoweringError
 from syncwright.job import ServerPart
-from syncwright.plan import AllReduce, ParameterServer, Piece, Plan
+from syncwright.plan import AllReduce, Local, ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
 from syncwright.shapes import Inference, mode_of
 from syncwright.update import Join, Scalar, Update, Updates
@@ -43,6 +43,8 @@ def split(program: Program, updates: Updates, plan: Plan) -> Split:
     pieces = {s.variable: s.pieces for s in plan.sharings if isinstance(s.sync, ParameterServer)}
     for name in pieces:
         _check_served(updates.by_parameter.get(name), name)
+    for join in updates.joins:
+        _check_local(join, plan)
     crossing = tuple(j for j in updates.joins if _crosses(j, pieces))
     state: dict[str, list[str]] = {}
     for variable in program.of_role(Role.STATE):
@@ -59,11 +61,24 @@ def _crosses(join: Join, pieces: Mapping[str, tuple[Piece, ...]]) -> bool:
     return bool(served) and (len(join.parameters) > 1 or len(pieces[served[0]]) > 1)
 
 
+def _check_local(join: Join, plan: Plan) -> None:
+    """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
+    local = {s.variable for s in plan.sharings if isinstance(s.sync, Local)} & set(join.parameters)
+    shared = set(join.readers) - local
+    if plan.trainers > 1 and shared and local & set(join.partials.values()):
+        raise LoweringError(
+            f"'{sorted(local)[0]}' is local, but its gradient takes part in a global value (at {join.values[0].name}) that the "
+            f"update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared gradients "
+            "only. Clip local and shared parameters apart, or share them all."
+        )
+
+
 def _check_served(update: Update | None, name: str) -> None:
     if update is not None and update.kind == "foreign":
         raise LoweringError(
-            f"'{name}' is planned for a server, but its update reads the batch or the forward. Expected an update made "
-            "from the parameter, its gradient, its state and hyper-parameters. Share it by all_reduce."
+            f"'{name}' is planned for a server, but its update reads the batch or the forward, or draws random numbers. "
+            "Expected an update made from the parameter, its gradient, its state and hyper-parameters. Make it so, or "
+            "share the variable by: local."
         )
 
 

@@ -13,13 +13,14 @@ Every node behind a gradient mark gets one of these meanings; `v` is a parameter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import is_random
 from syncwright.program import Program, Role
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ class Foreign:
     pass
 
 
+Owned = Scalar | Cut | Rows | Whole
 Meaning = Free | Scalar | Cut | Rows | Whole | Joined | Foreign
 
 
@@ -142,6 +144,8 @@ class _Reader:
             return Cut(str(node.args[1]))
         if node.op == "placeholder":
             return self._of_variable(node)
+        if is_random(node):
+            return Foreign()
         given = [self.found.get(n, Foreign()) for n in node.all_input_nodes]
         return _combine(node, [g for g in given if not isinstance(g, Free)])
 
@@ -257,7 +261,7 @@ def _combine(node: Node, given: list[Meaning]) -> Meaning:
         return Free()
     if any(isinstance(g, Foreign) for g in given):
         return Foreign()
-    parameters = {g.of for g in given if not isinstance(g, Joined)}
+    parameters = {g.of for g in given if isinstance(g, Owned)}
     aligned = [g for g in given if isinstance(g, Cut | Rows | Whole)]
     if len(parameters) > 1 or not parameters:
         return Joined()
@@ -273,7 +277,7 @@ def _combine(node: Node, given: list[Meaning]) -> Meaning:
     return Rows(parameter) if _keeps_rows(node) else Whole(parameter)
 
 
-def _pointwise(node: Node, given: list[Meaning], aligned: list[Meaning], parameter: str) -> Meaning:
+def _pointwise(node: Node, given: Sequence[Meaning], aligned: Sequence[Meaning], parameter: str) -> Meaning:
     if not aligned:
         return Joined() if any(isinstance(g, Joined) for g in given) else Scalar(parameter)
     for kind in (Whole, Rows):
@@ -287,12 +291,12 @@ def _is_partial(node: Node) -> bool:
     if node.target not in _REDUCTIONS or _counts(node):
         return False
     value = node.meta["val"]
-    return value.dim() == 0 and not node.kwargs.get("dtype")
+    return bool(value.dim() == 0 and not node.kwargs.get("dtype"))
 
 
 def _counts(node: Node) -> bool:
     """The "norm" of order 0 counts; counts of pieces do not combine as norms do."""
-    return node.target is _NORM and len(node.args) > 1 and node.args[1] == 0
+    return bool(node.target is _NORM and len(node.args) > 1 and node.args[1] == 0)
 
 
 def _keeps_rows(node: Node) -> bool:
@@ -328,16 +332,16 @@ def _join(program: Program, group: list[Node], meanings: Mapping[Node, Meaning])
     members = set(group)
     partials: dict[Node, str] = {}
     for node in group:
-        owners = [m for n in node.all_input_nodes if n not in members and not isinstance(m := meanings[n], Free)]
+        owners = [m for n in node.all_input_nodes if n not in members and isinstance(m := meanings[n], Owned)]
         if owners and len({o.of for o in owners}) == 1 and not any(n in members for n in node.all_input_nodes):
             partials[node] = owners[0].of
         else:
-            crossing = [n for n in node.all_input_nodes if n not in members and not isinstance(meanings[n], Free)]
-            partials.update({n: meanings[n].of for n in crossing})
+            crossing = [n for n in node.all_input_nodes if n not in members]
+            partials.update({n: m.of for n in crossing if isinstance(m := meanings[n], Owned)})
     outside = {n: [u for u in n.users if u in meanings and u not in members] for n in group}
     written = set(program.results.values())
     values = tuple(n for n in group if outside[n] or n in written)
-    readers = {m.of for n in values for u in outside[n] if not isinstance(m := meanings[u], Free | Foreign | Joined)}
+    readers = {m.of for n in values for u in outside[n] if isinstance(m := meanings[u], Owned)}
     inner = tuple(n for n in group if n not in partials)
     return Join(partials, values, inner, tuple(sorted(readers)))
 

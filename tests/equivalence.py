@@ -19,7 +19,6 @@ from syncwright.lower import lower
 from syncwright.plan import Plan
 from syncwright.planning import make_plan, plan_variables
 from syncwright.program import Program, Role
-from syncwright.runtime.executor import Executor
 from syncwright.runtime.loopback import Loopback, loopback
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.replica import random_stream
@@ -182,8 +181,7 @@ class Laboratory:
         captured = self._capture(shape, batch, hypers)
         key = (id(captured), case.plan, len(case.parts), case.servers)
         if key not in self._prepared:
-            job = lower(captured.program, self._plan(case))
-            self._prepared[key] = Prepared(captured, job, {n: Executor(p) for n, p in job.trainer.items()})
+            self._prepared[key] = Prepared(captured, lower(captured.program, self._plan(case)), compiled=False)
         return self._prepared[key]
 
     def _plan(self, case: Case) -> Plan:

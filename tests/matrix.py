@@ -77,7 +77,7 @@ def _one(case: Case, console: Console) -> int:
 
 def _all(chosen: list[Family], processes: int, console: Console) -> Iterator[Verdict]:
     columns = ["{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    total = sum(len(list(cases_of(f))) for f in chosen)
+    done, total = 0, sum(len(list(cases_of(f))) for f in chosen)
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, console=console) as progress,
@@ -86,6 +86,9 @@ def _all(chosen: list[Family], processes: int, console: Console) -> Iterator[Ver
         task = progress.add_task("cases", total=total)
         for verdicts in pool.imap_unordered(run_family, sorted(chosen, key=_longest_first)):
             progress.advance(task, len(verdicts))
+            done += len(verdicts)
+            if not console.is_terminal and done * 20 // total > (done - len(verdicts)) * 20 // total:
+                print(f"{done} of {total} cases", flush=True)
             for verdict in verdicts:
                 if verdict.failure:
                     progress.console.print(

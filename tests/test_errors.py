@@ -7,6 +7,7 @@ was expected, and what to do.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from syncwright.errors import (
     BatchError,
     CaptureError,
     ClusterError,
+    JobError,
     LoweringError,
     PlanError,
     SyncwrightError,
 )
 from syncwright.planning import make_plan
 from syncwright.runtime.membership import membership
+from syncwright.runtime.server import Server
+from syncwright.runtime.sockets import Deadlines
 from tests.golden_files import GOLDEN, check_golden
 from tests.scripts import misuse_steps as misuse
 
@@ -187,6 +191,30 @@ GROUPS: dict[str, tuple[type[SyncwrightError], Mapping[str, Case]]] = {
 }
 
 
+def test_a_servers_error_reaches_the_trainer_and_close_does_not_hang(monkeypatch: pytest.MonkeyPatch):
+    built = model()
+    deadlines = Deadlines(join=20, wait=20, linger=1)
+    trainer = syncwright.distribute(
+        misuse.plain,
+        built,
+        SGD(built.parameters(), lr=0.1),
+        plan="parameter_server",
+        compile=False,
+        deadlines=deadlines,
+    )
+    trainer.step(*BATCH)
+    monkeypatch.setattr(Server, "_merge", lambda self: torch.ones(2) @ torch.ones(3))
+    begun = time.monotonic()
+    with pytest.raises(
+        JobError, match=r"^server 0 at step \d: found RuntimeError: inconsistent tensor size.* Run the step"
+    ):
+        trainer.step(*BATCH)
+    trainer.close()
+    assert time.monotonic() - begun < 15
+    with pytest.raises(JobError, match="this trainer is closed; expected steps before close"):
+        trainer.step(*BATCH)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_misuses_are_told(group: str):
     kind, cases = GROUPS[group]
@@ -221,27 +249,35 @@ def test_a_disabled_scaler_is_no_misuse():
     captured(misuse.scaled(torch.amp.GradScaler("cpu", enabled=False)))
 
 
-@pytest.mark.parametrize("path", sorted((GOLDEN / "errors").glob("*.txt")), ids=lambda path: path.stem)
+GOLDENS = sorted((GOLDEN / "errors").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_every_message_keeps_the_rule(path: Path):
-    for title, message in messages(path.read_text()):
-        assert "xpected" in message, title
-        advice = re.split(r"[eE]xpected", message)[-1]
-        assert re.search(r"[.;:)] [A-Z][a-z]+|; [a-z]+|, or ", advice), f"{title}: no next step"
-        assert message.endswith((".", "?")), title
+    for message in messages(path.read_text()):
+        found, *after = re.split(r"[eE]xpected ", message)
+        assert found.strip(" ;,:."), f"what was found: {message}"
+        assert after, f"what was expected: {message}"
+        assert re.search(r"[.;:?)`] [A-Z]\w+|; \w+|, or ", " ".join(after)), f"what to do next: {message}"
+        assert message.endswith((".", "?")), message
 
 
 def test_at_least_25_misuses_are_told_10_of_them_in_processes():
-    count = {p.stem: len(list(messages(p.read_text()))) for p in (GOLDEN / "errors").glob("*.txt")}
-    assert sum(count.values()) >= 35
+    count = {path.stem: path.read_text().count("== ") for path in GOLDENS}
+    assert sum(count.values()) >= 50
     assert count["jobs"] >= 10
 
 
-def messages(text: str) -> list[tuple[str, str]]:
-    """The (title, message) pairs of a golden file."""
-    parts = re.split(r"^== (.*)\n", text, flags=re.MULTILINE)[1:]
-    return [(title, said.strip()) for title, said in zip(parts[::2], parts[1::2], strict=True)]
+def messages(text: str) -> list[str]:
+    """The messages of a golden file: one or more below each title, where several begin with a role."""
+    below = re.split(r"^== .*\n", text, flags=re.MULTILINE)[1:]
+    return [
+        each.strip() for part in below for each in re.split(r"^(?=(?:trainer|server) \d, )", part, flags=re.M) if each
+    ]
 
 
 def _steady(message: str) -> str:
-    """Line numbers of the misused steps may move, and digests are of the installed torch."""
-    return re.sub(r"\b[0-9a-f]{16}\b", "<digest>", re.sub(r"(misuse_steps\.py):\d+", r"\1:N", message))
+    """Line numbers of the misused steps may move, digests are of the installed torch, and passes come and go."""
+    message = re.sub(r"(misuse_steps\.py):\d+", r"\1:N", message)
+    message = re.sub(r"expected one of share_globals, .*?\.", "expected one of <passes>.", message)
+    return re.sub(r"\b[0-9a-f]{16}\b", "<digest>", message)

@@ -60,9 +60,7 @@ def test_features_name_nothing_known_later(flights):
 def test_features_ignore_what_is_known_later(flights, tables, data):
     draw = np.random.default_rng(0)
     later = {
-        name: tables.flights[name].where(
-            tables.flights[name].isna(), draw.uniform(0, 999, len(tables.flights))
-        )
+        name: tables.flights[name].where(tables.flights[name].isna(), draw.uniform(0, 999, len(tables.flights)))
         for name in flights.KNOWN_LATER
     }
     other = flights.prepare(dataclasses.replace(tables, flights=tables.flights.assign(**later)))

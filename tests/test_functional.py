@@ -17,7 +17,9 @@ from tests import zoo
 TRACE = importlib.import_module("syncwright.capture.trace")
 
 
-@pytest.mark.parametrize("optimizer", ["SGD-nesterov", "Adam-amsgrad", "Adafactor", "RAdam", "RMSprop-centered", "NAdam"])
+@pytest.mark.parametrize(
+    "optimizer", ["SGD-nesterov", "Adam-amsgrad", "Adafactor", "RAdam", "RMSprop-centered", "NAdam"]
+)
 @pytest.mark.parametrize("model", ["tied", "conv_eval", "dropout"])
 def test_it_is_what_a_second_trace_gives(model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
     texts = []

@@ -81,6 +81,7 @@ def test_who_beats_no_more_is_gone(rendezvous: Rendezvous) -> None:
     assert one.failed is None
     one.close()
     two = Heartbeat(T1, rendezvous, every=0.001)
+    until(lambda: "all are alive" in zero.late([T1]))
     assert zero.lost([T1]) == "trainer 1 cannot be reached, but still beats"
     two.close()
     zero.close()

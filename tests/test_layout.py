@@ -109,8 +109,17 @@ runtime         what runs a job
     intercept
     serving
     trainer
-checkpoint      what a checkpoint holds, by variable name
+reference       what one device computes, in plain PyTorch
+checking        a plan against one device
 view            tables and diffs for people
+    tables
+    planned
+    programs
+    script
+    look
+    checked
+demo            the main job on real data
+    course
 cli             the command `syncwright`
 """
 

@@ -50,7 +50,7 @@ def test_under_the_launcher_roles_are_given() -> None:
     assert place.sockets == Path("/run/job")
     assert place.hosted(2) == [S1]
     assert place.hosted(1) == []
-    with pytest.raises(ClusterError, match="found 2 in the job, expected at least 3.* with --servers 3"):
+    with pytest.raises(ClusterError, match=r"found 2 in the job, expected at least 3.* with --servers 3"):
         place.hosted(3)
     assert not membership({**LAUNCHER, "SYNCWRIGHT_STORE": "10.0.0.1:4000"}).one_host
 

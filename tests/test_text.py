@@ -58,9 +58,7 @@ def check_same_results(program: Program, values: dict[str, object]) -> None:
 def every_argument() -> Program:
     """Every kind of variable, type and argument once (it is never run)."""
     graph, mode = Graph(), torch._subclasses.fake_tensor.FakeTensorMode()
-    table = Variable(
-        'emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), "emb", (0, 2)
-    )
+    table = Variable('emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), "emb", (0, 2))
     others = [
         Variable("x", Role.INPUT, (0, 3), torch.float16),
         Variable("momentum", Role.HYPER, (), torch.float64),
@@ -210,9 +208,7 @@ def pointwise_programs(draw) -> tuple[Program, dict[str, object]]:
     tensors = []
     for name in names:
         shape, dtype = draw(st.sampled_from(SHAPES)), draw(st.sampled_from(DTYPES))
-        values[name] = (torch.arange(max(1, math.prod(shape)))[: math.prod(shape)].reshape(shape) - 1).to(
-            dtype
-        )
+        values[name] = (torch.arange(max(1, math.prod(shape)))[: math.prod(shape)].reshape(shape) - 1).to(dtype)
         variables[name] = handmade.variable(name, Role.PARAM, values[name])
         tensors.append(new_placeholder(graph, variables[name], mode.from_tensor(values[name])))
         tensors[-1].target = tensors[-1].name
@@ -235,9 +231,7 @@ def draw_op(draw, graph, mode, tensors, number):
     if kind == "cast":
         node = graph.call_function(aten._to_copy.default, (first,), {"dtype": draw(st.sampled_from(DTYPES))})
     elif kind == "unary" and first.meta["val"].dtype != torch.int64:
-        node = graph.call_function(
-            draw(st.sampled_from(UNARY[: 5 if first.meta["val"].dim() < 3 else 4])), (first,)
-        )
+        node = graph.call_function(draw(st.sampled_from(UNARY[: 5 if first.meta["val"].dim() < 3 else 4])), (first,))
     else:
         op = draw(st.sampled_from(BINARY))
         node = graph.call_function(op, (first, second))

@@ -59,9 +59,7 @@ BROKEN = [
     (rules.UsedTooEarly, lambda: changed(lambda p, n: p.placeholders["w"].prepend(n))),
     (
         rules.UsedTooEarly,
-        lambda: changed(
-            lambda p, n: n.replace_input_with(p.placeholders["w"], handmade.tiny().placeholders["w"])
-        ),
+        lambda: changed(lambda p, n: n.replace_input_with(p.placeholders["w"], handmade.tiny().placeholders["w"])),
     ),
     (rules.BrokenGraph, lambda: changed(lambda p, n: setattr(n, "name", "v_w"))),
     (rules.MissingValue, lambda: changed(lambda p, n: n.meta.clear())),
@@ -206,17 +204,12 @@ def test_the_pass_is_named_and_its_cause_kept():
         "host number; convert it, or use another overload"
     )
     assert type(caught.value.__cause__) is rules.WrongArgument
-    assert (
-        "-%x: f32[2] = aten.mul.Tensor(%w, %lr)\n+%x: f32[2] = aten.mul.Scalar(%w, %w)"
-        in caught.value.__notes__[0]
-    )
+    assert "-%x: f32[2] = aten.mul.Tensor(%w, %lr)\n+%x: f32[2] = aten.mul.Scalar(%w, %w)" in caught.value.__notes__[0]
 
 
 def test_an_older_fault_is_not_blamed_on_the_pass_alone():
     broken = tiny_with('write "u" = %w')
-    with pytest.raises(
-        rules.BrokenByPass, match=r"^after pass p: .* \(the program was illegal before this pass\)$"
-    ):
+    with pytest.raises(rules.BrokenByPass, match=r"^after pass p: .* \(the program was illegal before this pass\)$"):
         verify_after("p", broken, broken)
 
 

@@ -24,6 +24,7 @@ _IDENTITY = frozenset(
         torch.ops.aten.lift_fresh_copy.default,
     }
 )
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _SCALAR = torch.ops.aten.scalar_tensor.default
 
 
@@ -89,11 +90,14 @@ class _Builder:
 
     def _call(self, node: Node, last: Mapping[str, Node]) -> None:
         target = node.target
-        if target in _IDENTITY or (target is ops.gradient and last[node.args[1]] is not node):
+        if target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
+        elif (statistic := _unchanged_statistic(node)) is not None:
+            self.made[node] = self.made[statistic]
         elif target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":  # type: ignore[union-attr]
             name = self.made[node.args[0]].meta["variable"]  # type: ignore[index]
-            self.written[name] = self.made[node.args[1]]  # type: ignore[index]
+            if self.made[node.args[1]] is not self.made[node.args[0]]:  # type: ignore[index]
+                self.written[name] = self.made[node.args[1]]  # type: ignore[index]
         elif not _only_tracing(target):
             copied = copy_node(self.graph, node, self.made)
             copied.meta = {"val": host_type(node.meta.get("val"))}
@@ -104,7 +108,8 @@ class _Builder:
         returned, replaced = flat[: self.traced.leaves], flat[self.traced.leaves :]
         results: dict[str, Node] = {}
         for name, node in zip(output_names(self.traced.returned), returned, strict=True):
-            results[name] = self._returned(name, node)
+            own = f"returned.{name}" if name in self.variables else name
+            results[own] = self._returned(own, node)
         self.written.update({name: self.made[node] for name, node in zip(self.traced.replaced, replaced, strict=True)})
         for variable in self.traced.arguments:
             if variable.name in self.written and variable.role is not Role.GRAD:
@@ -177,6 +182,15 @@ def host_type(val: object) -> object:
     if isinstance(val, list | tuple):
         return type(val)(host_type(v) for v in val)
     return val.detach() if isinstance(val, FakeTensor) and val.requires_grad else val
+
+
+def _unchanged_statistic(node: Node) -> Node | None:
+    """Batch norm that does not train gives its running statistics back: then `node` is one of the two given."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, Node) or source.target is not _BATCH_NORM or source.args[5]:
+        return None
+    given = source.args[node.args[1]] if node.args[1] in (3, 4) else None  # type: ignore[index]
+    return given if isinstance(given, Node) else None
 
 
 def _last_marks(nodes: list[Node]) -> dict[str, Node]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,10 +107,15 @@ class Binding:
         """What the trace has frozen and must be captured again when it changes: train or eval, flags, frozen layers."""
         modes = tuple(m.training for m in self.model.modules())
         trained = tuple(slots[0].get().requires_grad for slots in self.modules.values())
+        read = {(id(slot.optimizer), slot.group, slot.key) for slot in self.hypers.values()}
         flags = tuple(
-            tuple((k, v) for k, v in group.items() if isinstance(v, bool | int | str) or v is None)
+            tuple(
+                (k, v)
+                for k, v in group.items()
+                if (isinstance(v, bool | int | float | str) or v is None) and (id(each), index, k) not in read
+            )
             for each in self.optimizers.values()
-            for group in each.param_groups
+            for index, group in enumerate(each.param_groups)
         )
         return modes, trained, flags
 
@@ -136,16 +143,16 @@ class Binding:
     def load_state_dict(self, optimizer: object, state: Mapping[str, object]) -> None:
         """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects."""
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        states = state["optimizer"]
+        states: Any = state["optimizer"]
         match optimizer:
             case dict():
-                pairs = [(each, states[key]) for key, each in optimizer.items()]  # type: ignore[index]
+                saved = [states[key] for key in optimizer]
             case tuple() | list():
-                pairs = list(zip(optimizer, states, strict=True))  # type: ignore[arg-type]
+                saved = list(states)
             case _:
-                pairs = [(optimizer, states)]
-        for each, saved in pairs:
-            each.load_state_dict(copy.deepcopy(saved))  # type: ignore[attr-defined]
+                saved = [states]
+        for each, its in zip(self.optimizers.values(), saved, strict=True):
+            each.load_state_dict(copy.deepcopy(its))
 
     def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         held = slot.optimizer.state[slot.parameter]
@@ -159,6 +166,8 @@ class Binding:
     def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
         """While open, modules hold `values`, optimizers their state and `hypers`; then all is as it was."""
         with ExitStack() as undo:
+            for module in [m for root in (self.model, *self.extra.values()) for m in root.modules()]:
+                undo.callback(setattr, module, "training", module.training)
             for name, slots in self.modules.items():
                 for slot in slots:
                     undo.callback(slot.set, slot.get())
@@ -205,8 +214,11 @@ class Binding:
             self.variables[first] = Variable(first, known.role, known.shape, known.dtype, aliases=aliases)
 
     def _add_optimizer(self, label: str, optimizer: Optimizer) -> None:
+        floats = _declared_floats(type(optimizer))
         for index, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
+                if isinstance(value, int) and not isinstance(value, bool) and key in floats:
+                    value = float(value)
                 self._add_hypers(f"{label}.{index}.{key}", optimizer, index, key, value)
             for parameter in group["params"]:
                 self._add_state(label, optimizer, group, parameter)
@@ -268,7 +280,7 @@ class Swap:
             if slots[0].get() is not self.given[name]:
                 found[name] = slots[0].get()
         for name, slot in self.binding.states.items():
-            parameter = self.given[self.binding.parameters[id(slot.parameter)]]
+            parameter: Any = self.given[self.binding.parameters[id(slot.parameter)]]
             now = slot.optimizer.state[parameter].get(slot.key)
             if now is not self.given[name]:
                 found[name] = now
@@ -295,9 +307,16 @@ class Swap:
         ]
 
 
+def _declared_floats(kind: type[Optimizer]) -> set[str]:
+    """Hyper-parameters that the optimizer's class declares as floats: `SGD(lr=1)` is a rate, `Muon(ns_steps=5)` a count."""
+    declared = inspect.signature(kind.__init__).parameters.values()
+    return {p.name for p in declared if "float" in str(p.annotation) or isinstance(p.default, float)}
+
+
 def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:
     if isinstance(optimizer, Optimizer):
         return {"optimizer": optimizer}
+    named: dict[str, Any]
     if isinstance(optimizer, dict):
         named = {f"optimizer.{key}": each for key, each in optimizer.items()}
     elif isinstance(optimizer, tuple | list):

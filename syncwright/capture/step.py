@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from syncwright.capture.normalize import normalize, output_names
+from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
 from syncwright.capture.trace import trace
 from syncwright.program import Program, Role, Variable
@@ -62,7 +62,7 @@ def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tup
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
     program = replace(program, variables=_with_sparsity(program))
-    return Captured(program, traced.returned, tuple(output_names(traced.returned)), constants)
+    return Captured(program, traced.returned, program.writes[: traced.leaves], constants)
 
 
 def batch_variables(batch: tuple) -> tuple[Variable, ...]:

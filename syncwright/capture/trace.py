@@ -18,6 +18,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright import ops
 from syncwright.capture import private
@@ -279,7 +280,37 @@ def _refusals() -> Iterator[None]:
         undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
         GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
+        undo.enter_context(_Replays())
         yield
+
+
+class _Replays(TorchDispatchMode):
+    """Refuses random numbers drawn again from a state that the step has set: a graph draws new ones.
+
+    `checkpoint` does so where it computes a forward with dropout once more. Setting the state back is no draw.
+    """
+
+    def __enter__(self):
+        self._set, self._replaying = torch.set_rng_state, False
+        torch.set_rng_state = torch.random.set_rng_state = self._note
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.set_rng_state = torch.random.set_rng_state = self._set
+        return super().__exit__(*raised)
+
+    def _note(self, state: torch.Tensor) -> None:
+        self._set(state)
+        self._replaying = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._replaying and torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError(
+                f"{_line()}: {func} draws random numbers after the step has set the random state, as torch.utils."
+                "checkpoint does to draw a dropout's mask again. Expected every number to be drawn once. Leave dropout out "
+                "of what is checkpointed, or checkpoint nothing that draws."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _printed(where: str) -> CaptureError:

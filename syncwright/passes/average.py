@@ -145,11 +145,13 @@ def _reduced(program: Program, node: Node, channel: str, mean: _Mean | None, use
     with behind(started):
         started = known.call(graph, ops.all_reduce, started, channel)
     with before_first_use(users):
-        reduced = known.call(graph, ops.wait, started, channel)
+        reduced = divided = known.call(graph, ops.wait, started, channel)
         if mean is not None:
-            reduced = known.call(graph, aten.div.Tensor, reduced, mean.total)
-    if mean is not None and reduced < mean.total:
-        _move_before(mean.total, reduced)
+            reduced = divided = known.call(graph, aten.div.Tensor, reduced, mean.total)
+        if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # a 0-d half divided by a 0-d float
+            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
+    if mean is not None and divided < mean.total:
+        _move_before(mean.total, divided)
     return reduced
 
 

@@ -99,7 +99,7 @@ def _fits(group: list[Member], member: Member, riders: list[Member]) -> bool:
 def _join(program: Program, channel: str, members: list[Member], known: Inference) -> None:
     graph = program.graph
     last, first_wait = max(m.start for m in members), min(m.wait for m in members)
-    inside = tuple(str(m.start.args[1]) for m in members)
+    inside = tuple(str(m.start.args[1]) for m in sorted(members, key=lambda m: m.cap is None))  # gradients first
     if len(members) == 1:
         members[0].start.meta[INSIDE] = inside
         members[0].start.args = (members[0].start.args[0], channel)

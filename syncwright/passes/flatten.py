@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import getitem
+from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.passes.insert import first_call
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
-from syncwright.shapes import Inference, call, fake, is_host, mode_of
+from syncwright.shapes import Inference, call, fake, is_host, mode_of, substitute
 from syncwright.update import is_pointwise
 
 aten = torch.ops.aten
@@ -194,7 +194,7 @@ def _member(facts: _Facts, gradient: Node, packed: Node, nodes: tuple[Node, ...]
             return "gradient"
         return ("own", index[node]) if node in index else ("state", places[node]) if node in places else node
 
-    lines = tuple((n.target, _frozen(map_arg(n.args, known)), _frozen(map_arg(n.kwargs, known))) for n in nodes)
+    lines = tuple((n.target, _frozen(substitute(n.args, known)), _frozen(substitute(n.kwargs, known))) for n in nodes)
     written = tuple(
         (key, index.get(results[v.name])) for key, v in {"": parameter, **state}.items() if v.name in results
     )
@@ -272,11 +272,13 @@ def _repack(
     program: Program, run: list[Member], offsets: list[int], numel: int, split: Node, known: Inference
 ) -> tuple[Node, Node]:
     graph, mode = program.graph, mode_of(program.graph)
-    wait = split.args[0]
-    joined = wait.args[0].args[0]  # type: ignore[union-attr]
-    dtype, sizes, parts = run[0].parameter.dtype, list(split.args[1]), list(joined.args[0])  # type: ignore[arg-type, union-attr]
-    picks = {u.args[1]: u for u in split.users}
-    first = run[0].packed.args[0].args[1]  # type: ignore[union-attr]
+    wait: Any = split.args[0]
+    joined: Any = wait.args[0].args[0]
+    widths: Any = split.args[1]
+    dtype, sizes, parts = run[0].parameter.dtype, list(widths), list(joined.args[0])
+    picks: dict[Any, Node] = {u.args[1]: u for u in split.users}
+    picked: Any = run[0].packed.args[0]
+    first: int = picked.args[1]
     last = first + len(run)
     lead = -sum(sizes[:first]) % (ALIGNMENT_NBYTES // dtype.itemsize)
     with graph.inserting_before(joined):
@@ -284,8 +286,8 @@ def _repack(
         head = [_zeros(program, lead, dtype)] if lead else []
         packed = call(graph, mode, aten.cat.default, [*parts[:first], *head, *middle, *parts[last:]])
     joined.replace_all_uses_with(packed)
-    for node in (wait.args[0], wait):  # type: ignore[union-attr]
-        node.meta = {**node.meta, "val": packed.meta["val"]}  # type: ignore[union-attr]
+    for node in (wait.args[0], wait):
+        node.meta = {**node.meta, "val": packed.meta["val"]}
     new_sizes = [*sizes[:first], *([lead] if lead else []), numel, *sizes[last:]]
     with graph.inserting_before(split):
         again = call(graph, mode, aten.split_with_sizes.default, wait, new_sizes)
@@ -374,8 +376,8 @@ def _copy_update(
                 graph,
                 mode,
                 node.target,
-                *map_arg(node.args, lambda n: made.get(n, n)),
-                **map_arg(node.kwargs, lambda n: made.get(n, n)),
+                *substitute(node.args, lambda n: made.get(n, n)),
+                **substitute(node.kwargs, lambda n: made.get(n, n)),
             )
     return made
 

@@ -12,13 +12,13 @@ from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
-from syncwright.runtime.transport import Transport, Work
+from syncwright.runtime.transport import Outlet, Work
 
 
 class Client:
     """The port of a trainer's running program (see `executor.Port`), over a transport."""
 
-    def __init__(self, job: Job, transport: Transport):
+    def __init__(self, job: Job, transport: Outlet):
         self.job, self.transport = job, transport
         self._step, self._weight, self._hypers = 0, 1.0, {}
         self._asked: set[tuple[str, int]] = set()

@@ -79,6 +79,19 @@ class Collectives:
             return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part` into `whole`, part after part; parts have one shape.
+
+        Into a tensor that is given: the functional form, which makes its own, corrupts the heap on Gloo with several
+        under way (torch 2.13).
+        """
+        self.join()
+        if not self._joined:
+            whole.copy_(part.reshape(whole.shape))
+            return Done()
+        work = dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
+        return self._started(work, whole, f"the gathering of {note}")
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self.join()

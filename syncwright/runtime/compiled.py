@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.program import Program, Role
 from syncwright.runtime.executor import Port, Run, communicate
 from syncwright.runtime.inductor import compile_graph
 from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
-from syncwright.shapes import fake, is_host, like, new_mode
+from syncwright.shapes import fake, is_host, like, new_mode, substitute
 
 FEW_NODES, FEW_ELEMENTS = 12, 4096
 """A segment with fewer nodes on smaller tensors runs as it is: compiling it would gain nothing."""
@@ -58,7 +57,7 @@ class CompiledExecutor:
                 env[item] = yield from communicate(item, self._look(env), port)
             else:
                 look = self._look(env)
-                args, kwargs = map_arg((item.args, item.kwargs), look.__getitem__)
+                args, kwargs = substitute((item.args, item.kwargs), look.__getitem__)
                 env[item] = item.target(*args, **kwargs)  # type: ignore[operator]
         look = self._look(env)
         return {name: look[self._in_place.get(name, node)] for name, node in self._results.items()}
@@ -87,7 +86,7 @@ class _Views(dict):
         if node in self._env:
             return self._env[node]
         assert node in self._views, f"{node.name} has been computed"
-        args = map_arg(node.args, self.__getitem__)
+        args = substitute(node.args, self.__getitem__)
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
 
@@ -161,9 +160,9 @@ class _Builder:
     def _copy(self, node: Node) -> Node:
         for source in node.all_input_nodes:
             self._view(source)
-        args, kwargs = map_arg((node.args, node.kwargs), self.made.__getitem__)
+        args, kwargs = substitute((node.args, node.kwargs), self.made.__getitem__)
         if any(is_host(n.meta["val"]) for n in node.all_input_nodes):
-            return TENSOR_FORMS[node.target](self.graph, args, kwargs)
+            return TENSOR_FORMS[node.target](self.graph, args, kwargs)  # type: ignore[index]
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _view(self, node: Node) -> None:

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.program import Program
+from syncwright.shapes import substitute
 
 
 class Port(Protocol):
@@ -66,7 +66,7 @@ class Executor:
             if node.target in ops.COMMUNICATION:
                 env[node] = yield from communicate(node, env, port)
             else:
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                args, kwargs = substitute((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for dead in instruction.frees:
                 del env[dead]
@@ -89,13 +89,14 @@ def _instructions(program: Program) -> list[Instruction]:
 
 def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
     """Runs one communication node."""
-    args = map_arg(node.args, env.__getitem__)
+    args = substitute(node.args, env.__getitem__)
     match node.target:
         case ops.push:
             port.push(args[1], args[0])
             return torch.empty(0)
         case ops.all_reduce:
-            port.start(args[1], args[0] if _is_given_away(node) else args[0].clone())
+            given = args[0] if _is_given_away(node) else args[0].clone()
+            port.start(args[1], given.contiguous())
             return args[0]
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))

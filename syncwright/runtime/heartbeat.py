@@ -59,7 +59,7 @@ class Heartbeat:
 
     def fail(self, reason: str) -> None:
         """Tells all roles of this generation that this one cannot go on. The first who says so is heard."""
-        tell_failure(self._store, reason)
+        tell_failure([self._store, self._job], reason)
 
     def silent(self, peers: Sequence[Address]) -> list[Address]:
         """Those of `peers` that beat no more: ended, gone, stopped or cut off. Takes two beats to tell."""
@@ -91,18 +91,21 @@ class Heartbeat:
         return "all are alive: " + "; ".join(f"{peer} is at {_place(beat)}" for peer, beat in beats.items() if beat)
 
     def lost(self, peers: Sequence[Address]) -> str:
-        """Who among `peers` is gone, after a connection broke: the launcher's word, or who beats no more.
+        """Who among `peers` is gone, after a connection broke: its own or the launcher's word, or who beats no more.
 
-        Waits for up to three beats: a process that has just died looks alive before.
+        Waits for up to ten beats: a process that has just died looks alive before.
         """
         before = {peer: self._read(peer) for peer in peers}
-        if any(beat is None or beat.ended for beat in before.values()):
-            return self.late(peers)
-        deadline = time.monotonic() + 3 * self._every
-        while self.failed is None and self.store_lost is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 10 * self._every
+        while self.store_lost is None and time.monotonic() < deadline:
+            self._hear()
+            if self.failed is not None:
+                return self.failed
+            if any(beat is None or beat.ended for beat in map(self._read, peers)):
+                return self.late(peers)
             self._stop.wait(0.05 * self._every)
-        if self.failed is not None or self.store_lost is not None:
-            return self.failed or f"the job's store is gone too ({self.store_lost})"
+        if self.store_lost is not None:
+            return "the job's store is gone too"
         gone = [(peer, beat) for peer, beat in before.items() if beat and self._read(peer) == beat]
         said = [f"{_who(peer, beat)} is gone, last at {_place(beat)}" for peer, beat in gone]
         return "; ".join(said) or f"{names(peers)} cannot be reached, but still beats"
@@ -126,10 +129,16 @@ class Heartbeat:
         beat = Beat(os.getpid(), self._host, step, node, self._number, time.time(), ended)
         try:
             self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
+        except (DistNetworkError, DistStoreError) as error:
+            self.store_lost = str(error).splitlines()[0]
+        self._hear()
+        return self.store_lost is None
+
+    def _hear(self) -> None:
+        try:
             self.failed = self.failed or failure([self._store, self._job])
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
-        return self.store_lost is None
 
     def _read(self, peer: Address) -> Beat | None:
         try:

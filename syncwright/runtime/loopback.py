@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ def loopback(
     servers: int = 0,
     examples: Examples = None,
     without: Sequence[str] = (),
+    state: Mapping[str, torch.nn.Module] | None = None,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -41,14 +42,14 @@ def loopback(
 
     Everything above the transport is what real processes run. Interpreted.
     """
-    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without)
+    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without, state)
 
 
 class Loopback:
     """See `loopback`. Changes with every step."""
 
-    def __init__(self, step, model, optimizer, plan, trainers, servers, examples, without):
-        self.binding = Binding(model, optimizer)
+    def __init__(self, step, model, optimizer, plan, trainers, servers, examples, without, state=None):
+        self.binding = Binding(model, optimizer, state)
         self.model, self.optimizer, self.examples = model, optimizer, examples
         self.trainers = trainers
         self.programs = Programs(

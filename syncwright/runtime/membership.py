@@ -14,6 +14,9 @@ from syncwright.runtime.messages import Address, Kind
 _START = "Start all roles with `syncwright run` or torchrun, which set these variables."
 
 
+DISABLED_PASSES = "SYNCWRIGHT_DISABLE_PASSES"
+
+
 class Host(StrEnum):
     """Who listens where the store is."""
 
@@ -100,6 +103,11 @@ def membership(environment: Mapping[str, str]) -> Membership:
         return _from_torchrun(environment)
     host = socket.gethostname()
     return Membership(Address(Kind.TRAINER, 0), 1, 0, host, 0, one_host=True, store=IN_MEMORY)
+
+
+def disabled_passes(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The passes that `syncwright run --disable-passes a,b` leaves out of every role's lowering."""
+    return tuple(name.strip() for name in environment.get(DISABLED_PASSES, "").split(",") if name.strip())
 
 
 def _from_launcher(environment: Mapping[str, str]) -> Membership:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from syncwright import ops
 from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
-from syncwright.errors import BatchError
+from syncwright.errors import BatchError, LoweringError
 from syncwright.job import Job
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
@@ -38,7 +38,7 @@ class Prepared:
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0):
         self.captured, self.job, self.compiled = captured, job, compiled
         self.pulls = tuple(
-            n.args[1] for n in communications(job.trainer["step"]) if n.target is ops.pull and not n.args[0]
+            str(n.args[1]) for n in communications(job.trainer["step"]) if n.target is ops.pull and not n.args[0]
         )
         self._interpreted = interpreted
         self._executors: dict[str, Executor | CompiledExecutor] = {}
@@ -76,6 +76,7 @@ class Programs:
         compile: bool | str = False,
     ):
         self._step, self._binding, self._optimizer = step, binding, optimizer
+        self._served: str | None = None
         self._make_plan, self._without, self._compile = plan, without, compile
         self.latest: Prepared | None = None
         self._plan: Plan | None = None
@@ -106,10 +107,23 @@ class Programs:
             self._plan = self._make_plan(captured.program)
         compiled = self._compiles()
         job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
+        self._check_served(job)
         again = "again, for another shape or setting" if self._kept else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
         return Prepared(captured, job, compiled, INTERPRETED_FIRST if self._kept else 0)
+
+    def _check_served(self, job: Job) -> None:
+        """Servers go on with the updates that they were started with: a step with others is refused."""
+        if not job.servers:
+            return
+        self._served = self._served or job.digest
+        if job.digest != self._served:
+            raise LoweringError(
+                "a setting of the step changed (a flag of the optimizer, a frozen layer, a number such as weight_decay that "
+                "became or ceased to be zero), and with it an update that servers run. Expected servers' updates to stay as "
+                "they were at the first step. Set it before the first step, or share these variables by all_reduce."
+            )
 
     def _compiles(self) -> bool:
         if self._compile == "auto":
@@ -129,4 +143,13 @@ class Programs:
 
 
 def _key(leaf: object) -> object:
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise BatchError(
+            f"the batch holds a {type(leaf).__name__}; expected tensors, numbers and strings, in any tree. "
+            "Turn it into a tensor: torch.as_tensor(...)."
+        ) from error
+    return leaf

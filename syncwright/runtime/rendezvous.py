@@ -92,10 +92,11 @@ def _cause(error: Exception) -> str:
     return "the port is taken" if "EADDRINUSE" in str(error) else str(error).split("\n")[0].rstrip(".")
 
 
-def tell_failure(store: Store, reason: str) -> None:
-    """Tells all roles of a generation why one of them cannot go on. The first who does is heard."""
+def tell_failure(stores: Sequence[Store], reason: str) -> None:
+    """Tells all roles of a generation (the first store) why one of them cannot go on, unless a reason is known."""
     with suppress(DistNetworkError, DistStoreError):
-        store.compare_set(FAILED, "", reason)
+        if failure(stores) is None:
+            stores[0].compare_set(FAILED, "", reason)
 
 
 def failure(stores: Sequence[Store]) -> str | None:

@@ -38,7 +38,9 @@ class Interpreter:
             blocked = next(self._ready[program].run(values, _NO_PORT))
         except StopIteration as stop:
             return stop.value
-        raise JobError(f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do.")
+        raise JobError(
+            f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do."
+        )
 
 
 @dataclass(slots=True)
@@ -134,8 +136,7 @@ class Server:
         if name in self._held:
             self._versions[name][version] = _as_held(tensor)
             for running in self._running:
-                if name in running.program.writes:
-                    running.step = max(running.step, version)
+                running.step = max(running.step, version)
         else:
             self._values[name, version - 1] = tensor
 

@@ -34,7 +34,9 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
             transport.progress(server.step, "serve")
     except Exception as error:
         told = _told(server, error)
-        _tell(transport, trainers, str(told))
+        transport.fail(str(told))
+        if not isinstance(told, PeerLost):
+            _tell(transport, trainers, str(told))
         raise told from (None if told is error else error)
 
 
@@ -68,8 +70,7 @@ def _told(server: Server, error: Exception) -> SyncwrightError:
 
 
 def _tell(transport: Transport, trainers: list[Address], reason: str) -> None:
-    """Best effort: whoever is gone cannot be told, and the others learn it from the heartbeat."""
-    transport.fail(reason)
+    """Best effort: whoever is gone cannot be told, and the others learn it from the store."""
     for trainer in trainers:
         try:
             transport.send(trainer, Message(Failure(reason)))

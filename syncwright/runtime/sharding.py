@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 ShareState = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 
 
 def bounds(count: int, trainers: int, rank: int) -> tuple[int, int]:
@@ -49,7 +51,7 @@ def shard(loader: Iterable, trainers: int, rank: int, share: ShareState) -> Iter
 def _own_examples(loader: DataLoader, trainers: int, rank: int, share: ShareState) -> Iterator:
     source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     state = share(torch.get_rng_state())
-    indices = _Indices(source, trainers, rank, state, advance=rank == 0)
+    indices = _Indices(source, trainers, rank, state, loader.generator)
     own = _like(loader, indices)
     for batch in own:
         if indices.was_empty():
@@ -81,13 +83,18 @@ class _Indices:
     order in which batches come out.
     """
 
-    def __init__(self, source: Iterable, trainers: int, rank: int, state: torch.Tensor, advance: bool):
+    def __init__(
+        self, source: Iterable, trainers: int, rank: int, state: torch.Tensor, generator: torch.Generator | None
+    ):
         self._source, self._trainers, self._rank = source, trainers, rank
-        self._state, self._advance = state, advance
+        self._state, self._generator = state, generator
+        self._advance = rank == 0
         self._empty: list[bool] = []
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         iterator = iter(self._source)
+        # A DataLoader's own first draw, the seed of its workers: what is drawn then is what one device draws.
+        self._drawn(lambda: torch.empty((), dtype=torch.int64).random_(generator=self._generator))
         while (batch := self._next(iterator)) is not None:
             start, stop = bounds(len(batch), self._trainers, self._rank)
             self._empty.append(start == stop)
@@ -100,12 +107,17 @@ class _Indices:
         return self._empty.pop(0)
 
     def _next(self, iterator: Iterator) -> Sequence[int] | None:
-        """Draws under the random state that all trainers share; trainer 0's own stream goes on from the first draw."""
+        try:
+            return self._drawn(lambda: next(iterator, None))
+        finally:
+            self._advance = False
+
+    def _drawn(self, draw: Callable[[], T]) -> T:
+        """Draws under the random state that all trainers share; trainer 0's own stream goes on from the first draws."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self._state)
         try:
-            return next(iterator, None)
+            return draw()
         finally:
             self._state = torch.get_rng_state()
             torch.set_rng_state(self._state if self._advance else outside)
-            self._advance = False

@@ -132,6 +132,10 @@ class SocketTransport:
         """Starts the sum of `tensor` over all trainers, in place."""
         return self._collectives.all_reduce(tensor, note)
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part` into `whole`."""
+        return self._collectives.all_gather(whole, part, note)
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self._collectives.broadcast(tensor, note)
@@ -180,8 +184,8 @@ class SocketTransport:
         if self._closed:
             return
         self._closed = True
-        self._collectives.close()
         self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone
+        self._collectives.close()
         linger = round(1000 * self._deadlines.linger)
         for dealer in self._dealers.values():
             dealer.disable_monitor()

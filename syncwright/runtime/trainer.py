@@ -23,8 +23,8 @@ from syncwright.planning import PlanSource, make_plan
 from syncwright.program import Program
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
-from syncwright.runtime.intercept import intercepted
-from syncwright.runtime.membership import membership
+from syncwright.runtime.intercept import FirstStep, intercepted
+from syncwright.runtime.membership import disabled_passes, membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_store, tell_failure
@@ -81,13 +81,15 @@ class Trainer:
         self._user_step, self._examples, self._deadlines = step, examples, deadlines
         self._plan_source = plan
         self._binding = Binding(model, optimizer, state)
-        self._programs = Programs(step, self._binding, optimizer, self._make_plan, compile=compile)
+        without = disabled_passes(os.environ)
+        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile)
         self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
         self._stores: tuple[Store, Store] | None = None
         self._threads: list[ServerThread] = []
         self._transport: SocketTransport | None = None
         self._replica: Replica | None = None
         self._shared_states = 0
+        self._failure: BaseException | None = None
         self._closed = False
         if self.place.me.kind is Kind.TRAINER:
             torch.set_rng_state(random_stream(self.rank))
@@ -118,6 +120,7 @@ class Trainer:
         `DeadlineExceeded`, which name who is gone or late, at any.
         """
         self._check_open()
+        self._intercepted(batch)
         part = Part(batch, count_examples(batch, self._examples))
         if self.trainers == 1:
             check_not_empty(part.examples)
@@ -131,6 +134,7 @@ class Trainer:
 
     def start(self, batch: tuple) -> None:
         """Captures on `batch` and meets the other roles, without a step."""
+        self._intercepted(batch)
         part = Part(batch, count_examples(batch, self._examples))
         self._started(self._programs.for_batch(batch), part)
 
@@ -146,6 +150,11 @@ class Trainer:
         Outputs are tensors along the batch axis, in any tree; they come back joined. Values are those of the steps
         done; nothing is updated.
         """
+        if self._replica is None and self.trainers > 1:
+            raise JobError(
+                "evaluate() was called before the trainers have met; expected a step first. Give distribute(..., example=batch) "
+                "to meet at once."
+            )
         self.sync()
         sizes, collected, structure = [], [], None
         for batch in loader:
@@ -184,15 +193,21 @@ class Trainer:
             self._broadcast_values()
 
     def close(self) -> None:
-        """Writes the trained values back, leaves the job and frees everything. Safe to call twice."""
+        """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
+
+        After an error that ended the job only the last: there are no values to be had from those who are gone.
+        """
         if self._closed:
+            return
+        if self._failure is not None:
+            self._abandon(self._failure)
             return
         try:
             self.sync()
             if self._replica is not None:
                 self._replica.client.leave(self._replica.step_count)
-        except BaseException:
-            self._end(failed=True)
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._end(failed=False)
 
@@ -202,7 +217,11 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-            return
+        else:
+            self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Ends here, and tells the others why, unless one of them is the reason."""
         if not isinstance(error, PeerLost | SystemExit):
             self._tell(f"{self.place.me} cannot go on: {type(error).__name__}: {error}".rstrip(": "))
         self._end(failed=True)
@@ -210,7 +229,7 @@ class Trainer:
     def _tell(self, reason: str) -> None:
         """Best effort: servers by a message, and all who wait elsewhere by the store."""
         if self._stores is not None:
-            tell_failure(self._stores[0], reason)
+            tell_failure(self._stores, reason)
         if self._replica is not None:
             self._replica.client.fail(reason)
 
@@ -228,6 +247,11 @@ class Trainer:
     def _check_open(self) -> None:
         if self._closed:
             raise JobError("this trainer is closed; expected steps before close(). Call distribute again to go on.")
+
+    def _intercepted(self, batch: tuple) -> None:
+        if self._replica is None:
+            parts = (self._user_step, self.model, self.optimizer, self._binding.extra)
+            intercepted(FirstStep(*parts, self._plan_source, self._examples, batch))
 
     def _make_plan(self, program: Program) -> Plan:
         return make_plan(self._plan_source, program, self.trainers, self._server_count())
@@ -247,7 +271,14 @@ class Trainer:
         if self._replica is not None:
             return
         self._job = prepared.job
-        intercepted(self, prepared, part)
+        try:
+            self._meet(prepared, part)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _meet(self, prepared: Prepared, part: Part) -> None:
+        """Agrees with the other roles on the job, starts the servers that live here, and joins. A server ends here."""
         self._agree(prepared.job)
         embedded = zmq.Context() if self.place.alone else None
         for address in self.place.hosted(len(prepared.job.servers)):
@@ -337,20 +368,23 @@ class Trainer:
                 value.copy_(part.view(value.shape))
 
     def _gathered(self, outputs: list[torch.Tensor], sizes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Every trainer's rows in the order of the loader: a sum of tensors that are zero elsewhere is exact."""
+        """Every trainer's rows in the order of the loader. Parts are padded to one length on the way."""
         rows = torch.cat(outputs)
         if self.trainers == 1:
             return rows
         assert self._transport is not None, "more than one trainer, so joined"
-        whole = torch.zeros(
-            sum(n for n, _, _ in sizes), *rows.shape[1:], dtype=_summable(rows.dtype), device=rows.device
-        )
-        at = taken = 0
-        for count, start, stop in sizes:
-            whole[at + start : at + stop] = rows[taken : taken + stop - start]
-            at, taken = at + count, taken + stop - start
-        self._transport.all_reduce(whole, "the outputs of an evaluation").done()
-        return whole.to(rows.dtype)
+        counts = [[stop - start for start, stop in spans] for spans in self._spans(sizes)]
+        longest = max(sum(each) for each in counts)
+        part = rows.new_zeros((longest, *rows.shape[1:]))
+        part[: len(rows)] = rows
+        whole = rows.new_empty((self.trainers, *part.shape))
+        self._transport.all_gather(_bytes_of(whole), _bytes_of(part), "the outputs of an evaluation").done()
+        parts = [list(theirs[: sum(each)].split(each)) for theirs, each in zip(whole, counts, strict=True)]
+        return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
+
+    def _spans(self, sizes: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
+        """Per trainer, its rows of every batch."""
+        return [[bounds(count, self.trainers, rank) for count, _, _ in sizes] for rank in range(self.trainers)]
 
     def _drive(self, run: Generator[Blocked, None, object]) -> object:
         """Runs until done, taking messages in whenever it waits."""
@@ -361,6 +395,9 @@ class Trainer:
                 self._wait(next(run))
         except StopIteration as stop:
             return stop.value
+        except JobError as error:
+            self._failure = error
+            raise
 
     def _wait(self, blocked: Blocked) -> None:
         assert self._replica is not None, "joined"
@@ -409,5 +446,6 @@ def _has_rows(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def _summable(dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if dtype is torch.bool else dtype
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory: collectives do not take every dtype."""
+    return tensor.view(-1).view(torch.uint8)

@@ -20,11 +20,8 @@ class Work(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """How one role reaches the others.
-
-    Used from one thread, the role's own. Order is kept between two roles; nothing is promised between three.
-    """
+class Outlet(Protocol):
+    """What a trainer's running program needs of a transport."""
 
     me: Address
 
@@ -32,20 +29,31 @@ class Transport(Protocol):
         """Queues `message` and returns. The tensor must not be changed afterwards (a transport may not copy it)."""
         ...
 
-    def receive(self, seconds: float) -> tuple[Address, Message] | None:
-        """The next message from anyone, or None when none came within `seconds`."""
-        ...
-
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
 
-    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
-        """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
-        ...
-
     def progress(self, step: int, node: str) -> None:
         """Notes how far this role is, for the errors of those who wait for it."""
+        ...
+
+
+class Transport(Outlet, Protocol):
+    """How one role reaches the others.
+
+    Used from one thread, the role's own. Order is kept between two roles; nothing is promised between three.
+    """
+
+    def receive(self, seconds: float) -> tuple[Address, Message] | None:
+        """The next message from anyone, or None when none came within `seconds`."""
+        ...
+
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
         ...
 
     def late(self, peers: list[Address]) -> str:

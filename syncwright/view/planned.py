@@ -1,0 +1,156 @@
+"""A plan as a table: every variable, how it is shared, who owns it, and what that costs each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.job import Job
+from syncwright.lower import communications
+from syncwright.plan import Plan, Sharing
+from syncwright.planning import plan_variables
+from syncwright.program import Program, Role, Variable
+from syncwright.split import grad_variable
+from syncwright.text import variable_type_text
+from syncwright.typed import tag
+from syncwright.update import followed
+from syncwright.view.tables import Table, counted, roles_text, size_text
+
+_COLUMNS = ("variable", "role", "type", "size", "sharing", "owner", "sent", "received")
+_RIGHT = frozenset({"size", "sent", "received"})
+_MANY_PIECES = 4
+OTHER = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one trainer sends and receives in a step."""
+
+    sent: float = 0.0
+    received: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.received + other.received)
+
+
+def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
+    """The plan of a captured program.
+
+    unbucketed  its job, lowered without the pass `bucket`, so that every variable's communication stands alone
+    """
+    traffic, variables = traffic_of(program, unbucketed), _variables(program)
+    rows = [_row(v, *_shared(v, program, plan), traffic.get(v.name, Traffic())) for v in variables]
+    totals = [("total", "", "", size_text(sum(v.nbytes for v in variables)), "", "", *_bytes(_sum(traffic)))]
+    if OTHER in traffic:
+        totals.insert(0, ("weights, norms, what the step returns", "", "", "", "", "", *_bytes(traffic[OTHER])))
+    title = f"The plan for {roles_text(plan)}; sent and received: bytes per step of one trainer"
+    return Table(title, _COLUMNS, tuple(rows), tuple(totals), _RIGHT)
+
+
+def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
+    """What the table does not say: optimizer state, tied weights, the number of messages, the plan's own notes."""
+    states = program.of_role(Role.STATE)
+    tied = [f"{v.name} is also {', '.join(v.aliases)}" for v in program.variables.values() if v.aliases]
+    kept = f"{counted(len(states), 'variable')} of optimizer state ({size_text(sum(v.nbytes for v in states))})"
+    where = [f"{kept}: each where its parameter is updated"] if states else []
+    return [*where, *tied, _messages(job), *plan.notes]
+
+
+def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
+    """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives
+    as many; a push sends all, a pull receives all."""
+    subjects = _subjects(program, unbucketed)
+    found: dict[str, Traffic] = {}
+    for node in communications(unbucketed.trainer["step"]):
+        traffic = _traffic(node, unbucketed.plan.trainers)
+        if traffic is not None:
+            name = subjects.get(str(node.args[1]), OTHER)
+            found[name] = found.get(name, Traffic()) + traffic
+    return found
+
+
+def _variables(program: Program) -> list[Variable]:
+    """What a plan is about, and the buffers that go with a parameter."""
+    return [*plan_variables(program), *(program.variables[name] for name in followed(program))]
+
+
+def _sum(traffic: Mapping[str, Traffic]) -> Traffic:
+    return sum(traffic.values(), Traffic())
+
+
+def _traffic(node: Node, trainers: int) -> Traffic | None:
+    match node.target:
+        case ops.all_reduce:
+            ring = 2 * (trainers - 1) / trainers * _nbytes(node)
+            return Traffic(ring, ring)
+        case ops.push:
+            return Traffic(sent=_nbytes(node.args[0]))
+        case ops.pull:
+            return Traffic(received=_nbytes(node))
+    return None
+
+
+def _nbytes(node: object) -> int:
+    assert isinstance(node, Node), "communications take and give nodes"
+    val = node.meta["val"]
+    return val.numel() * val.element_size()
+
+
+def _subjects(program: Program, job: Job) -> Mapping[str, str]:
+    """Which variable of the table each channel is for."""
+    shown = {v.name for v in _variables(program)}
+    grads = {grad_variable(program, v.name).name: v.name for v in program.of_role(Role.PARAM)}
+    found = {**grads, **{name: name for name in shown}}
+    for name, channel in job.channels.items():
+        whole = channel.variable.whole or channel.variable.name
+        if whole in grads or whole in shown:
+            found[name] = grads.get(whole, whole)
+    for name, variable in job.held.items():
+        whole = program.variables[variable.whole or name]
+        found[name] = whole.name if whole.name in shown else whole.of or OTHER
+    return found
+
+
+def _row(variable: Variable, sharing: str, owner: str, traffic: Traffic) -> tuple[str, ...]:
+    kind = variable_type_text(variable) + (" sparse" if variable.sparse else "")
+    size = size_text(variable.nbytes)
+    return (variable.name, variable.role.value, kind, size, sharing, owner, *_bytes(traffic))
+
+
+def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]:
+    """The columns `sharing` and `owner`."""
+    parameter = followed(program).get(variable.name)
+    if parameter is not None:
+        return f"with {parameter}", _owner(plan.sharing(parameter))
+    if variable.role is Role.BUFFER:
+        policy = dict(plan.buffers)[variable.name]
+        return policy, "each trainer" if policy == "local" else "every trainer"
+    sharing = plan.sharing(variable.name)
+    name = tag(type(sharing.sync))
+    if len(sharing.sizes) > 1:
+        few = len(sharing.sizes) <= _MANY_PIECES
+        name += f", rows {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
+    return name, _owner(sharing)
+
+
+def _owner(sharing: Sharing) -> str:
+    owners = sharing.owners
+    if not owners:
+        return "every trainer"
+    if len(set(owners)) == 1:
+        return f"server {owners[0]}"
+    return f"servers {', '.join(map(str, owners))}" if len(owners) <= _MANY_PIECES else f"{len(set(owners))} servers"
+
+
+def _bytes(traffic: Traffic) -> tuple[str, str]:
+    return size_text(traffic.sent), size_text(traffic.received)
+
+
+def _messages(job: Job) -> str:
+    nodes = [n.target for n in communications(job.trainer["step"])]
+    kinds = ((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls"))
+    counts = [counted(nodes.count(target), *nouns) for target, *nouns in kinds if target in nodes]
+    return f"a step of one trainer: {', '.join(counts) or 'no communication'}"

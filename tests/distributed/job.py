@@ -1,0 +1,269 @@
+"""The script of the jobs in test_jobs.py: `python job.py CASE FOLDER`, once per role, and what it is compared with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import syncwright
+from syncwright import AllReduce, ParameterServer, Rules
+from syncwright.plan import Even
+from syncwright.planning import make_plan
+from syncwright.runtime.server import Server
+from syncwright.runtime.sockets import Deadlines
+
+ROLE, RANK = os.environ.get("SYNCWRIGHT_ROLE", "trainer"), os.environ.get("RANK", "0")
+MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})
+EXAMPLES, BATCH = 37, 8  # the last batch has 5: parts of 3 and 2
+HELD_OUT = 13  # in batches of 4: the last one has 1, so trainer 1's part is empty
+PATIENT = Deadlines(join=100.0, wait=60.0, linger=1.0)
+
+
+def build(width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 2))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    return loss
+
+
+def data(examples: int, seed: int) -> TensorDataset:
+    """Example i has i as its first number, so that it can be told which were seen."""
+    x = torch.randn(examples, 6, generator=torch.Generator().manual_seed(seed))
+    x[:, 0] = torch.arange(examples)
+    return TensorDataset(x / 10, x[:, :2] * 0.1)
+
+
+def batches(dataset: TensorDataset, size: int, shuffle: bool = False) -> DataLoader:
+    return DataLoader(dataset, batch_size=size, shuffle=shuffle)
+
+
+def after_plain_steps(steps: int) -> dict[str, object]:
+    """What a run without Syncwright saves."""
+    model, optimizer = build()
+    for x, y in list(batches(data(16, 1), 4))[:steps]:
+        step(model, optimizer, x, y)
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+# --- right jobs ----------------------------------------------------------------------------------------
+
+
+def train(folder: Path, plan: object) -> syncwright.Trainer:
+    """An epoch that goes on from a plain run; then evaluates, and goes back to a saved state; writes its report."""
+    model, optimizer = build()
+    trainer = syncwright.distribute(step, model, optimizer, plan=plan, compile=False, deadlines=PATIENT)  # type: ignore[arg-type]
+    trainer.load_state_dict(after_plain_steps(2))
+    torch.manual_seed(3 + trainer.rank)
+    losses, seen = [], []
+    for x, y in trainer.shard(batches(data(EXAMPLES, 0), BATCH, shuffle=True)):
+        losses.append(trainer.step(x, y))
+        seen += (10 * x[:, 0]).round().int().tolist()
+    outputs = trainer.evaluate(lambda model, x, y: model(x), batches(data(HELD_OUT, 2), 4))
+    state = trainer.state_dict()
+    restored = goes_back(trainer, state)
+    report = {"losses": losses, "seen": seen, "outputs": outputs, "state": state, "restored": restored}
+    torch.save(report, folder / f"{trainer.rank}.pt")
+    return trainer
+
+
+def goes_back(trainer: syncwright.Trainer, saved: dict[str, object]) -> bool:
+    """Whether a step from a saved state gives the same when the state is loaded and the step taken again."""
+    batch = data(4, 5).tensors
+    found = []
+    for _ in range(2):
+        trainer.load_state_dict(saved)
+        trainer.step(*batch)
+        found.append(trainer.state_dict())
+    return same(found[0], found[1]) and not same(found[0], saved)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
+    match a, b:
+        case dict(), dict():
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        case list(), list():
+            return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        case torch.Tensor(), torch.Tensor():
+            return torch.equal(a, b)
+    return a == b
+
+
+def mixed(folder: Path) -> None:
+    """Trains; then goes on until Ctrl-C."""
+    with train(folder, MIXED) as trainer:
+        print("ready", os.getpid(), os.environ["SYNCWRIGHT_STORE"], os.environ["SYNCWRIGHT_SOCKETS"], flush=True)
+        (folder / f"{trainer.rank}.ready").touch()
+        for _ in count():
+            trainer.step(*data(4, 5).tensors)
+
+
+def mixed_once(folder: Path) -> None:
+    train(folder, MIXED).close()
+
+
+def early(folder: Path) -> None:
+    """Without collectives a trainer may leave early: the others go on without it."""
+    with job(plan="parameter_server") as trainer:
+        losses = [float(trainer.step(*BATCHES[0])) for _ in range(2 if trainer.rank else 5)]  # type: ignore[arg-type]
+    print(f"trainer {trainer.rank}: {len(losses)} steps, better: {losses[-1] < losses[0]}")
+
+
+def ddp(folder: Path) -> None:
+    """Compares with torch's DistributedDataParallel on the benchmark's workloads."""
+    import torch.distributed as dist
+
+    from bench.workloads import WORKLOADS
+
+    dist.init_process_group("gloo")
+    for workload in WORKLOADS.values():
+        given = workload.batches(dist.get_rank())[:5]
+        model = workload.model()
+        wrapped, optimizer = nn.parallel.DistributedDataParallel(model), workload.optimizer(model, False)
+        losses = []
+        for batch in given:
+            losses.append(loss_step(wrapped, optimizer, *batch))
+        expected = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        model = workload.model()
+        optimizer = workload.optimizer(model, False)
+        with syncwright.distribute(loss_step, model, optimizer, compile=False, deadlines=PATIENT) as trainer:
+            for batch in given:
+                trainer.step(*batch)
+            print(f"{workload.name} after 5 steps is equal to DDP: {same(trainer.state_dict(), expected)}")
+    dist.destroy_process_group()
+
+
+def loss_step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    loss = model(x, y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+# --- misuses -------------------------------------------------------------------------------------------
+
+BATCHES = [data(8, seed).tensors for seed in range(4)]
+
+
+def job(width: int = 8, plan: object = "all_reduce", **seconds: float) -> syncwright.Trainer:
+    deadlines = Deadlines(**({"join": 100.0, "wait": 60.0, "linger": 1.0} | seconds))
+    return syncwright.distribute(step, *build(width), plan=plan, compile=False, deadlines=deadlines)  # type: ignore[arg-type]
+
+
+def run(trainer: syncwright.Trainer, before: Callable[[int], object] = lambda number: None) -> None:
+    """Four steps; `before` is called before each."""
+    with trainer:
+        for number, batch in enumerate(BATCHES):
+            before(number)
+            trainer.step(*batch)
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(trainer: syncwright.Trainer, communication: str) -> Callable[[int], None]:
+    """Kills trainer 1 in its third step, where its first gradient is to be sent."""
+
+    def before(number: int) -> None:
+        if RANK == "1" and number == 2:
+            assert trainer._replica is not None, "two steps have run"
+            setattr(trainer._replica.client, communication, die)
+
+    return before
+
+
+def trainer_killed_all_reduce(folder: Path) -> None:
+    trainer = job()
+    run(trainer, killed_at(trainer, "start"))
+
+
+def trainer_killed_server(folder: Path) -> None:
+    trainer = job(plan="parameter_server")
+    run(trainer, killed_at(trainer, "push") if ROLE == "trainer" else lambda number: None)
+
+
+def server_killed(folder: Path) -> None:
+    """Before, a plan that names more servers than there are."""
+    try:
+        run(job(plan=make_plan("parameter_server_balanced", syncwright.capture(step, *build(), *BATCHES[0]), 1, 2)))
+    except syncwright.errors.SyncwrightError as error:
+        print(f"caught {type(error).__name__}: {error}")
+    handle = Server.handle
+
+    def handle_or_die(self: Server, sender, message):
+        return die() if self.step == 2 else handle(self, sender, message)
+
+    Server.handle = handle_or_die  # type: ignore[method-assign,assignment]
+    run(job(plan="parameter_server"))
+
+
+def another_model(folder: Path) -> None:
+    run(job(width=9 if RANK == "1" else 8))
+
+
+def never_starts(folder: Path) -> None:
+    """Trainer 0 of 2, started by hand: first where the port is taken, then where trainer 1 never comes."""
+    try:
+        job()
+    except syncwright.errors.SyncwrightError as error:
+        print(f"caught {type(error).__name__}: {error}")
+    os.environ["MASTER_PORT"] = os.environ["FREE_PORT"]
+    run(job(join=2.0, wait=2.0))
+
+
+def stopped(folder: Path) -> None:
+    def before(number: int) -> None:
+        if RANK == "1" and number == 2:
+            time.sleep(2.5)  # so that a heartbeat has said where it is
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    run(job(wait=12.0), before)
+
+
+def raises(folder: Path) -> None:
+    def before(number: int) -> None:
+        if RANK == "1" and number == 2:
+            raise ValueError("the third file is empty")
+
+    run(job(), before)
+
+
+def server_never_steps(folder: Path) -> None:
+    if ROLE == "trainer":
+        run(job(plan="parameter_server", join=4.0))
+
+
+def leaves_early(folder: Path) -> None:
+    with job() as trainer:
+        for batch in BATCHES[: 2 if trainer.rank else 4]:
+            trainer.step(*batch)
+
+
+def forgets_to_close(folder: Path) -> None:
+    trainer = job(plan="parameter_server")
+    for batch in BATCHES:
+        trainer.step(*batch)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

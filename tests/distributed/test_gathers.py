@@ -1,0 +1,13 @@
+"""Gathers under way at once corrupted the heap in one form of Gloo's (DESIGN, section 6): ours must not."""
+
+from pathlib import Path
+
+import pytest
+
+from syncwright.runtime.launch import launch
+
+pytestmark = pytest.mark.processes
+
+
+def test_many_gathers_under_way_come_out_right_in_twenty_rounds():
+    assert launch(str(Path(__file__).parent / "gathering.py"), [], trainers=2, servers=0) == 0

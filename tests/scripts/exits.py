@@ -1,0 +1,5 @@
+"""Does not like its arguments."""
+
+import sys
+
+sys.exit(3)

@@ -1,0 +1,8 @@
+"""Fails before its first step."""
+
+
+def load():
+    raise FileNotFoundError("no data here")
+
+
+load()
