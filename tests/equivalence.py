@@ -252,9 +252,12 @@ class SplitTrainer:
             given = [gradients[name] for _, _, gradients, _ in kept if name in gradients]
             parameter.grad = mean(given).mul_(self.nudge) if given else None
         after = {name: [b[name] for *_, b in kept] for name in before}
+        unwritten = {n: before[n] for n, given in after.items() if not _written(given, before[n])}
         self._load_buffers({n: mean(given) if given[0].is_floating_point() else given[0] for n, given in after.items()})
         if not weights[0]:
             self._load_buffers(before | {n: b for n, b in self.model.named_buffers() if b.is_floating_point()})
+        for name, value in unwritten.items():  # a mean is of what the step writes: equal values do not average to themselves
+            self.model.get_buffer(name).copy_(value)
         self.user_step.update(self.model, self.optimizer)
         return mean([loss for _, loss, *_ in kept])
 
@@ -300,6 +303,10 @@ def _nudges(dtype: torch.dtype) -> list[float]:
 def _floors(split: Outcome, others: Sequence[Outcome]) -> Mapping[str, float]:
     found = [differences(split.all(), other.all()) for other in others]
     return {name: max((each[name] for each in found), default=0.0) for name in split.all()}
+
+
+def _written(given: Sequence[torch.Tensor], before: torch.Tensor) -> bool:
+    return any(not torch.equal(value, before) for value in given)
 
 
 def _mean_of(weights: list[float], trainers: int, wide: torch.dtype) -> Mean:
