@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch.fx import Node
@@ -27,7 +29,7 @@ from syncwright.split import (
     server_parts,
     split,
 )
-from syncwright.update import find_updates, followed
+from syncwright.update import Updates, find_updates, followed
 from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
@@ -41,25 +43,44 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
-    verify(program)
-    _check_replicated(program, plan)
-    step = program
-    for each in pipeline(passes, without):
-        step = _applied(each, step, plan)
-    parts = split(program, find_updates(program), plan)
+    with _no_collection():
+        verify(program)
+        updates = find_updates(program)
+        _check_replicated(updates, plan)
+        step = program
+        for each in pipeline(passes, without):
+            step = _applied(each, step, plan)
+        job = _job(split(program, updates, plan), plan, step, without)
+        verify_job(job)
+    return job
+
+
+def _job(parts: Split, plan: Plan, step: Program, without: Sequence[str]) -> Job:
+    """The job of a captured program that the passes have turned into a trainer's `step`."""
     _refuse_without(parts, without)
+    program = parts.program
     servers = server_parts(parts, plan) if parts.pieces else ()
     channels, owners = _channels(program, plan, parts, servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": step, "idle": idle(step)}
-    job = Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
-    verify_job(job)
-    return job
+    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
 
 
-def _check_replicated(program: Program, plan: Plan) -> None:
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Graphs are many small objects that all stay: walking over them in search of garbage doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _check_replicated(updates: Updates, plan: Plan) -> None:
     """Replicas stay equal only where their update reads nothing that differs between trainers."""
-    kinds = find_updates(program).kinds()
+    kinds = updates.kinds()
     for sharing in plan.sharings:
         shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
         if shared and kinds.get(sharing.variable) == "foreign":

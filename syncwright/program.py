@@ -177,11 +177,13 @@ def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
 
 
 def copy_node(graph: Graph, node: Node, made: Mapping[Node, Node]) -> Node:
-    """`Graph.node_copy` in half the time: arguments that come later are not searched for symbolic sizes."""
+    """`Graph.node_copy` in half the time: every assignment to a node costs, and so does a search for symbolic sizes."""
     copied = graph.create_node(node.op, node.target, name=node.name)
-    copied.args = map_arg(node.args, made.__getitem__)
-    copied.kwargs = map_arg(node.kwargs, made.__getitem__)
-    copied.meta = dict(node.meta)
+    if node.args:
+        copied.args = map_arg(node.args, made.__getitem__)
+    if node.kwargs:
+        copied.kwargs = map_arg(node.kwargs, made.__getitem__)
+    copied.meta.update(node.meta)
     return copied
 
 

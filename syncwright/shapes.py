@@ -139,12 +139,23 @@ class Inference:
         if not isinstance(node.target, torch._ops.OpOverload):
             infer(node, self.mode)
             return
-        args = [a for a in node.args if not isinstance(a, str)] if node.target in ops.COMMUNICATION else node.args
-        key = (node.target, _looks(args), _looks(node.kwargs))
+        key = (node.target, _looks(_shaping(node)), _looks(node.kwargs))
         if key not in self._known:
             infer(node, self.mode)
             self._known[key] = node.meta["val"]
         node.meta["val"] = self._known[key]
+
+
+def _shaping(node: Node) -> object:
+    """The arguments on which what a node looks like depends: not on a channel's name, nor on where a slice begins."""
+    if node.target in ops.COMMUNICATION:
+        return [a for a in node.args if not isinstance(a, str)]
+    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
+        source, axis, start, stop = node.args
+        size = source.meta["val"].shape[axis]  # type: ignore[index, union-attr]
+        if 0 <= start <= stop <= size:  # type: ignore[operator]
+            return source, axis, stop - start  # type: ignore[operator]
+    return node.args
 
 
 def _looks(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from syncwright.errors import LoweringError
 from syncwright.job import ServerPart
 from syncwright.plan import AllReduce, Local, ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
-from syncwright.shapes import Inference, call, fake, mode_of
+from syncwright.shapes import Inference, mode_of
 from syncwright.update import Join, Scalar, Update, Updates
 
 aten = torch.ops.aten
@@ -158,7 +158,7 @@ def server_parts(split: Split, plan: Plan) -> tuple[ServerPart, ...]:
             for piece in pieces[: len(partial_pieces(node, parameter, split))]:
                 part = _partial_slice(split, node, parameter, piece)
                 programs[int(piece.owner or 0)].append(_specialise(split, part, parameter, piece, known))
-        programs[split.reducer].append(global_program(split, join))
+        programs[split.reducer].append(global_program(split, join, known))
     holds: dict[int, list[Variable]] = {rank: [] for rank in programs}
     for rank, variable in held_by_servers(split).values():
         holds[rank].append(variable)
@@ -235,7 +235,7 @@ def _check_pieces(program: Program, parameter: str) -> None:
             )
 
 
-def global_program(split: Split, join: Join) -> Program:
+def global_program(split: Split, join: Join, known: Inference) -> Program:
     """The slice that makes global values from all partials, at the reducer.
 
     before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %s = stack([%n0, %n1]), ..., %c = clamp(...)
@@ -247,11 +247,8 @@ def global_program(split: Split, join: Join) -> Program:
     program = split.program.slice(wanted, stops)
     made = {global_variable(node).name: global_variable(node) for node in join.values}
     program = replace(program, variables={**program.variables, **made})
-    for node, parameter in join.partials.items():
-        parts = partial_pieces(node, parameter, split)
-        if len(parts) > 1:
-            program = _combine_parts(program, node, parts)
-    return program
+    parts = {node: partial_pieces(node, parameter, split) for node, parameter in join.partials.items()}
+    return _combine_parts(program, {node: of_node for node, of_node in parts.items() if len(of_node) > 1}, known)
 
 
 _COMBINE = {
@@ -262,22 +259,24 @@ _COMBINE = {
 }
 
 
-def _combine_parts(program: Program, partial: Node, parts: Iterable[Variable]) -> Program:
-    """Reads the parts of a partial and adds them up as its op adds: a norm of norms, a sum of sums."""
-    mode, whole = mode_of(program.graph), f"global.{partial.name}"
-    old, read = program.placeholders[whole], []
-    for part in parts:
-        with program.graph.inserting_before(old):
-            read.append(new_placeholder(program.graph, part, fake(mode, part.shape, part.dtype)))
-    first = next(n for n in program.graph.nodes if n.op != "placeholder")
-    with program.graph.inserting_before(first):
-        stacked = call(program.graph, mode, aten.stack.default, read)
-        target, *args = _COMBINE[partial.target](stacked, partial)  # type: ignore[index]
-        combined = call(program.graph, mode, target, *args)
-    old.replace_all_uses_with(combined)
-    program.graph.erase_node(old)
-    variables = {n: v for n, v in program.variables.items() if n != whole}
-    return replace(program, variables=variables | {part.name: part for part in parts})
+def _combine_parts(program: Program, parts: Mapping[Node, Sequence[Variable]], known: Inference) -> Program:
+    """Reads the parts of partials and adds them up as their ops add: a norm of norms, a sum of sums."""
+    graph, placeholders, variables = program.graph, program.placeholders, dict(program.variables)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for partial, own in parts.items():
+        whole = f"global.{partial.name}"
+        old = placeholders[whole]
+        with graph.inserting_before(old):
+            read = [new_placeholder(graph, part, known.fake_of(part)) for part in own]
+        with graph.inserting_before(first):
+            stacked = known.call(graph, aten.stack.default, read)
+            target, *args = _COMBINE[partial.target](stacked, partial)  # type: ignore[index]
+            combined = known.call(graph, target, *args)
+        old.replace_all_uses_with(combined)
+        graph.erase_node(old)
+        del variables[whole]
+        variables |= {part.name: part for part in own}
+    return replace(program, variables=variables)
 
 
 def merges(plan: Plan) -> dict[str, Literal["mean", "sum"]]:

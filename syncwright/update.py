@@ -117,11 +117,16 @@ def find_updates(program: Program) -> Updates:
     before  %g = gradient(%mm, "w"); %n = linalg_vector_norm(%g); ...; %c = clamp(...); %s = mul(%g, %c); %new = sub(w, %s)
     after   w: elementwise, reads the global value %c, whose partial of w is %n
     """
-    marks = {str(n.args[1]): n for n in program.graph.find_nodes(op="call_function", target=ops.gradient)}
+    marks = find_marks(program)
     follows = followed(program)
     meanings = _Reader(program, marks, follows).read()
     joins = _joins(program, meanings)
     return Updates(_updates(program, marks, meanings, joins, follows), joins, marks, meanings)
+
+
+def find_marks(program: Program) -> dict[str, Node]:
+    """Where the gradient of each parameter is complete."""
+    return {str(n.args[1]): n for n in program.graph.find_nodes(op="call_function", target=ops.gradient)}
 
 
 class _Reader:

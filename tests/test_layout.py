@@ -70,6 +70,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     private
     initial
     state
+    functional
     trace
     normalize
     step

@@ -14,7 +14,7 @@ from syncwright.capture.private import FakeTensor
 from syncwright.capture.trace import Traced
 from syncwright.dead import remove_dead
 from syncwright.errors import CaptureError
-from syncwright.program import Guard, Program, Role, Variable, new_placeholder
+from syncwright.program import Guard, Program, Role, Variable, copy_node, new_placeholder
 
 _IDENTITY = frozenset(
     {
@@ -49,7 +49,7 @@ class _Builder:
         self.marks: dict[str, Node] = {}
 
     def build(self) -> Program:
-        nodes = list(self.traced.module.graph.nodes)
+        nodes = list(self.traced.graph.nodes)
         self._placeholders([n for n in nodes if n.op == "placeholder"], [n for n in nodes if n.op == "get_attr"])
         last = _last_marks(nodes)
         for node in nodes:
@@ -99,7 +99,7 @@ class _Builder:
             if self.made[node.args[1]] is not self.made[node.args[0]]:  # type: ignore[index]
                 self.written[name] = self.made[node.args[1]]  # type: ignore[index]
         elif not _only_tracing(target):
-            copied = self.graph.node_copy(node, self.made.__getitem__)
+            copied = copy_node(self.graph, node, self.made)
             copied.meta = {"val": host_type(node.meta.get("val"))}
             self.made[node] = copied
 
@@ -181,7 +181,7 @@ def host_type(val: object) -> object:
             return plain
     if isinstance(val, list | tuple):
         return type(val)(host_type(v) for v in val)
-    return val.detach() if isinstance(val, FakeTensor) else val
+    return val.detach() if isinstance(val, FakeTensor) and val.requires_grad else val
 
 
 def _unchanged_statistic(node: Node) -> Node | None:

@@ -1,4 +1,4 @@
-"""Two traces: the user's step as it runs (autograd and in-place updates included), then again as pure functions."""
+"""The user's step as it runs (autograd and in-place updates included), then as pure functions: rewritten, or traced again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from types import TracebackType
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.func import functionalize
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright import ops
 from syncwright.capture import private
+from syncwright.capture.functional import NotCovered, without_writes
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -31,14 +32,16 @@ STALE = "gradient left over from before the step"
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What the second trace gave: a graph over flat arguments, and what each argument and result is.
+    """A graph without writes over flat arguments, and what each argument and result is.
 
+    module     holds the constants that the graph names
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
     returned   the structure of what the user's step returns; its leaves are the first results
     """
 
     module: GraphModule
+    graph: Graph
     arguments: tuple[Variable, ...]
     replaced: tuple[str, ...]
     returned: pytree.TreeSpec
@@ -82,11 +85,12 @@ class _Trace:
         with self.mode, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
             first = self._first()
-            second = self._second(first)
+            module, graph = self._without_writes(first)
         assert self.returned is not None, "the first trace has run"
         guards = tuple(private.guards_of(self.mode))
         return Traced(
-            second,
+            module,
+            graph,
             tuple(self.arguments),
             self.replaced,
             self.returned,
@@ -129,6 +133,13 @@ class _Trace:
 
     def _first(self) -> GraphModule:
         return private.make_fx(self._call, decomposition_table=_PURE, _allow_non_fake_inputs=False)(*self.flat)
+
+    def _without_writes(self, first: GraphModule) -> tuple[GraphModule, Graph]:
+        try:
+            return first, without_writes(first.graph)
+        except NotCovered:
+            second = self._second(first)
+            return second, second.graph
 
     def _second(self, first: GraphModule) -> GraphModule:
         def replay(*flat: object) -> object:

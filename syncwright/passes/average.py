@@ -13,7 +13,7 @@ from syncwright.passes.insert import KEPT, before_first_use, behind, first_call,
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
-from syncwright.update import find_updates, followed
+from syncwright.update import find_marks, followed
 
 aten = torch.ops.aten
 TOTAL = "batch.total"
@@ -32,8 +32,8 @@ def average_gradients(program: Program, plan: Plan) -> Program:
     if plan.trainers == 1 or not chosen:
         return program
     program = program.edit()
-    updates = find_updates(program)
-    marks = {name: mark for name, mark in updates.marks.items() if name in chosen and name in updates.by_parameter}
+    written = program.results
+    marks = {name: mark for name, mark in find_marks(program).items() if name in chosen and name in written}
     known, mean = Inference(mode_of(program.graph)), None
     if any(chosen[name].reduce == "mean" for name in marks):
         program, mean = _read_mean(program, plan)

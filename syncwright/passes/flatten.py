@@ -16,7 +16,7 @@ from syncwright.dead import remove_dead
 from syncwright.passes.insert import first_call
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
-from syncwright.shapes import call, fake, is_host, mode_of, substitute
+from syncwright.shapes import Inference, call, fake, is_host, mode_of, substitute
 from syncwright.update import is_pointwise
 
 aten = torch.ops.aten
@@ -55,8 +55,9 @@ def flatten(program: Program, plan: Plan) -> Program:
     program = program.edit()
     members = _members(program)
     runs = [run for run in _runs(members) if len(run) > 1 and _is_together(run)]
+    known = Inference(mode_of(program.graph))
     for index, run in enumerate(runs):
-        program = _join(program, run, f"flat.{index}")
+        program = _join(program, run, f"flat.{index}", known)
     remove_dead(program.graph)
     return program
 
@@ -71,7 +72,10 @@ def flat_parts(program: Program) -> dict[str, list[Variable]]:
 
 
 def _members(program: Program) -> list[Member]:
-    owners, results = _owners(program), program.results
+    owners, results, placeholders = _owners(program), program.results, program.placeholders
+    state: dict[str, list[Variable]] = {}
+    for variable in program.of_role(Role.STATE):
+        state.setdefault(str(variable.of), []).append(variable)
     marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
     own: dict[str, list[Node]] = {}
     for node, owner in owners.items():
@@ -82,7 +86,8 @@ def _members(program: Program) -> list[Member]:
         gradient = _divided(packed)
         nodes = tuple(n for n in own.get(name, ()) if _behind(n, gradient))
         if name in results and _is_elementwise(nodes, gradient, program.variables[name]):
-            member = _member(program, name, gradient, packed, nodes)
+            facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)
+            member = _member(facts, gradient, packed, nodes)
             found += [member] if member is not None else []
     return sorted(found, key=lambda m: m.packed)
 
@@ -165,13 +170,23 @@ def _sources(node: Node) -> set[Node]:
     return found
 
 
-def _member(program: Program, name: str, gradient: Node, packed: Node, nodes: tuple[Node, ...]) -> Member | None:
-    parameter, results = program.variables[name], program.results
-    state = {v.name[len(name) :]: v for v in program.of_role(Role.STATE) if v.of == name}
-    places = {program.placeholders[v.name]: key for key, v in state.items() if v.name in program.reads}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    """A parameter, its state, and what all parameters share: the program's placeholders and results."""
+
+    parameter: Variable
+    state: list[Variable]
+    placeholders: Mapping[str, Node]
+    results: Mapping[str, Node]
+
+
+def _member(facts: _Facts, gradient: Node, packed: Node, nodes: tuple[Node, ...]) -> Member | None:
+    parameter, results = facts.parameter, facts.results
+    state = {v.name[len(parameter.name) :]: v for v in facts.state}
+    places = {facts.placeholders[v.name]: key for key, v in state.items() if v.name in facts.placeholders}
     if any(v.shape not in ((), parameter.shape) for v in state.values()):
         return None
-    places[program.placeholders[name]] = ""
+    places[facts.placeholders[parameter.name]] = ""
     index = {node: i for i, node in enumerate(nodes)}
 
     def known(node: Node) -> object:
@@ -210,12 +225,12 @@ def _bucket(gradient: Node) -> Node | None:
     return None
 
 
-def _join(program: Program, run: list[Member], name: str) -> Program:
+def _join(program: Program, run: list[Member], name: str, known: Inference) -> Program:
     offsets, numel = _offsets(run)
-    flat_gradient, own = _flat_gradient(program, run, offsets, numel)
-    program, reads = _flat_variables(program, run, name, offsets, numel)
+    flat_gradient, own = _flat_gradient(program, run, offsets, numel, known)
+    program, reads = _flat_variables(program, run, name, offsets, numel, known)
     made = _copy_update(program, run[0], {own: flat_gradient}, reads)
-    return _write_flat(program, run, name, made, offsets)
+    return _write_flat(program, run, name, made, offsets, known)
 
 
 def _is_together(run: list[Member]) -> bool:
@@ -235,7 +250,9 @@ def _offsets(run: list[Member]) -> tuple[list[int], int]:
     return offsets, at
 
 
-def _flat_gradient(program: Program, run: list[Member], offsets: list[int], numel: int) -> tuple[Node, Node]:
+def _flat_gradient(
+    program: Program, run: list[Member], offsets: list[int], numel: int, known: Inference
+) -> tuple[Node, Node]:
     """The gradients of the run as one tensor (a part of the bucket, padded so that every part is aligned), and the
     first member's own gradient."""
     graph, mode, split = program.graph, mode_of(program.graph), _bucket(run[0].packed)
@@ -248,10 +265,12 @@ def _flat_gradient(program: Program, run: list[Member], offsets: list[int], nume
             flat = call(graph, mode, aten.cat.default, _padded(program, pieces, offsets, numel, dtype))
         graph.erase_node(point)
         return flat, run[0].gradient
-    return _repack(program, run, offsets, numel, split)
+    return _repack(program, run, offsets, numel, split, known)
 
 
-def _repack(program: Program, run: list[Member], offsets: list[int], numel: int, split: Node) -> tuple[Node, Node]:
+def _repack(
+    program: Program, run: list[Member], offsets: list[int], numel: int, split: Node, known: Inference
+) -> tuple[Node, Node]:
     graph, mode = program.graph, mode_of(program.graph)
     wait: Any = split.args[0]
     joined: Any = wait.args[0].args[0]
@@ -287,15 +306,14 @@ def _repack(program: Program, run: list[Member], offsets: list[int], numel: int,
     views = []
     for member, offset in zip(run, offsets, strict=True):
         with graph.inserting_before(member.gradient):
-            views.append(_view_of(program, flat, offset, member.parameter))
+            views.append(_view_of(program, flat, offset, member.parameter, known))
         member.gradient.replace_all_uses_with(views[-1])
     return flat, views[0]
 
 
-def _view_of(program: Program, flat: Node, offset: int, variable: Variable) -> Node:
-    graph, mode = program.graph, mode_of(program.graph)
-    rows = call(graph, mode, aten.slice.Tensor, flat, 0, offset, offset + variable.numel)
-    return call(graph, mode, aten.view.default, rows, list(variable.shape))
+def _view_of(program: Program, flat: Node, offset: int, variable: Variable, known: Inference) -> Node:
+    rows = known.call(program.graph, aten.slice.Tensor, flat, 0, offset, offset + variable.numel)
+    return known.call(program.graph, aten.view.default, rows, list(variable.shape))
 
 
 def _padded(program: Program, pieces: list[Node], offsets: list[int], numel: int, dtype: torch.dtype) -> list[Node]:
@@ -311,7 +329,7 @@ def _zeros(program: Program, numel: int, dtype: torch.dtype) -> Node:
 
 
 def _flat_variables(
-    program: Program, run: list[Member], name: str, offsets: list[int], numel: int
+    program: Program, run: list[Member], name: str, offsets: list[int], numel: int, known: Inference
 ) -> tuple[Program, dict[str, Node]]:
     """Placeholders of the flat parameter and state; reads of the members become views of them."""
     graph, mode = program.graph, mode_of(program.graph)
@@ -331,7 +349,7 @@ def _flat_variables(
         old = placeholders[member.parameter.name]
         if any(u not in member.nodes for u in old.users):
             with graph.inserting_before(first_call(graph)):
-                view = _view_of(program, reads[""], offset, member.parameter)
+                view = _view_of(program, reads[""], offset, member.parameter, known)
             for user in [u for u in old.users if u not in member.nodes]:
                 user.replace_input_with(old, view)
     return program, reads
@@ -365,10 +383,15 @@ def _copy_update(
 
 
 def _write_flat(
-    program: Program, run: list[Member], name: str, made: Mapping[Node, Node], offsets: list[int]
+    program: Program,
+    run: list[Member],
+    name: str,
+    made: Mapping[Node, Node],
+    offsets: list[int],
+    known: Inference,
 ) -> Program:
     results, variables = program.results, dict(program.variables)
-    first = run[0]
+    before, first = program.results, run[0]
     for key, variable in {"": first.parameter, **first.state}.items():
         if variable.name not in results:
             continue
@@ -381,21 +404,27 @@ def _write_flat(
             if part.name != target:
                 results.pop(part.name, None)
                 variables[part.name] = replace(part, whole=target, part=bounds)
-            _redirect(program, part, member, new, bounds)
+            if bounds is not None and part.name in before:
+                _redirect(program, part, member, before[part.name], _Slice(new, offset), known)
         results[target] = new
     set_results(program, results)
     program = replace(program, variables=variables)
     return program
 
 
-def _redirect(program: Program, part: Variable, member: Member, new: Node, bounds: tuple[int, int] | None) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    """Where a part begins in a flat value."""
+
+    flat: Node
+    offset: int
+
+
+def _redirect(program: Program, part: Variable, member: Member, old: Node, new: _Slice, known: Inference) -> None:
     """Reads of a member's new value elsewhere in the step become views of the flat one's."""
-    old = program.results.get(part.name)
-    if old is None or bounds is None:
-        return
     users = [u for u in old.users if u not in member.nodes and u.op != "output"]
     if users:
         with program.graph.inserting_before(min(users)):
-            view = _view_of(program, new, bounds[0], part)
+            view = _view_of(program, new.flat, new.offset, part, known)
         for user in users:
             user.replace_input_with(old, view)

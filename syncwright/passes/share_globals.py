@@ -9,7 +9,7 @@ from syncwright import ops
 from syncwright.passes.insert import before_first_use, behind
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program
-from syncwright.shapes import call, mode_of
+from syncwright.shapes import Inference, call, mode_of
 from syncwright.split import Split, global_variable, split
 from syncwright.update import Join, find_updates
 
@@ -35,11 +35,11 @@ def share_globals(program: Program, plan: Plan) -> Program:
 
 def _push_partials(program: Program, parts: Split, join: Join) -> list[Node]:
     """Pushes the trainers' parts; what a pull of the value has to wait for."""
-    tokens = []
+    tokens, known = [], Inference(mode_of(program.graph))
     for node, parameter in join.partials.items():
         if parameter not in parts.pieces:
             with behind(node):
-                tokens.append(call(program.graph, mode_of(program.graph), ops.push, node, global_variable(node).name))
+                tokens.append(known.call(program.graph, ops.push, node, global_variable(node).name))
     marks = [parts.updates.marks.get(p) for p in dict.fromkeys(join.partials.values()) if p in parts.pieces]
     return [*tokens, *(mark for mark in marks if mark is not None)]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -56,7 +57,8 @@ class TextError(ProgramError):
     """Text that is not a program, or a program that has no text."""
 
 
-def op_name(target: object) -> str | None:
+@functools.cache
+def op_name(target: Hashable) -> str | None:
     """How a node's target is written ("aten.mm.default"); None where a program may not call it."""
     if isinstance(target, OpOverload):
         return str(target) if target.namespace in NAMESPACES else None

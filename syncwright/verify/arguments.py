@@ -19,18 +19,20 @@ _NUMBER_KINDS = ("NumberType", "FloatType", "IntType", "BoolType", "SymIntType")
 
 def check_arguments(node: Node, op: OpOverload) -> None:
     """Raises WrongArgument where `node` does not fit the schema of its op."""
-    declared, given, about = _declared(op), named_arguments(node, op), f"%{node.name}"
-    if len(given) < len(node.args) + len(node.kwargs):
+    kinds = tuple([_kind(value) for value in node.args])
+    fault = _fault(op, kinds, tuple([(name, _kind(value)) for name, value in node.kwargs.items()]))
+    if fault is None:
+        return
+    about, (name, wanted) = f"%{node.name}", fault
+    if name in (given := named_arguments(node, op)) and wanted:
+        found = f"{_shown(given[name])} as the argument {name} of {op}"
+        raise WrongArgument(about, found, wanted, "convert it, or use another overload")
+    if not name:
         found = f"{len(node.args)} positional and {len(node.kwargs)} named arguments"
         raise WrongArgument(about, found, str(op._schema), "leave some out")
-    for name, argument in declared.items():
-        if name in given:
-            _check_argument(node, op, argument, given[name])
-        elif not argument.optional:
-            raise WrongArgument(about, f"no argument {name}", str(op._schema), "give it")
-    unknown = set(given) - set(declared)
-    if unknown:
-        raise WrongArgument(about, f"the argument {min(unknown)}", str(op._schema), "leave it out")
+    if name in given:
+        raise WrongArgument(about, f"the argument {name}", str(op._schema), "leave it out")
+    raise WrongArgument(about, f"no argument {name}", str(op._schema), "give it")
 
 
 def check_host_arguments(node: Node, name: str) -> None:
@@ -71,32 +73,55 @@ def _kinds(type_: torch.JitType) -> tuple[str, ...]:
     return (kind, *inner)
 
 
-def _check_argument(node: Node, op: OpOverload, argument: _Argument, value: object) -> None:
-    wanted = _wanted(argument.kinds, value, op)
-    if wanted:
-        name = next(name for name, each in _declared(op).items() if each is argument)
-        found = f"{_shown(value)} as the argument {name} of {op}"
-        raise WrongArgument(f"%{node.name}", found, wanted, "convert it, or use another overload")
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """The kind of a node's value; of a constant, the kind is its type, of a list a tuple of kinds."""
+
+    type: object
 
 
-def _wanted(kinds: tuple[str, ...], value: object, op: OpOverload) -> str | None:
-    """What the schema asks for, in words, where `value` is not that."""
-    kind, val = kinds[0], _val(value)
+_TENSOR = _Computed(torch.Tensor)
+Kind = object
+
+
+def _kind(value: object) -> Kind:
+    if isinstance(value, Node):
+        val = value.meta["val"]
+        return _TENSOR if isinstance(val, torch.Tensor) else _Computed(val if val in HOST_TYPES else type(val))
+    return tuple([_kind(item) for item in value]) if isinstance(value, list | tuple) else type(value)
+
+
+@functools.cache
+def _fault(op: OpOverload, given: tuple[Kind, ...], named: tuple[tuple[str, Kind], ...]) -> tuple[str, str] | None:
+    """The argument at fault and what its schema asks for, in words; no name where arguments are given twice."""
+    declared = _declared(op)
+    by_place = [name for name, argument in declared.items() if not argument.named_only]
+    kinds = dict(zip(by_place, given, strict=False)) | dict(named)
+    if len(kinds) < len(given) + len(named):
+        return "", ""
+    for name, argument in declared.items():
+        if name not in kinds and not argument.optional:
+            return name, ""
+        if name in kinds and (wanted := _wanted(argument.kinds, kinds[name], op)):
+            return name, wanted
+    unknown = set(kinds) - set(declared)
+    return (min(unknown), "") if unknown else None
+
+
+def _wanted(kinds: tuple[str, ...], found: Kind, op: OpOverload) -> str | None:
+    """What the schema asks for, in words, where `found` is not that."""
+    kind = kinds[0]
     if kind == "OptionalType":
-        return None if val is None else _wanted(kinds[1:], value, op)
-    if kind == "ListType" and isinstance(value, list | tuple):
-        return next((f"a list: {want}" for item in value if (want := _wanted(kinds[1:], item, op))), None)
-    if kind == "TensorType" and not isinstance(val, torch.Tensor):
+        return None if found in (type(None), _Computed(type(None))) else _wanted(kinds[1:], found, op)
+    if kind == "ListType" and isinstance(found, tuple):
+        return next((f"a list: {want}" for item in found if (want := _wanted(kinds[1:], item, op))), None)
+    number = found.type if isinstance(found, _Computed) else found
+    if kind == "TensorType" and found != _TENSOR and found is not torch.Tensor:
         takes_numbers = torch._C._should_allow_numbers_as_tensors(op._schema.name.split("::")[1])
-        is_number = val in HOST_TYPES or isinstance(value, HOST_TYPES)
-        return None if takes_numbers and is_number else "a tensor"
-    if kind in _NUMBER_KINDS and isinstance(value, Node) and val not in HOST_TYPES:
+        return None if takes_numbers and number in HOST_TYPES else "a tensor"
+    if kind in _NUMBER_KINDS and isinstance(found, _Computed) and number not in HOST_TYPES:
         return "a host number"
     return None
-
-
-def _val(value: object) -> object:
-    return value.meta["val"] if isinstance(value, Node) else value
 
 
 def _shown(value: object) -> str:

@@ -51,6 +51,7 @@ def verify_job(job: Job) -> None:
     _check_sequences(job)
     _check_writers(job)
     tables = {part.rank: _table(job, part) for part in job.servers}
+    _import(job, tables)
     for part in job.servers:
         _check_reads(part, tables[part.rank])
     for phase, program in job.trainer.items():
@@ -73,7 +74,7 @@ class _Table:
     merged: Mapping[str, Variable]
     hypers: Mapping[str, tuple[str, ...]]
     made: Mapping[str, Program]
-    imported: Mapping[str, int]
+    imported: dict[str, int]
 
     def value(self, name: str) -> Variable | None:
         """The variable of a value that the server can give to trainers."""
@@ -93,13 +94,16 @@ def _table(job: Job, part: ServerPart) -> _Table:
         for name in channel.hypers:
             hypers[name] = (*hypers.get(name, ()), channel.variable.name)
     made = {name: program for program in part.programs for name in program.writes if name not in held}
-    imported = {
-        name: other.rank
-        for other in job.servers
-        for name, readers in other.exports.items()
-        if part.rank in readers and any(name in program.results for program in other.programs)
-    }
-    return _Table(held, {c.variable.name: c.variable for c in own}, hypers, made, imported)
+    return _Table(held, {c.variable.name: c.variable for c in own}, hypers, made, {})
+
+
+def _import(job: Job, tables: Mapping[int, _Table]) -> None:
+    """Notes on each server what others compute and export to it."""
+    for part in job.servers:
+        for name, readers in part.exports.items():
+            if name in tables[part.rank].made:
+                for reader in readers:
+                    tables[reader].imported[name] = part.rank
 
 
 def _check_servers(job: Job) -> None:

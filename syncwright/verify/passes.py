@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -33,10 +34,15 @@ def verify_after(pass_name: str, before: Program, after: Program, may_write: Cal
 def draws_random(node: Node) -> bool:
     """Whether the node takes numbers from a random generator (attention without dropout does not)."""
     op = node.target
-    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+    if not isinstance(op, OpOverload) or not _may_draw(op):
         return False
     defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
     return {**defaults, **named_arguments(node, op)}.get("dropout_p") != 0.0
+
+
+@functools.cache
+def _may_draw(op: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _check_random_ops(before: Program, after: Program) -> None:
