@@ -94,13 +94,27 @@ class References:
     """What a case is compared with.
 
     whole   the concatenated batch; None where something in the step mixes examples or draws numbers
-    floors  how far plain PyTorch is from itself, per variable: split from whole; where only equality up to rounding is
-            due, also split from itself with every averaged gradient moved by one rounding (the farthest of three moves)
+    exact   what the job must equal to the bit: split, or, where a clip norm is put together from pieces of a variable,
+            split with a norm that is put together likewise; None where only equality up to rounding is due
+    floors  how far plain PyTorch is from itself, per variable: split from whole; where the job may round differently,
+            also split from `exact`, and from itself with every averaged gradient moved by one rounding (three ways)
     """
 
     split: Outcome
     whole: Outcome | None
+    exact: Outcome | None
     floors: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Variables of which a global value is put together from pieces, with the pieces' sizes.
+
+    A norm of norms is the norm but for rounding. `of_clip_alone`: no optimizer combines norms of its own (Adafactor).
+    """
+
+    sizes: tuple[tuple[str, tuple[int, ...]], ...]
+    of_clip_alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +136,7 @@ class Difference:
 class Verdict:
     """How a case was judged.
 
-    exact    whether bit-equality with the split reference was asked for
+    exact    whether bit-equality with a reference was asked for
     worst    of all variables, the one nearest to its limit (or farthest beyond it), against either reference
     failure  a sentence; empty where the case passed
     """
@@ -147,11 +161,11 @@ class Laboratory:
 
     def judge(self, case: Case) -> Verdict:
         """Runs a case and compares it with the references."""
-        exact, outcome = self.run(case)
-        return judge(case, exact, outcome, self.references(case, exact))
+        pieces, outcome = self.run(case)
+        return judge(case, outcome, self.references(case, pieces))
 
-    def run(self, case: Case) -> tuple[bool, Outcome]:
-        """Whether bit-equality is due, and what the job ends with."""
+    def run(self, case: Case) -> tuple[Pieces, Outcome]:
+        """Which variables' norms are put together from pieces, and what the job ends with."""
         model, optimizer = self._objects()
         losses = []
         with _scheduled(optimizer, case.schedule) as advance:
@@ -162,18 +176,26 @@ class Laboratory:
                 advance()
         check_replicas(job)
         job.sync()
-        return self._is_exact(job), Outcome(_values(job.binding), tuple(losses))
+        assert job.job is not None, "the job has run"
+        return combined_pieces(self.captured[0][1].program, job.job), Outcome(_values(job.binding), tuple(losses))
 
-    def references(self, case: Case, exact: bool) -> References:
-        key = (case.parts, case.schedule, exact)
+    def references(self, case: Case, pieces: Pieces) -> References:
+        key = (case.parts, case.schedule, pieces)
         if key not in self._references:
-            split = self._reference(case, SplitTrainer)
-            whole = None if self.entry.mixes else self._reference(case, WholeTrainer)
-            others = [] if whole is None else [whole]
-            if not exact:
-                others += [self._reference(case, partial(SplitTrainer, nudge=n)) for n in _nudges(self.dtype)]
-            self._references[key] = References(split, whole, _floors(split, others))
+            self._references[key] = self._make_references(case, pieces)
         return self._references[key]
+
+    def _make_references(self, case: Case, pieces: Pieces) -> References:
+        split, rounded = self._reference(case, SplitTrainer), self.family.optimizer in zoo.ROUNDED
+        whole = None if self.entry.mixes else self._reference(case, WholeTrainer)
+        others = [] if whole is None else [whole]
+        exact = None if rounded or pieces.sizes else split
+        if pieces.sizes or rounded:
+            others += [self._reference(case, partial(SplitTrainer, nudge=n)) for n in _nudges(self.dtype)]
+        if pieces.sizes and pieces.of_clip_alone and not rounded:
+            exact = self._reference(case, partial(SplitTrainer, sizes=dict(pieces.sizes)))
+            others.append(exact)
+        return References(split, whole, exact, _floors(split, others))
 
     def prepare(self, case: Case, batch: tuple, hypers: Mapping[str, float]) -> Prepared:
         """A lowered step, from a capture that other cases may have made."""
@@ -214,11 +236,6 @@ class Laboratory:
                 advance()
         return Outcome(_values(Binding(model, optimizer)), tuple(losses))
 
-    def _is_exact(self, job: Loopback) -> bool:
-        assert job.job is not None, "the job has run"
-        combined = combines_pieces(self.captured[0][1].program, job.job)
-        return not combined and self.family.optimizer not in zoo.ROUNDED
-
 
 class _SharedPrograms(Programs):
     """The cache of one job, filled from the laboratory's."""
@@ -234,8 +251,9 @@ class _SharedPrograms(Programs):
 class SplitTrainer:
     """The N parts one after another from the same values, each with its trainer's random stream; one update."""
 
-    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts, nudge: float = 1.0):
-        self.user_step, self.model, self.optimizer, self.nudge = step, model, optimizer, nudge
+    def __init__(self, step: zoo.Step, model: nn.Module, optimizer: zoo.OptimizerTree, parts, nudge=1.0, sizes=None):
+        self.user_step, self.model, self.optimizer = step, model, optimizer
+        self.nudge, self.sizes = nudge, sizes or {}
         self.nominal = parts[0] or 1
         self.streams = [random_stream(k) for k in range(len(parts))]
 
@@ -256,9 +274,12 @@ class SplitTrainer:
         self._load_buffers({n: mean(given) if given[0].is_floating_point() else given[0] for n, given in after.items()})
         if not weights[0]:
             self._load_buffers(before | {n: b for n, b in self.model.named_buffers() if b.is_floating_point()})
-        for name, value in unwritten.items():
+        for (
+            name,
+            value,
+        ) in unwritten.items():  # a mean is of what the step writes: equal values do not average to themselves
             self.model.get_buffer(name).copy_(value)
-        self.user_step.update(self.model, self.optimizer)
+        self.user_step.update(self.model, self.optimizer, self.sizes)
         return mean([loss for _, loss, *_ in kept])
 
     def _gradients(self, rank: int, part: zoo.Batch) -> tuple[torch.Tensor, Values, Values]:
@@ -301,7 +322,9 @@ def _nudges(dtype: torch.dtype) -> list[float]:
 
 
 def _floors(split: Outcome, others: Sequence[Outcome]) -> Mapping[str, float]:
-    found = [differences(split.all(), other.all()) for other in others]
+    """Taken both ways: a job's difference is relative to the reference that it is compared with."""
+    pairs = [(split.all(), other.all()) for other in others]
+    found = [differences(*way) for a, b in pairs for way in ((a, b), (b, a))]
     return {name: max((each[name] for each in found), default=0.0) for name in split.all()}
 
 
@@ -327,31 +350,36 @@ def plan_for(program: Program, plan: str, trainers: int, servers: int) -> Plan:
     return make_plan(named(plan, plan_variables(program), **PLANS[plan]), program, trainers, servers)
 
 
-def combines_pieces(program: Program, job: Job) -> bool:
-    """Whether a global value (a clip norm) is put together from pieces of one variable.
-
-    A norm of norms is the norm but for rounding, so such a job equals the split reference only up to rounding.
-    """
+def combined_pieces(program: Program, job: Job) -> Pieces:
+    """Which variables have a part in a global value (a clip norm) that is put together from their pieces."""
     updates = find_updates(program)
-    parts = [part for join in updates.joins for part in join.partials.items()]
-    return any(
-        len(job.plan.pieces(name)) > 1 and not isinstance(updates.meanings[node], Scalar) for node, name in parts
-    )
-
-
-def judge(case: Case, exact: bool, outcome: Outcome, references: References) -> Verdict:
-    """SEMANTICS section 0."""
-    tolerance, floors = TOLERANCE[DTYPES[case.family.dtype]], references.floors
-    limits = {name: max(tolerance, 3 * floor) for name, floor in floors.items()}
-    found = [
-        Difference(name, value, 0.0 if exact else limits[name], floors[name])
-        for name, value in differences(outcome.all(), references.split.all()).items()
+    parts = [(j, n, name) for j in updates.joins for n, name in j.partials.items()]
+    combined = [
+        (join, name)
+        for join, node, name in parts
+        if len(job.plan.pieces(name)) > 1 and not isinstance(updates.meanings[node], Scalar)
     ]
-    if references.whole is not None:
-        apart = differences(outcome.all(), references.whole.all())
-        found += [Difference(name, value, limits[name], floors[name]) for name, value in apart.items()]
+    sizes = {name: job.plan.sharing(name).sizes for _, name in combined}
+    return Pieces(tuple(sizes.items()), all(len(join.parameters) > 1 for join, _ in combined))
+
+
+def combines_pieces(program: Program, job: Job) -> bool:
+    """Whether a job equals the split reference only up to rounding, because it combines norms of pieces."""
+    return bool(combined_pieces(program, job).sizes)
+
+
+def judge(case: Case, outcome: Outcome, references: References) -> Verdict:
+    """SEMANTICS section 0."""
+    tolerance, floors, found = TOLERANCE[DTYPES[case.family.dtype]], references.floors, []
+    if references.exact is not None:
+        apart = differences(outcome.all(), references.exact.all())
+        found += [Difference(name, value, 0.0, floors[name]) for name, value in apart.items()]
+    for reference in [references.split] if references.whole is None else [references.split, references.whole]:
+        apart = differences(outcome.all(), reference.all())
+        found += [Difference(name, v, max(tolerance, 3 * floors[name]), floors[name]) for name, v in apart.items()]
     worst = max(found, key=lambda d: (d.share, d.found))
-    return Verdict(case, exact, worst, "" if worst.found <= worst.limit else _failure(worst))
+    failure = "" if worst.found <= worst.limit else _failure(worst)
+    return Verdict(case, references.exact is not None, worst, failure)
 
 
 def _failure(worst: Difference) -> str:

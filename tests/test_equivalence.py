@@ -90,8 +90,8 @@ def test_judgement_fails_what_is_wrong() -> None:
     right = Outcome({"w": torch.tensor([1.0, 2.0])}, ())
     off = Outcome({"w": torch.tensor([1.0, 2.001])}, ())
     rounded = Outcome({"w": torch.nextafter(right.values["w"], torch.tensor(9.0))}, ())
-    references = References(right, right, {"w": 0.0})
-    assert not judge(case, True, right, references).failure
-    assert judge(case, False, off, references).failure
-    assert judge(case, True, rounded, references).failure
-    assert not judge(case, False, rounded, references).failure
+    asked, rounding = References(right, right, right, {"w": 0.0}), References(right, right, None, {"w": 0.0})
+    assert not judge(case, right, asked).failure
+    assert judge(case, off, rounding).failure
+    assert judge(case, rounded, asked).failure
+    assert not judge(case, rounded, rounding).failure

@@ -171,6 +171,9 @@ ROUNDED = frozenset({"ASGD", "RAdam"})
 differently from the eager one. Equal to one device up to rounding, never asked to be bit-equal."""
 
 
+_WHOLE: Mapping[str, tuple[int, ...]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A training step in two halves, so that a reference may put its own averaging between them."""
@@ -190,11 +193,24 @@ class Step:
         loss.backward()
         return loss
 
-    def update(self, model: nn.Module, optimizer: OptimizerTree) -> None:
-        if self.clip is not None:
+    def update(self, model: nn.Module, optimizer: OptimizerTree, sizes: Mapping[str, tuple[int, ...]] = _WHOLE) -> None:
+        """`sizes`: of the pieces from which a variable's norm is put together."""
+        if self.clip is not None and sizes:
+            norms = [
+                _norm_of(p.grad, sizes.get(name, ())) for name, p in model.named_parameters() if p.grad is not None
+            ]
+            total = torch.linalg.vector_norm(torch.stack(norms))
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.clip, total)
+        elif self.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.clip)
         for each in as_tuple(optimizer):
             each.step()
+
+
+def _norm_of(gradient: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    if len(sizes) < 2:
+        return torch.linalg.vector_norm(gradient)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in gradient.split(sizes)]))
 
 
 def make_step(model: str, clip: bool) -> Step:
