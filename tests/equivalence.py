@@ -274,10 +274,7 @@ class SplitTrainer:
         self._load_buffers({n: mean(given) if given[0].is_floating_point() else given[0] for n, given in after.items()})
         if not weights[0]:
             self._load_buffers(before | {n: b for n, b in self.model.named_buffers() if b.is_floating_point()})
-        for (
-            name,
-            value,
-        ) in unwritten.items():  # a mean is of what the step writes: equal values do not average to themselves
+        for name, value in unwritten.items():
             self.model.get_buffer(name).copy_(value)
         self.user_step.update(self.model, self.optimizer, self.sizes)
         return mean([loss for _, loss, *_ in kept])
