@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -172,11 +173,9 @@ class Plan:
 
 
 def _refuse_repeated(names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise PlanError(
-                f"{name!r}: found {names.count(name)} times in one plan, expected once. Keep one."
-            )
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise PlanError(f"{name!r}: found {count} times in one plan, expected once. Keep one.")
 
 
 def _written(sharing: Sharing) -> dict[str, Any]:
