@@ -178,7 +178,7 @@ def write(value: Any, flow: Sequence[str] = ()) -> str:
     """
     top = yaml.SafeDumper(StringIO(), sort_keys=False).represent_data(_fresh(value))
     _lay_out(top, frozenset(flow), inline=False)
-    return yaml.serialize(top, Dumper=yaml.SafeDumper, width=1_000_000, allow_unicode=True)
+    return yaml.serialize(top, Dumper=yaml.SafeDumper, width=1_000_000)
 
 
 def _fresh(value: Any) -> Any:

@@ -119,7 +119,8 @@ def test_a_contradicting_environment_is_refused(environment: dict[str, str], mes
         ),
         (
             "hosts:\n  a: {trainers: x}",
-            "cluster, line 2, at hosts.a.trainers: found 'x', expected a whole number of at least 0. Correct it.",
+            "cluster, line 2, at hosts.a.trainers: found 'x', expected a whole number of at least "
+            "0. Correct it.",
         ),
         (
             "trainers: 1\nlatency: 3",
@@ -135,8 +136,8 @@ def test_a_bad_file_is_refused(text: str, message: str):
 
 def test_a_trainer_on_two_hosts_is_refused():
     message = (
-        "hosts: found the trainers [0, 0], expected each of the 2 trainers, which count from 0, on exactly one "
-        "host. Correct the lists, or use Cluster.of."
+        "hosts: found the trainers [0, 0], expected each of the 2 trainers, which count from 0, on exactly "
+        "one host. Correct the lists, or use Cluster.of."
     )
     with pytest.raises(ClusterError, match=f"^{re.escape(message)}$"):
         Cluster(2, 0, (Host("a", (0,)), Host("b", (0,))))
