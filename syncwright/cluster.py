@@ -121,8 +121,8 @@ class Cluster:
         """A cluster from what torchrun and Syncwright's launcher tell a process.
 
         WORLD_SIZE, LOCAL_WORLD_SIZE, RANK and GROUP_RANK are torchrun's: trainers, trainers per host, this
-        trainer, this host. SYNCWRIGHT_TRAINERS and SYNCWRIGHT_SERVERS are the launcher's. With none of them there
-        are one trainer and no server.
+        trainer, this host. SYNCWRIGHT_TRAINERS and SYNCWRIGHT_SERVERS are our launcher's. With none of them:
+        one trainer and no server.
         """
         trainers = _count(environment, "SYNCWRIGHT_TRAINERS", least=1)
         world = _count(environment, "WORLD_SIZE", least=1)

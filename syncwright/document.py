@@ -80,7 +80,7 @@ class Node:
     def record(self, keys: Sequence[str], do: str) -> dict[str, Node]:
         """The nodes of a mapping whose keys are known."""
         listed = f"one of {', '.join(keys)}" if len(keys) > 1 else ", ".join(keys) or "no key"
-        nodes = self.mapping(f"a mapping with {listed}", do)
+        nodes = self.mapping("a mapping" + (f" (keys: {', '.join(keys)})" if keys else " without keys"), do)
         for key, node in nodes.items():
             if key not in keys:
                 advice = did_you_mean(key, keys, "Take the line out or correct its key.")
@@ -104,10 +104,12 @@ def read(source: str | Path, name: str, kind: type[SyncwrightError]) -> Node:
         if top is None:
             return Node(None, name, 1, "", kind)
         return _Walk(loader, name, kind, set()).node(top, "")
+    except SyncwrightError:
+        raise
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise kind(f"{name}{line}: found text that is not YAML ({fault.problem}). {_QUOTE}") from None
+        raise kind(f"{name}{line}: found text that is not YAML ({fault.problem}). {_ADVICE}") from None
     except (yaml.YAMLError, ValueError) as fault:
         raise kind(f"{name}: found text that is not YAML ({fault}). Correct it.") from None
     except RecursionError:
@@ -117,7 +119,7 @@ def read(source: str | Path, name: str, kind: type[SyncwrightError]) -> Node:
             loader.dispose()
 
 
-_QUOTE = "Check the indentation and the colons; a pattern that starts with * or [ stands in quotes."
+_ADVICE = "Check the indentation and the colons; a pattern that starts with * or [ stands in quotes."
 
 
 def _file_text(path: Path, kind: type[SyncwrightError]) -> str:
@@ -174,7 +176,7 @@ def write(value: Any, flow: Sequence[str] = ()) -> str:
     """
     top = yaml.SafeDumper(StringIO(), sort_keys=False).represent_data(_fresh(value))
     _lay_out(top, frozenset(flow), inline=False)
-    return yaml.serialize(top, Dumper=yaml.SafeDumper, width=1_000_000, allow_unicode=True)
+    return yaml.serialize(top, Dumper=yaml.SafeDumper, width=1_000_000)
 
 
 def _fresh(value: Any) -> Any:

@@ -72,7 +72,7 @@ def describe(hint: Any, in_python: bool = False) -> str:
     match get_origin(hint):
         case origin if origin is Annotated:
             kind, meta = get_args(hint)
-            return f"{describe(kind)} of at least {meta.ge}"
+            return describe(kind) + (f" of at least {meta.ge}" if meta.gt is None else f" above {meta.gt}")
         case origin if origin is Literal:
             values = [str(value) for value in get_args(hint)]
             return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
@@ -137,7 +137,8 @@ def decode_record(node: Node, kind: type[T]) -> T:
         nodes = node.record(tuple(known), f"Give the settings of {tag(kind)} by name.")
     for name, field in known.items():
         if _required(field) and name not in nodes:
-            raise node.error(describe(hints[name]), f"Add the line `{name}: ...`.", found=f"no `{name}`")
+            do = f"Write {{{tag(kind)}: ...}} with its value." if len(known) == 1 else f"Add `{name}: ...`."
+            raise node.error(describe(hints[name]), do, found=f"no `{name}`")
     values = {name: decode(inner, hints[name], _advice(known[name])) for name, inner in nodes.items()}
     try:
         return kind(**values)

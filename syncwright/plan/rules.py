@@ -40,8 +40,8 @@ class Rules:
     default     for every variable that no pattern matches
     patterns    (pattern, sharing), the last match counts
     buffers     (pattern, "mean" | "trainer0" | "local") for buffers that the step writes; likewise
-    uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (a person meant
-                it), or "keep_whole" with a note in the plan (named strategies)
+    uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (what a
+                person wrote is meant), or "keep_whole" with a note in the plan (named strategies)
     source      what errors call these rules: the file's name
     """
 
