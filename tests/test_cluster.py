@@ -119,8 +119,7 @@ def test_a_contradicting_environment_is_refused(environment: dict[str, str], mes
         ),
         (
             "hosts:\n  a: {trainers: x}",
-            "cluster, line 2, at hosts.a.trainers: found 'x', expected a whole number of at least "
-            "0. Correct it.",
+            "cluster, line 2, at hosts.a.trainers: found 'x', expected a whole number of at least 0. Correct it.",
         ),
         (
             "trainers: 1\nlatency: 3",

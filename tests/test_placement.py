@@ -114,13 +114,9 @@ def test_a_server_that_does_not_exist_is_refused():
             owners([1], rule, 2)
 
 
-@given(
-    st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), PLACEMENTS)), st.integers(1, 5)
-)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), PLACEMENTS)), st.integers(1, 5))
 def test_every_piece_has_an_owner_in_range(lines: list[tuple[list[int], Placement]], servers: int):
-    cuts = [
-        (variable(f"v{index}", sum(sizes)), tuple(sizes), rule) for index, (sizes, rule) in enumerate(lines)
-    ]
+    cuts = [(variable(f"v{index}", sum(sizes)), tuple(sizes), rule) for index, (sizes, rule) in enumerate(lines)]
     found = place(cuts, servers)
     assert [len(each) for each in found] == [len(sizes) for sizes, _ in lines]
     assert all(0 <= owner < servers for each in found for owner in each)

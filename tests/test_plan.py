@@ -256,9 +256,7 @@ def test_sizes_that_were_edited_wrongly_are_refused_under_the_right_digest():
 
 
 def test_other_machines_are_refused():
-    with pytest.raises(
-        ClusterError, match=r"^trainers: found 3, expected 2 as the plan says\. Start as many, or"
-    ):
+    with pytest.raises(ClusterError, match=r"^trainers: found 3, expected 2 as the plan says\. Start as many, or"):
         check(planned(MIXED), MODEL, "d1", Cluster.of(3, 2))
     with pytest.raises(
         ClusterError, match=r"^servers: found 1, fewer servers than the plan names: expected at least 2"

@@ -94,9 +94,7 @@ def test_buffers_have_defaults_by_dtype():
 def test_what_cannot_be_cut_is_kept_whole_where_rules_allow_it():
     rules = Rules(ParameterServer(partition=Blocks(1)), uncuttable="keep_whole")
     plan = planned(rules, **{"head.weight": "whole"})
-    assert plan.sharing("head.weight") == Sharing(
-        "head.weight", ParameterServer(partition=Whole()), (10,), (0,)
-    )
+    assert plan.sharing("head.weight") == Sharing("head.weight", ParameterServer(partition=Whole()), (10,), (0,))
     assert plan.notes == ("head.weight is kept whole: its update needs the whole tensor",)
 
 
@@ -176,9 +174,7 @@ SYNCS = st.one_of(
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(["*", "embed.*", "head.*", "*.weight", "scale"]), SYNCS), max_size=6)
-)
+@given(st.lists(st.tuples(st.sampled_from(["*", "embed.*", "head.*", "*.weight", "scale"]), SYNCS), max_size=6))
 def test_the_last_match_wins(lines: list[tuple[str, Sync]]):
     plan = planned(Rules(Local(), tuple(lines)))
     for variable, patterns in (

@@ -174,8 +174,7 @@ MISTAKES = [
     ),
     (
         "default: {local: {x: 1}}",
-        "rules, line 1, at default.local.x: found the key 'x', expected no key. "
-        "Take the line out or correct its key.",
+        "rules, line 1, at default.local.x: found the key 'x', expected no key. Take the line out or correct its key.",
     ),
     (
         "default: local\nvariables: a",
@@ -189,8 +188,7 @@ MISTAKES = [
     ),
     (
         "default: local\nbuffers:\n  - a: first",
-        "rules, line 3, at buffers[0].a: found 'first', expected one of mean, trainer0, local. "
-        "Write one of them.",
+        "rules, line 3, at buffers[0].a: found 'first', expected one of mean, trainer0, local. Write one of them.",
     ),
     (
         "default: local\ndefault: all_reduce",

@@ -90,9 +90,7 @@ def test_partitioned_keeps_whole_what_cannot_be_cut_and_says_so():
 
 def test_parallax_serves_sparse_and_reduces_dense():
     found = plan("parallax")
-    assert found.sharing("embed.weight") == Sharing(
-        "embed.weight", ParameterServer(place=LeastLoaded()), (1000,), (0,)
-    )
+    assert found.sharing("embed.weight") == Sharing("embed.weight", ParameterServer(place=LeastLoaded()), (1000,), (0,))
     assert found.sharing("head.weight") == Sharing("head.weight", AllReduce(), (10,))
 
 

@@ -49,9 +49,7 @@ def resolve(
     notes: list[str] = []
     chosen: list[tuple[Variable, Sync, tuple[int, ...]]] = []
     for variable in parameters:
-        assert variable.name in updates, (
-            f"no update kind for {variable.name!r}; say None where it is never updated"
-        )
+        assert variable.name in updates, f"no update kind for {variable.name!r}; say None where it is never updated"
         update = updates[variable.name]
         sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
         sync, sizes = _cut(rules, variable, sync, update, servers, notes)
