@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -14,4 +15,7 @@ def check_golden(name: str, text: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; set UPDATE_GOLDEN=1 and look at git diff"
+    expected = path.read_text(encoding="utf-8")
+    if text != expected:
+        lines = difflib.unified_diff(expected.splitlines(), text.splitlines(), "expected", "found", n=0, lineterm="")
+        raise AssertionError(f"{path.name} differs; set UPDATE_GOLDEN=1 and look at git diff\n" + "\n".join(lines))
