@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import getitem
@@ -84,7 +84,7 @@ def _members(program: Program) -> list[Member]:
     for name, mark in marks.items():
         packed = _reduced(mark)
         gradient = _divided(packed)
-        nodes = tuple(n for n in own.get(name, ()) if _behind(n, gradient))
+        nodes = _update_nodes(own.get(name, ()), mark, gradient)
         if name in results and _is_elementwise(nodes, gradient, program.variables[name]):
             facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)
             member = _member(facts, gradient, packed, nodes)
@@ -106,9 +106,19 @@ def _is_elementwise(nodes: tuple[Node, ...], gradient: Node, parameter: Variable
     return bool(nodes)
 
 
-def _behind(node: Node, gradient: Node) -> bool:
-    val = node.meta["val"]
-    return node > gradient or is_host(val) or (isinstance(val, torch.Tensor) and val.dim() == 0)
+def _update_nodes(own: Sequence[Node], mark: Node, gradient: Node) -> tuple[Node, ...]:
+    """What belongs to the update: of the nodes that serve one parameter alone, those that its gradient is not made of.
+
+    Some may stand in front of the gradient: AdamW's decay, the `momentum * buffer` of SGD.
+    """
+    mine, behind = set(own), set()
+    stack = [gradient, mark]
+    while stack:
+        node = stack.pop()
+        if node not in behind:
+            behind.add(node)
+            stack += [n for n in node.all_input_nodes if n in mine]
+    return tuple(n for n in own if n not in behind)
 
 
 def _owners(program: Program) -> dict[Node, str | None]:
@@ -358,8 +368,9 @@ def _flat_variables(
 def _copy_update(
     program: Program, first: Member, gradient: Mapping[Node, Node], reads: Mapping[str, Node]
 ) -> dict[Node, Node]:
-    """The first member's update, on flat values. Values of no one's (0-d state, numbers) are computed as before."""
+    """The first member's update, on flat values, behind its gradient. 0-d state and numbers are computed as before."""
     graph, mode = program.graph, mode_of(program.graph)
+    last = max(gradient.values())
     own = {
         program.placeholders[v.name]: key
         for key, v in {"": first.parameter, **first.state}.items()
@@ -371,8 +382,9 @@ def _copy_update(
         sources = [n for n in node.all_input_nodes if n in made]
         if not sources or not isinstance(node.meta["val"], torch.Tensor) or node.meta["val"].dim() == 0:
             continue
-        with graph.inserting_after(node):
-            made[node] = call(
+        last = max(last, node)
+        with graph.inserting_after(last):
+            made[node] = last = call(
                 graph,
                 mode,
                 node.target,
