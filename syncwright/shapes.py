@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from syncwright import ops
@@ -35,8 +36,8 @@ def mode_of(graph: Graph) -> FakeTensorMode:
 
 
 def new_mode() -> FakeTensorMode:
-    """A fake mode of its own, without the symbols that capture made."""
-    return FakeTensorMode()
+    """A fake mode of its own, without the symbols that capture made. Inductor's caches want its `ShapeEnv`."""
+    return FakeTensorMode(shape_env=ShapeEnv())
 
 
 def like(mode: FakeTensorMode, val: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from syncwright.dead import remove_dead
 from syncwright.passes.insert import first_call
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
-from syncwright.shapes import Inference, call, fake, is_host, mode_of, substitute
+from syncwright.shapes import Inference, call, fake, mode_of, substitute
 from syncwright.update import is_pointwise
 
 aten = torch.ops.aten

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -11,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from syncwright import ops
 from syncwright.program import Program, Role
 from syncwright.runtime.executor import Port, Run, communicate
-from syncwright.runtime.inductor import compile_graph
+from syncwright.runtime.inductor import compile_graphs
 from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
 from syncwright.shapes import fake, is_host, like, new_mode, substitute
 
@@ -23,13 +24,15 @@ FEW_NODES, FEW_ELEMENTS = 12, 4096
 class Compiled:
     """A segment ready to run: a function from the values of `inputs` to the values of `outputs`.
 
-    hosts  which inputs are numbers on the host, each with the 0-d tensor that carries it
+    hosts     which inputs are numbers on the host, each with the 0-d tensor that carries it
+    examples  what inputs look like, where the function is a graph that is to be compiled
     """
 
     function: Callable[..., Sequence[object]]
     inputs: tuple[Node, ...]
     hosts: tuple[tuple[int, torch.Tensor], ...]
     outputs: tuple[Node, ...]
+    examples: tuple[torch.Tensor, ...] = ()
 
 
 class CompiledExecutor:
@@ -42,7 +45,7 @@ class CompiledExecutor:
         self._cut = cut(program)
         self._kept = _kept(program, self._cut)
         self._in_place = _in_place(program, self._cut)
-        self._items = [self._prepare(item, at) for at, item in enumerate(self._cut.items)]
+        self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""
@@ -113,8 +116,8 @@ class _Builder:
             self.graph.call_function(torch.ops.aten.copy_.default, (self.made[placeholder], self.made[node]))
         self.graph.output([self.made[n] for n in returned])
         module = GraphModule({}, self.graph)
-        function = module if self._is_small() else compile_graph(module, self.examples)
-        return Compiled(function, tuple(self.inputs), tuple(self.hosts), tuple(returned))
+        examples = () if self._is_small() else tuple(self.examples)
+        return Compiled(module, tuple(self.inputs), tuple(self.hosts), tuple(returned), examples)
 
     def _is_small(self) -> bool:
         vals = [n.meta["val"] for n in self.segment.nodes]
@@ -170,6 +173,16 @@ class _Builder:
             return
         assert node in self.views, f"{node.name} comes from outside or is a view"
         self.made[node] = self._copy(node)
+
+
+def _compiled(items: list[Compiled | Node]) -> list[Compiled | Node]:
+    """The items with their graphs compiled."""
+    drafts = {at: item for at, item in enumerate(items) if isinstance(item, Compiled) and item.examples}
+    graphs = [(cast(GraphModule, draft.function), draft.examples) for draft in drafts.values()]
+    made = dict(zip(drafts, compile_graphs(graphs), strict=True))
+    return [
+        replace(drafts[at], function=made[at], examples=()) if at in made else item for at, item in enumerate(items)
+    ]
 
 
 def _kept(program: Program, cut: Cut) -> dict[int, set[Node]]:
