@@ -19,7 +19,7 @@ help:
 	@echo "make golden                         rewrite the golden files, then look at git diff"
 	@echo "make docs                           run what the documents show"
 	@echo "make bench [NAME=dense] [JSON=FILE] measure bench/NAME.py"
-	@echo "make test-torch VERSION=2.12.0      the tests with another torch"
+	@echo "make test-torch VERSION=2.12.1      the tests with another torch"
 
 # The stamp is newer than what it was made from; an environment that is already there is completed.
 .venv/ready: pyproject.toml constraints.txt
@@ -59,7 +59,7 @@ bench: .venv/ready-bench
 	$(BIN)/python bench/$(NAME).py --json '$(JSON)' $(ARGS)
 
 test-torch:
-	@test -n '$(VERSION)' || { echo "say which torch: make test-torch VERSION=2.12.0" >&2; exit 2; }
+	@test -n '$(VERSION)' || { echo "say which torch: make test-torch VERSION=2.12.1" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-torch-$(VERSION)/ready
 	OMP_NUM_THREADS=1 .venv-torch-$(VERSION)/bin/python $(PYTEST) $(ARGS)
 

@@ -29,6 +29,7 @@ from syncwright.split import (
     server_parts,
     split,
 )
+from syncwright.text import target_text
 from syncwright.update import Updates, find_updates, followed
 from syncwright.verify import verify, verify_after, verify_job
 
@@ -193,7 +194,7 @@ def _lines(program: Program) -> list[str]:
     """A program's nodes by their numbers: names differ where the forward does."""
     number = {node: f"%{index}" for index, node in enumerate(program.graph.nodes)}
     return [
-        f"{n.op} {n.target if n.op == 'call_function' else n.meta.get('variable')} "
+        f"{n.op} {target_text(n.target) if n.op == 'call_function' else n.meta.get('variable')} "
         f"{map_arg((n.args, n.kwargs), number.__getitem__)}"
         for n in program.graph.nodes
     ]

@@ -107,7 +107,7 @@ class Program:
 
     @property
     def output(self) -> Node:
-        return next(reversed(self.graph.nodes))
+        return next(iter(reversed(self.graph.nodes)))
 
     def of_role(self, *roles: Role) -> list[Variable]:
         return [v for v in self.variables.values() if v.role in roles]
