@@ -12,6 +12,7 @@ from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
+from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.transport import Outlet, Work
 
 
@@ -93,7 +94,7 @@ class Client:
             case Value(channel=channel, version=version) if message.tensor is not None:
                 self._got[channel, version] = message.tensor
             case Failure(reason=reason):
-                raise JobError(reason)
+                raise cannot_go_on(self.transport.me, reason)
             case other:
                 raise JobError(f"{sender} sent a {type(other).__name__}, which trainers do not take.")
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.errors import ClusterError, DeadlineExceeded, JobError
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
@@ -155,6 +155,8 @@ class Collectives:
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
+        if (told := self._heartbeat.told()) is not None:
+            return told
         doing = f"{doing} at step {self._heartbeat.step}"
         if late:
             return DeadlineExceeded(
@@ -162,10 +164,11 @@ class Collectives:
                 "trainer to take part in time. See the output of who is late; if it is only slow, give a longer "
                 "Deadlines.wait."
             )
-        return PeerLost(
-            f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)}. Expected every trainer to stay, "
-            "and to make the same number of steps. See its output; trainer.shard(loader) gives every trainer as many "
-            "batches."
+        return self._heartbeat.broken(
+            f"{doing}, and a connection broke",
+            self.others,
+            "Expected every trainer to stay, and to make the same number of steps. See its output; "
+            "trainer.shard(loader) gives every trainer as many batches.",
         )
 
 

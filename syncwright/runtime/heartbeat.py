@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import msgspec
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from syncwright.errors import PeerLost
 from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import Rendezvous, failure, names, tell_failure
+from syncwright.runtime.rendezvous import STAY, Rendezvous, cannot_go_on, failure, names, tell_failure
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -60,6 +61,16 @@ class Heartbeat:
     def fail(self, reason: str) -> None:
         """Tells all roles of this generation that this one cannot go on. The first who says so is heard."""
         tell_failure([self._store, self._job], reason)
+
+    def broken(self, why: str, peers: Sequence[Address], expected: str = STAY) -> PeerLost:
+        """What to raise when `why` shows that some of `peers` are gone. A failure that was told, by a role or by the
+        launcher, is the cause, whoever noticed it first and by what: it is told in the same words everywhere."""
+        lost = self.lost(peers)
+        return self.told() or PeerLost(f"{why}: {lost}. {expected}")
+
+    def told(self) -> PeerLost | None:
+        """What to raise when a failure has been told; None if none has."""
+        return None if self.failed is None else cannot_go_on(self.me, self.failed)
 
     def silent(self, peers: Sequence[Address]) -> list[Address]:
         """Those of `peers` that beat no more: ended, gone, stopped or cut off. Takes two beats to tell."""

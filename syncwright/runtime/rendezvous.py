@@ -24,6 +24,8 @@ from syncwright.runtime.messages import Address, Kind
 FAILED = "failed"
 """The key where a role says that it cannot go on (in its generation), or the launcher that one ended badly (above)."""
 
+STAY = "Expected every role to stay until the job ends. See its output."
+
 
 class Endpoint(msgspec.Struct, frozen=True):
     """What a role publishes: where it listens (a server), and the secret that its visitors must know."""
@@ -105,6 +107,11 @@ def failure(stores: Sequence[Store]) -> str | None:
         if store.check([FAILED]):
             return store.get(FAILED).decode()
     return None
+
+
+def cannot_go_on(me: Address, why: str) -> PeerLost:
+    """What `me` raises when a role has told `why` it cannot go on: the same words, by whichever way they came."""
+    return PeerLost(f"{me} cannot go on: {why.rstrip('.')}. {STAY}")
 
 
 def publish(store: Store, me: Address, endpoint: Endpoint) -> None:

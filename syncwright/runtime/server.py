@@ -17,6 +17,7 @@ from syncwright.job import Channel, Job
 from syncwright.program import Program
 from syncwright.runtime.executor import Executor, Port
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
+from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
@@ -119,7 +120,7 @@ class Server:
             case Leave(step=step):
                 self._left[sender.rank] = step
             case Failure(reason=reason):
-                raise JobError(reason)
+                raise cannot_go_on(Address(Kind.SERVER, self.rank), reason)
         return self._advance()
 
     def _hello(self, sender: Address, digest: str) -> list[Outgoing]:

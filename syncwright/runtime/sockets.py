@@ -18,14 +18,12 @@ from syncwright.runtime.collectives import Collectives
 from syncwright.runtime.endpoint import Binding
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind, Message
-from syncwright.runtime.rendezvous import Endpoint, Rendezvous, look_up, publish
+from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
 from syncwright.runtime.transport import Work
 from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode, encode
 
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
-
-STAY = "Expected every role to stay until the job ends. See its output."
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +108,8 @@ class SocketTransport:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            why = "it never connected, or its connection is gone"
-            raise PeerLost(f"{self.me} cannot send to {to}: {why}; {self._heartbeat.lost([to])}. {STAY}") from error
+            why = "which never connected, or whose connection is gone"
+            raise self._heartbeat.broken(f"{self.me} cannot send to {to}, {why}", [to]) from error
 
     def receive(self, seconds: float) -> tuple[Address, Message] | None:
         """The next message from anyone, None when none came within `seconds`; `PeerLost` if one is gone."""
@@ -166,15 +164,14 @@ class SocketTransport:
 
     def watch(self) -> None:
         """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""
-        if self._heartbeat.failed is not None:
-            raise PeerLost(f"{self.me} cannot go on: {self._heartbeat.failed.rstrip('.')}. {STAY}")
+        if (told := self._heartbeat.told()) is not None:
+            raise told
         if self._heartbeat.store_lost is not None:
             at = self._place.store
             raise PeerLost(f"{self.me} cannot go on: the job's store at {at} is gone with who hosts it. {STAY}")
         for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
             if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
-                lost = self._heartbeat.lost([server])
-                raise PeerLost(f"{self.me} lost its connection to {server}: {lost}. {STAY}")
+                raise self._heartbeat.broken(f"{self.me} lost its connection to {server}", [server])
             # A server may end before another server; a trainer is served until it leaves.
             self._poller.unregister(self._monitors.pop(server))
             self._ended.add(server)

@@ -27,12 +27,12 @@ from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.membership import disabled_passes, membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.programs import Prepared, Programs
-from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_store, tell_failure
+from syncwright.runtime.rendezvous import Rendezvous, cannot_go_on, failure, reaching_the_store, tell_failure
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
 from syncwright.runtime.server import Server
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sharding import bounds, shard
-from syncwright.runtime.sockets import STAY, Deadlines, SocketTransport
+from syncwright.runtime.sockets import Deadlines, SocketTransport
 
 log = logging.getLogger("syncwright")
 _generations = itertools.count()
@@ -336,7 +336,7 @@ class Trainer:
         with reaching_the_store(self.place.me):
             while not store.check([key]):
                 if (why := failure(self._stores)) is not None:
-                    raise PeerLost(f"{self.place.me} cannot go on: {why.rstrip('.')}. {STAY}")
+                    raise cannot_go_on(self.place.me, why)
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded(
                         f"{self.place.me} has waited {seconds:g} s for trainer 0's {key}. Expected trainer 0 to come "
