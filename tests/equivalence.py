@@ -170,7 +170,7 @@ class Laboratory:
         losses = []
         with _scheduled(optimizer, case.schedule) as advance:
             job = loopback(self.step, model, optimizer, plan=case.plan, trainers=len(case.parts), servers=case.servers)
-            job.programs = _SharedPrograms(self, case, self.step, job.binding, optimizer)
+            job.session.use(_SharedPrograms(self, case, self.step, job.binding, optimizer))
             for parts in self._batches(case):
                 losses.append(job.step(parts))
                 advance()

@@ -15,7 +15,8 @@ from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.flatten import flat_parts
 from syncwright.planning import make_plan
 from syncwright.program import Program, Role
-from syncwright.runtime.compiled import CompiledExecutor
+from syncwright.runtime import compiled
+from syncwright.runtime.compiled import Compiled, CompiledExecutor
 from syncwright.runtime.executor import Executor
 from syncwright.runtime.inductor import is_available
 from syncwright.runtime.segments import Segment, cut
@@ -157,3 +158,18 @@ def test_compiled_agrees_with_interpreted_and_draws_the_same_masks():
     assert abs(expected["loss"] - found["loss"]) < 1e-6
     for name in ("table.weight", "head.weight", "head.weight.exp_avg", "norm.running_var"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_values_that_nothing_reads_any_more_are_freed_once(monkeypatch):
+    """Each right behind its last reader: the run still finds all that it reads."""
+    monkeypatch.setattr(compiled, "compile_graph", lambda module, inputs: module)
+    program, values = lowered("adam", 2, COMPILED)
+    executor = CompiledExecutor(program)
+    made = [n for item in executor._items for n in (item.outputs if isinstance(item, Compiled) else [item])]
+    freed = [node for frees in executor._frees for node in frees]
+    results, views = set(program.results.values()), executor._cut.views
+    kept = {n for n in made if n in results or any(v in results and v.args[0] is n for v in views)}
+    assert sorted(freed) == sorted(set(made) - kept)
+    expected = run(Executor(program), program, values, 2)
+    found = run(executor, program, values, 2)
+    torch.testing.assert_close(found["head.weight"], expected["head.weight"], rtol=1e-5, atol=1e-7)

@@ -206,7 +206,8 @@ def test_a_servers_error_reaches_the_trainer_and_close_does_not_hang(monkeypatch
     monkeypatch.setattr(Server, "_merge", lambda self: torch.ones(2) @ torch.ones(3))
     begun = time.monotonic()
     with pytest.raises(
-        JobError, match=r"^server 0 at step \d: found RuntimeError: inconsistent tensor size.* Run the step"
+        JobError,
+        match=r"^trainer 0 cannot go on: server 0 at step \d: found RuntimeError: inconsistent tensor size.* Run the step",
     ):
         trainer.step(*BATCH)
     trainer.close()

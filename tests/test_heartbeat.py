@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 
@@ -93,4 +94,45 @@ def test_what_the_launcher_says_of_a_failed_role_is_heard(rendezvous: Rendezvous
     rendezvous.clients()[1].set(FAILED, "server 0 (pid 7) was killed by SIGKILL")
     until(lambda: zero.failed)
     assert zero.failed == "server 0 (pid 7) was killed by SIGKILL"
+    zero.close()
+
+
+def test_a_wait_goes_on_while_a_peer_compiles_and_as_long_again_after_it(rendezvous: Rendezvous) -> None:
+    zero, one = (Heartbeat(me, rendezvous, every=0.01) for me in (T0, T1))
+    assert zero.wait([T1], 0.0).is_over(), "nobody compiles"
+    with one.busy("compiling the step"):
+        until(lambda: "compiling" in zero.late([T1]))
+        wait = zero.wait([T1], 0.0)
+        assert not wait.is_over()
+        assert zero.wait([S0], 0.0).is_over(), "nobody who is waited for compiles"
+        said = rf"trainer 1 \(pid {os.getpid()} on here\) has been compiling the step for \d+ s"
+        assert re.fullmatch(f"; {said}", wait.doing())
+        assert re.fullmatch(f"{said}, at step 0, `start`", zero.late([T1]))
+    until(lambda: wait.doing() == "")
+    assert zero._allowed([T1], 60.0) > 50.0, "60 s from the end of the compilation"
+    assert zero._allowed([T1], 0.0) <= 0.0
+    one.close()
+    assert zero._allowed([T1], 60.0) == 0.0, "it has ended"
+    zero.close()
+
+
+def test_a_compilation_may_take_only_so_long(rendezvous: Rendezvous) -> None:
+    zero, one = Heartbeat(T0, rendezvous, every=0.01, longest=0.05), Heartbeat(T1, rendezvous, every=0.01)
+    with one.busy("capturing the step"):
+        until(lambda: "more than" in zero.late([T1]))
+        wait = zero.wait([T1], 0.0)
+        assert wait.is_over()
+        assert re.search(r"has been capturing the step for \d+ s \(more than Deadlines.compile, 0.05 s\)", wait.doing())
+    one.close()
+    zero.close()
+
+
+def test_who_beats_no_more_is_not_waited_for_though_it_said_that_it_compiles(rendezvous: Rendezvous) -> None:
+    zero, one = Heartbeat(T0, rendezvous, every=0.01, silent=0.1), Heartbeat(T1, rendezvous, every=0.01)
+    with one.busy("compiling the step"):
+        until(lambda: "compiling" in zero.late([T1]))
+        one._stop.set()  # as when its process is stopped
+        wait = zero.wait([T1], 0.0)
+        assert not wait.is_over()
+        until(wait.is_over)
     zero.close()

@@ -86,6 +86,7 @@ idle            the program of a trainer without examples
 lower           Program and Plan to a Job
 runtime         what runs a job
     messages
+    deadlines
     transport
     membership
     rendezvous
@@ -94,7 +95,9 @@ runtime         what runs a job
     shared_memory
     collectives
     wire
+    limits
     sockets
+    meeting
     launch
     executor
     inductor
@@ -102,12 +105,18 @@ runtime         what runs a job
     compiled
     server
     client
+    structure
     programs
-    replica
     sharding
+    evaluation
+    replica
+    agreement
+    session
     loopback
     intercept
     serving
+    hosting
+    joined
     trainer
 reference       what one device computes, in plain PyTorch
 checking        a plan against one device

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from syncwright.errors import ClusterError, DeadlineExceeded
+from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.membership import Host, membership
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Endpoint, Rendezvous, look_up, names, publish
@@ -90,9 +91,9 @@ def test_an_environment_that_cannot_be_meant_is_refused(environment: dict[str, s
 def test_servers_are_found_by_those_who_look_in_the_same_generation() -> None:
     first, place = Rendezvous(membership({}), 0), membership({})
     publish(first.client(), S0, Endpoint("inproc://0", "secret"))
-    assert look_up(first.client(), T0, [S0], [T0, S0], 1) == {S0: Endpoint("inproc://0", "secret")}
+    assert look_up(first.client(), T0, [S0], [T0, S0], Wait(1)) == {S0: Endpoint("inproc://0", "secret")}
     with pytest.raises(DeadlineExceeded):
-        look_up(Rendezvous(place, 1).client(), T0, [S0], [T0, S0], 0.02)
+        look_up(Rendezvous(place, 1).client(), T0, [S0], [T0, S0], Wait(0.02))
 
 
 def test_the_error_names_who_is_missing() -> None:
@@ -100,7 +101,7 @@ def test_the_error_names_who_is_missing() -> None:
     for peer in (S0, T0, T1):
         publish(store, peer, Endpoint())
     with pytest.raises(DeadlineExceeded) as caught:
-        look_up(store, T0, [S0, S1], [T0, T1, S0, S1], 0.02)
+        look_up(store, T0, [S0, S1], [T0, T1, S0, S1], Wait(0.02))
     said = "trainer 0 has waited 0.02 s for server 1; server 0 and trainers 0, 1 have come."
     assert str(caught.value).startswith(said)
 
@@ -119,7 +120,7 @@ def test_trainer_0_hosts_the_store_when_nobody_else_does() -> None:
     zero = Rendezvous(membership({**by_hand, "RANK": "0"}), 0)
     one = Rendezvous(membership({**by_hand, "RANK": "1"}), 0)
     publish(zero.client(), T0, Endpoint("x"))
-    assert look_up(one.client(), T1, [T0], [T0, T1], 1) == {T0: Endpoint("x")}
+    assert look_up(one.client(), T1, [T0], [T0, T1], Wait(1)) == {T0: Endpoint("x")}
 
 
 def test_names() -> None:

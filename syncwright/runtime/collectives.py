@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import ctypes
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.errors import ClusterError, DeadlineExceeded, JobError
+from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
@@ -25,7 +26,7 @@ class Collectives:
 
     A group that the script has initialised itself is used as it is, and left as it is. With one trainer there
     is nothing to do, and no group. A Gloo operation that is under way cannot be stopped: if its peers live
-    and never join it, it holds this process (also its exit) until `seconds` have passed.
+    and never join it, the group is left as it is when this ends (it would wait for them).
 
     watch   raises when a role is known to be lost; called about once a second while waiting
     """
@@ -34,14 +35,13 @@ class Collectives:
         self,
         me: Address,
         rendezvous: Rendezvous,
-        join: float,
-        seconds: float,
+        deadlines: Deadlines,
         heartbeat: Heartbeat,
         watch: Callable[[], None],
     ) -> None:
         self.me = me
         self._rendezvous = rendezvous
-        self._join_seconds, self._seconds = join, seconds
+        self._deadlines = deadlines
         self._heartbeat = heartbeat
         self._watch = watch
         self._joined = self._created = False
@@ -68,7 +68,7 @@ class Collectives:
         self._joined = True
         if is_available(trainers, self._rendezvous.place.one_host):
             store = self._rendezvous.client()
-            self._host = HostGroup(self.me.rank, trainers, store, self._seconds, self._watch, self.error)
+            self._host = HostGroup(self.me.rank, trainers, store, self.wait, self._watch, self.error)
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
@@ -105,7 +105,9 @@ class Collectives:
             self._host.close()
             self._host = None
         busy = self._under_way is not None and not self._under_way.is_completed()
-        if self._created and not busy and dist.is_initialized():
+        if self._created and busy:
+            _abandon_group()
+        elif self._created and dist.is_initialized():
             dist.destroy_process_group()
         self._created = False
 
@@ -124,7 +126,8 @@ class Collectives:
 
     def _create_group(self, trainers: int) -> None:
         everyone = [self.me, *self.others]
-        look_up(self._rendezvous.client(), self.me, self.others, everyone, self._join_seconds, self._watch)
+        wait = self._heartbeat.wait(self.others, self._deadlines.join)
+        look_up(self._rendezvous.client(), self.me, self.others, everyone, wait, self._watch)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(
@@ -132,40 +135,46 @@ class Collectives:
                 store=dist.PrefixStore("trainers", self._rendezvous.client()),
                 rank=self.me.rank,
                 world_size=trainers,
-                timeout=timedelta(seconds=self._seconds),
+                timeout=timedelta(seconds=self._deadlines.wait + self._deadlines.compile),
             )
         except RuntimeError as error:
             raise self.error(f"{self.me} could not join the other trainers", error, late=False) from error
         self._created = True
 
-    def waited(self, work: dist.Work, note: str, started: float) -> None:
-        """Returns when `work` is done; `started` is when it began, by the monotonic clock."""
+    def wait(self) -> Wait:
+        """A wait for the other trainers that begins now."""
+        return self._heartbeat.wait(self.others, self._deadlines.wait)
+
+    def waited(self, work: dist.Work, note: str, wait: Wait) -> None:
+        """Returns when `work` is done, before `wait` is over."""
         doing = f"{self.me} waits for {note}"
         while True:
             try:
                 work.wait(timedelta(seconds=SLICE_SECONDS))
                 return
             except RuntimeError as error:
-                late = time.monotonic() - started >= self._seconds
                 if work.is_completed() and _failed(work):
-                    raise self.error(doing, error, late) from error
+                    raise self.error(doing, error, late=False) from error
             self._watch()
-            if time.monotonic() - started >= self._seconds + SLICE_SECONDS:
+            if wait.is_over():
                 raise self.error(doing, None, late=True)
 
     def error(self, doing: str, cause: Exception | None, late: bool) -> JobError:
         """What to raise when `doing` failed: those who are late or lost, by their heartbeats."""
+        if (told := self._heartbeat.told()) is not None:
+            return told
         doing = f"{doing} at step {self._heartbeat.step}"
         if late:
             return DeadlineExceeded(
-                f"{doing}, for more than {self._seconds:g} s: {self._heartbeat.late(self.others)}. Expected every "
+                f"{doing}, for more than {self._deadlines.wait:g} s: {self._heartbeat.late(self.others)}. Expected every "
                 "trainer to take part in time. See the output of who is late; if it is only slow, give a longer "
                 "Deadlines.wait."
             )
-        return PeerLost(
-            f"{doing}, and a connection broke: {self._heartbeat.lost(self.others)}. Expected every trainer to stay, "
-            "and to make the same number of steps. See its output; trainer.shard(loader) gives every trainer as many "
-            "batches."
+        return self._heartbeat.broken(
+            f"{doing}, and a connection broke",
+            self.others,
+            "Expected every trainer to stay, and to make the same number of steps. See its output; "
+            "trainer.shard(loader) gives every trainer as many batches.",
         )
 
 
@@ -185,15 +194,22 @@ class Reduction:
         self._work = work
         self._note = note
         self._on_host = on_host
-        self._started = time.monotonic()
+        self._wait = group.wait()
 
     def done(self) -> bool:
         """Waits, then True: the result is there; on a GPU, what follows on its stream will find it there."""
         if self._on_host:
-            self._group.waited(self._work, self._note, self._started)
+            self._group.waited(self._work, self._note, self._wait)
         else:
             self._work.wait()
         return True
+
+
+def _abandon_group() -> None:
+    """Keeps the group for ever: to free it, also at the process's exit, would wait for peers that never come."""
+    group = dist.distributed_c10d._get_default_group()
+    for kept in (group, group._get_backend(torch.device("cpu"))):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _failed(work: dist.Work) -> bool:

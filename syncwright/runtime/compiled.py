@@ -46,22 +46,27 @@ class CompiledExecutor:
         self._kept = _kept(program, self._cut)
         self._in_place = _in_place(program, self._cut)
         self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
+        self._frees = _frees(program, self._cut, self._items)
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""
         env: dict[Node, object] = {node: values[name] for name, node in self._placeholders.items()}
-        for item in self._items:
+        for item, frees in zip(self._items, self._frees, strict=True):
             if isinstance(item, Compiled):
                 given = [env[node] for node in item.inputs]
                 for index, carrier in item.hosts:
                     given[index] = carrier.fill_(given[index])  # type: ignore[arg-type]
                 env.update(zip(item.outputs, item.function(*given), strict=True))
+                del given
             elif item.target in ops.COMMUNICATION:
                 env[item] = yield from communicate(item, self._look(env), port)
             else:
                 look = self._look(env)
                 args, kwargs = substitute((item.args, item.kwargs), look.__getitem__)
                 env[item] = item.target(*args, **kwargs)  # type: ignore[operator]
+                del look, args, kwargs
+            for dead in frees:
+                del env[dead]
         look = self._look(env)
         return {name: look[self._in_place.get(name, node)] for name, node in self._results.items()}
 
@@ -223,15 +228,27 @@ def _in_place(program: Program, cut: Cut) -> dict[str, Node]:
     return found
 
 
+def _frees(program: Program, cut: Cut, items: Sequence[Compiled | Node]) -> list[tuple[Node, ...]]:
+    """Behind each item, the values made before that nothing reads any more: a step holds no more than it needs."""
+    last = _last_reads(program, cut)
+    frees: list[tuple[Node, ...]] = [() for _ in items]
+    for at, item in enumerate(items):
+        for node in item.outputs if isinstance(item, Compiled) else [item]:
+            end = max(at, last.get(node, at))
+            if end < len(items):
+                frees[end] += (node,)
+    return frees
+
+
 def _last_reads(program: Program, cut: Cut) -> dict[Node, int]:
-    """The last item that reads each placeholder, also through views."""
+    """The last item that reads each value, also through views; the number of items for what the program writes."""
     last: dict[Node, int] = {}
 
     def read(node: Node, at: int) -> None:
         if node in cut.views:
             for source in node.all_input_nodes:
                 read(source, at)
-        elif node.op == "placeholder":
+        else:
             last[node] = max(at, last.get(node, -1))
 
     for at, item in enumerate(cut.items):
@@ -239,6 +256,5 @@ def _last_reads(program: Program, cut: Cut) -> dict[Node, int]:
             for source in node.all_input_nodes:
                 read(source, at)
     for node in program.results.values():
-        if node in cut.views or node.op == "placeholder":
-            read(node, len(cut.items))
+        read(node, len(cut.items))
     return last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.fx import Node
@@ -28,6 +28,10 @@ class Port(Protocol):
     def finish(self, channel: str) -> torch.Tensor | None:
         """The sum, or None while it is not there."""
         ...
+
+
+NO_PORT = cast(Port, None)
+"""For programs that hold no communication."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,26 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from syncwright.errors import PeerLost
+from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import Rendezvous, failure, names, tell_failure
+from syncwright.runtime.rendezvous import STAY, Rendezvous, cannot_go_on, failure, names, tell_failure
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """One role, now. `number` counts its beats; `seconds` is its host's clock."""
+    """One role, now.
+
+    number   counts its beats
+    seconds  its host's clock
+    busy     what it does that others wait for ("compiling the step"), and for how long it has; "" for nothing
+    rested   seconds since it was last busy; None if it never was
+    """
 
     pid: int
     host: str
@@ -25,6 +34,9 @@ class Beat(msgspec.Struct, frozen=True):
     number: int
     seconds: float
     ended: bool
+    busy: str = ""
+    busy_seconds: float = 0.0
+    rested: float | None = None
 
 
 class Heartbeat:
@@ -32,17 +44,24 @@ class Heartbeat:
 
     failed       what a role says about its own failure, or the launcher about one that ended badly; None so far
     store_lost   why the store can no longer be reached; None as long as it can
+
+    longest      how many seconds at a stretch others may capture or compile while this role waits for them
     """
 
-    def __init__(self, me: Address, rendezvous: Rendezvous, every: float = 1.0, silent: float = 5.0) -> None:
+    def __init__(
+        self, me: Address, rendezvous: Rendezvous, every: float = 1.0, silent: float = 5.0, longest: float = 1800.0
+    ) -> None:
         self.me = me
         self.failed: str | None = None
         self.store_lost: str | None = None
         self._store, self._job = rendezvous.clients()
         self._host = rendezvous.place.host
-        self._every, self._silent = every, silent
+        self._every, self._silent, self._longest = every, silent, longest
         self._at = (0, "start")
+        self._busy: tuple[str, float] | None = None
+        self._rested: float | None = None
         self._number = 0
+        self._seen: dict[Address, tuple[int, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"heartbeat of {me}", daemon=True)
         atexit.register(self.close)  # a thread inside the store must not outlive the interpreter
@@ -52,6 +71,19 @@ class Heartbeat:
         """Notes where this role is; costs one attribute write."""
         self._at = (step, node)
 
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """While open, beats say that this role does `what`: those who wait for it wait on."""
+        before, self._busy = self._busy, (what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._busy, self._rested = before, time.monotonic()
+
+    def wait(self, peers: Sequence[Address], seconds: float) -> Wait:
+        """A wait for `peers` that begins now."""
+        return Wait(seconds, lambda: self._allowed(peers, seconds), lambda: self._doing(peers))
+
     @property
     def step(self) -> int:
         """The step that this role is at."""
@@ -60,6 +92,16 @@ class Heartbeat:
     def fail(self, reason: str) -> None:
         """Tells all roles of this generation that this one cannot go on. The first who says so is heard."""
         tell_failure([self._store, self._job], reason)
+
+    def broken(self, why: str, peers: Sequence[Address], expected: str = STAY) -> PeerLost:
+        """What to raise when `why` shows that some of `peers` are gone. A failure that was told, by a role or by the
+        launcher, is the cause, whoever noticed it first and by what: it is told in the same words everywhere."""
+        lost = self.lost(peers)
+        return self.told() or PeerLost(f"{why}: {lost}. {expected}")
+
+    def told(self) -> PeerLost | None:
+        """What to raise when a failure has been told; None if none has."""
+        return None if self.failed is None else cannot_go_on(self.me, self.failed)
 
     def silent(self, peers: Sequence[Address]) -> list[Address]:
         """Those of `peers` that beat no more: ended, gone, stopped or cut off. Takes two beats to tell."""
@@ -124,9 +166,14 @@ class Heartbeat:
             continue
 
     def _beat(self, ended: bool) -> bool:
-        step, node = self._at
+        (step, node), busy, rested, now = self._at, self._busy, self._rested, time.monotonic()
         self._number += 1
-        beat = Beat(os.getpid(), self._host, step, node, self._number, time.time(), ended)
+        beat = Beat(
+            *(os.getpid(), self._host, step, node, self._number, time.time(), ended),
+            busy=busy[0] if busy else "",
+            busy_seconds=now - busy[1] if busy else 0.0,
+            rested=None if rested is None else now - rested,
+        )
         try:
             self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
         except (DistNetworkError, DistStoreError) as error:
@@ -150,6 +197,33 @@ class Heartbeat:
     def _old(self, beat: Beat) -> bool:
         return not beat.ended and time.time() - beat.seconds > self._silent
 
+    def _allowed(self, peers: Sequence[Address], seconds: float) -> float:
+        """How much longer a wait of `seconds` that is over may go on.
+
+        While one of `peers` captures or compiles, to the next beat but one; then for `seconds` from the end of that.
+        """
+        beats = [beat for peer in peers if (beat := self._read(peer)) and self._is_fresh(peer, beat)]
+        if any(beat.busy and beat.busy_seconds <= self._longest for beat in beats):
+            return 2 * self._every
+        return max((seconds - beat.rested for beat in beats if not beat.busy and beat.rested is not None), default=0.0)
+
+    def _is_fresh(self, peer: Address, beat: Beat) -> bool:
+        """Whether `peer` still beats, by our own clock: the same beat counts for `silent` seconds."""
+        number, since = self._seen.get(peer, (-1, 0.0))
+        if number != beat.number:
+            self._seen[peer] = (beat.number, time.monotonic())
+            return not beat.ended
+        return not beat.ended and time.monotonic() - since <= self._silent
+
+    def _doing(self, peers: Sequence[Address]) -> str:
+        said = [f"; {_who(p, beat)} {self._busy_with(beat)}" for p in peers if (beat := self._read(p)) and beat.busy]
+        return "".join(said)
+
+    def _busy_with(self, beat: Beat) -> str:
+        """`has been compiling the step for 40 s (more than Deadlines.compile, 30 s)`."""
+        limit = f" (more than Deadlines.compile, {self._longest:g} s)" if beat.busy_seconds > self._longest else ""
+        return f"has been {beat.busy} for {beat.busy_seconds:.0f} s{limit}"
+
     def _about(self, peer: Address, beat: Beat | None, alive: bool) -> str:
         if beat is None:
             return f"{peer} has never been heard of"
@@ -158,6 +232,8 @@ class Heartbeat:
             return f"{who} has ended, at {_place(beat)}"
         if self._old(beat) and not alive:
             return f"{who} has been silent for {time.time() - beat.seconds:.0f} s, last at {_place(beat)}"
+        if beat.busy:
+            return f"{who} {self._busy_with(beat)}, at {_place(beat)}"
         if beat.step < self._at[0]:
             return f"{who} is behind, at {_place(beat)}; {self.me} is at step {self._at[0]}"
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, DeadlineExceeded
 from syncwright.job import Job
 from syncwright.planning import PlanSource, make_plan
-from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.messages import Address, Kind, Message
-from syncwright.runtime.programs import Prepared, Programs
-from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
+from syncwright.runtime.programs import Prepared
+from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
 from syncwright.runtime.server import Server
+from syncwright.runtime.session import Session, Training
 
 __all__ = ["Loopback", "loopback"]
 
@@ -33,6 +33,7 @@ def loopback(
     examples: Examples = None,
     without: Sequence[str] = (),
     state: Mapping[str, torch.nn.Module] | None = None,
+    check_replicas: bool = False,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -42,24 +43,40 @@ def loopback(
 
     Everything above the transport is what real processes run. Interpreted.
     """
-    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without, state)
+    source = plan
+    training = Training(
+        *(step, model, optimizer, state, examples),
+        plan=lambda program: make_plan(source, program, trainers, servers),
+        without=without,
+        check_replicas=check_replicas,
+    )
+    return Loopback(training, trainers)
 
 
 class Loopback:
     """See `loopback`. Changes with every step."""
 
-    def __init__(self, step, model, optimizer, plan, trainers, servers, examples, without, state=None):
-        self.binding = Binding(model, optimizer, state)
-        self.model, self.optimizer, self.examples = model, optimizer, examples
-        self.trainers = trainers
-        self.programs = Programs(
-            step, self.binding, optimizer, lambda p: make_plan(plan, p, trainers, servers), without
-        )
+    def __init__(self, training: Training, trainers: int):
+        self.session = Session(training)
+        self.model, self.optimizer, self.trainers = training.model, training.optimizer, trainers
         self.network = Network(trainers)
-        self.replicas: list[Replica] = []
         self.servers: list[Server] = []
         self._streams = [random_stream(k) for k in range(trainers)]
-        self.job: Job | None = None
+
+    @property
+    def binding(self) -> Binding:
+        """The user's objects as variables."""
+        return self.session.binding
+
+    @property
+    def job(self) -> Job | None:
+        """What every role runs; None before the first step."""
+        return self.session.job
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """The trainers; none before the first step."""
+        return self.session.replicas
 
     def step(self, batches: Sequence[tuple]) -> object:
         """One global step; returns the reduced loss, or loss and metrics (tensors along the batch: trainer 0's)."""
@@ -68,41 +85,47 @@ class Loopback:
                 f"step got {len(batches)} batches; expected {self.trainers}, one tuple of step arguments per trainer. "
                 "Give a trainer without examples empty tensors."
             )
-        parts = [Part(batch, count_examples(batch, self.examples)) for batch in batches]
+        parts = [self.session.part(batch) for batch in batches]
         check_not_empty(sum(part.examples for part in parts))
         full = next(p for p in parts if p.examples > 0)
-        prepared = [self.programs.for_batch(p.batch if p.examples > 0 else full.batch) for p in parts]
+        prepared = [self.session.programs().for_batch((p if p.examples > 0 else full).batch) for p in parts]
         self._start(prepared[0], parts[0])
-        runs = [r.step(p, part) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
-        results = self._drive(runs)
+        results = self.session.step(prepared, parts)
         return next(result for result, part in zip(results, parts, strict=True) if part.examples > 0)
+
+    def evaluate(self, fn: Callable, loader: Iterable) -> object:
+        """`fn(model, *batch)` over all batches, each example once over all trainers; see `Trainer.evaluate`."""
+        return self.session.evaluate(fn, loader)
 
     def state_dict(self) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it."""
-        self.sync()
-        return self.binding.state_dict(self.optimizer)
+        return self.session.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes what `state_dict` gave, here under any plan or in plain PyTorch."""
+        self.session.load_state_dict(state)
 
     def sync(self) -> None:
         """Writes the trained values into the user's model and optimizer."""
-        if self.replicas:
-            values = dict(self.replicas[0].values)
-            (served,) = self._drive([self.replicas[0].served()])
-            values.update(served)  # type: ignore[arg-type]
-            self.binding.write(values)  # type: ignore[arg-type]
+        self.session.sync()
+
+    def leave(self) -> None:
+        """Ends the job: servers go on without these trainers."""
+        self.session.leave()
+        self._deliver()
+
+    def gather(self, parts: Sequence[torch.Tensor], note: str) -> list[torch.Tensor]:
+        """Every trainer's part: all trainers are here."""
+        return list(parts)
 
     def _start(self, prepared: Prepared, part: Part) -> None:
         if self.replicas:
             return
-        self.job = prepared.job
         self.servers = [Server(prepared.job, p.rank) for p in prepared.job.servers]
-        for rank in range(self.trainers):
-            client = Client(prepared.job, self.network.transport(rank))
-            self.replicas.append(Replica(rank, self.binding, client, prepared.job))
-            self.replicas[-1].nominal = part.examples or 1.0
-            client.hello()
-        self.replicas[0].give(self.binding.values(), 0)
+        outlets = [self.network.transport(rank) for rank in range(self.trainers)]
+        self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 
-    def _drive(self, runs: list[Generator[Blocked, None, object]]) -> list[object]:
+    def drive(self, runs: Sequence[Generator[Blocked, None, object]]) -> list:
         """Runs trainers in turn, each until it waits, and delivers messages in between, until all are done."""
         results: dict[int, object] = {}
         while len(results) < len(runs):
@@ -198,6 +221,9 @@ class LoopbackTransport:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Nothing to send: all trainers have read the same objects of the user's."""
 
     def progress(self, step: int, node: str) -> None:
         """Nobody asks: a loopback that stands still says itself who waits for what."""

@@ -65,6 +65,12 @@ class Value(Header, frozen=True, tag="value"):
     version: int
 
 
+class Resume(Header, frozen=True, tag="resume"):
+    """All values have been set anew: programs go on at `step`. Sent by trainer 0, behind the values."""
+
+    step: int
+
+
 class Leave(Header, frozen=True, tag="leave"):
     """The sender contributes to no step from `step` on; merges go on with those that are left."""
 
@@ -77,12 +83,12 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, Value, Leave, Failure)
+HEADERS = (Hello, Push, Pull, Value, Resume, Leave, Failure)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
     """A header and, for `Push` and `Value`, one contiguous tensor."""
 
-    header: Hello | Push | Pull | Value | Leave | Failure
+    header: Hello | Push | Pull | Value | Resume | Leave | Failure
     tensor: torch.Tensor | None = None

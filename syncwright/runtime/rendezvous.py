@@ -18,11 +18,14 @@ from torch.distributed import (
 )
 
 from syncwright.errors import ClusterError, DeadlineExceeded, PeerLost
+from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.membership import Host, Membership
 from syncwright.runtime.messages import Address, Kind
 
 FAILED = "failed"
 """The key where a role says that it cannot go on (in its generation), or the launcher that one ended badly (above)."""
+
+STAY = "Expected every role to stay until the job ends. See its output."
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -107,6 +110,11 @@ def failure(stores: Sequence[Store]) -> str | None:
     return None
 
 
+def cannot_go_on(me: Address, why: str) -> PeerLost:
+    """What `me` raises when a role has told `why` it cannot go on: the same words, by whichever way they came."""
+    return PeerLost(f"{me} cannot go on: {why.rstrip('.')}. {STAY}")
+
+
 def publish(store: Store, me: Address, endpoint: Endpoint) -> None:
     """Tells everyone that `me` is there and, for a server, where it listens."""
     with reaching_the_store(me):
@@ -118,7 +126,7 @@ def look_up(
     me: Address,
     wanted: Sequence[Address],
     everyone: Sequence[Address],
-    seconds: float,
+    wait: Wait,
     watch: Callable[[], None] = lambda: None,
 ) -> dict[Address, Endpoint]:
     """Where each of `wanted` listens; waits until all have said so.
@@ -126,7 +134,6 @@ def look_up(
     everyone: all roles of the job, for the error that says who is missing and who is not.
     watch: raises when a role is known to be lost.
     """
-    deadline = time.monotonic() + seconds
     pause = 0.005
     found: dict[Address, Endpoint] = {}
     with reaching_the_store(me):
@@ -136,8 +143,8 @@ def look_up(
                     found[peer] = msgspec.json.decode(store.get(f"present/{peer}"), type=Endpoint)
             if len(found) == len(set(wanted)):
                 return found
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(_who_is_missing(store, me, wanted, everyone, seconds))
+            if wait.is_over():
+                raise DeadlineExceeded(_who_is_missing(store, me, wanted, everyone, wait))
             watch()
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -166,13 +173,13 @@ def reaching_the_store(me: Address) -> Iterator[None]:
 
 
 def _who_is_missing(
-    store: Store, me: Address, wanted: Sequence[Address], everyone: Sequence[Address], seconds: float
+    store: Store, me: Address, wanted: Sequence[Address], everyone: Sequence[Address], wait: Wait
 ) -> str:
     here = [peer for peer in everyone if store.check([f"present/{peer}"])]
     missing = [peer for peer in wanted if peer not in here]
-    one = len(missing) == 1
+    it, its = ("it", "its") if len(missing) == 1 else ("them", "their")
     return (
-        f"{me} has waited {seconds:g} s for {names(missing)}; {names(here)} {'has' if len(here) == 1 else 'have'} "
-        f"come. Expected {'it' if one else 'them'} to come to {'its' if one else 'their'} first trainer.step(...) in "
-        "the same script. See the output of what is missing; if it is only slow, give a longer Deadlines.join."
+        f"{me} has waited {wait.seconds:g} s for {names(missing)}; {names(here)} {'has' if len(here) == 1 else 'have'} "
+        f"come{wait.doing()}. Expected {it} to come to {its} first trainer.step(...) in the same script. See the "
+        "output of what is missing; if it is only slow, give a longer Deadlines.join."
     )

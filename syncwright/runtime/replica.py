@@ -16,6 +16,7 @@ from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, WEIGHT
 from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client
+from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.programs import Prepared
 
@@ -57,7 +58,7 @@ class Replica:
         executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
-        self.client.begin(self.step_count, weight, hypers)
+        self.client.begin(self.step_count, weight, hypers, prepared.uses[phase])
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
@@ -65,6 +66,12 @@ class Replica:
         self.step_count += 1
         self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
+
+    def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
+        """What a function gives for this trainer's part of a batch, from the values of the steps done."""
+        self.client.begin(self.step_count, 1.0, {})
+        values = {**self.values, **self.binding.hyper_values()}
+        return (yield from evaluated.run(values, batch, self.client))
 
     def _adopt(self, prepared: Prepared) -> None:
         """Lays variables out as the program has them: those that a flat one stands for become views of it."""
@@ -126,6 +133,7 @@ class Replica:
                 yield Blocked("state", name)
             start = variable.part[0] if variable.part is not None else -1
             found.setdefault(variable.whole or name, []).append((start, value))
+        self.client.release()
         return {name: _joined(parts) for name, parts in found.items()}
 
     def give(self, values: Mapping[str, object], version: int) -> None:
@@ -134,6 +142,20 @@ class Replica:
             value = values[variable.whole or name]
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
             self.client.give(name, version, tensor if variable.part is None else tensor[slice(*variable.part)])
+        self.client.resume(version)
+
+    @torch.no_grad()
+    def take_first(self) -> None:
+        """Takes trainer 0's values, one collective per dtype."""
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for value in self.values.values():
+            if isinstance(value, torch.Tensor) and value.numel():
+                by_dtype.setdefault(value.dtype, []).append(value)
+        for dtype, values in by_dtype.items():
+            flat = torch.cat([v.reshape(-1) for v in values])
+            self.client.transport.broadcast(flat, f"the initial values of type {dtype}")
+            for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
+                value.copy_(part.view(value.shape))
 
 
 def count_examples(batch: tuple, examples: Examples) -> float:

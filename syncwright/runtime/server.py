@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
 from syncwright.errors import Disagreement, JobError
 from syncwright.job import Channel, Job
 from syncwright.program import Program
-from syncwright.runtime.executor import Executor, Port
-from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Value
+from syncwright.runtime.executor import NO_PORT, Executor
+from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
+from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
 Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
-_NO_PORT = cast(Port, None)  # a server's program holds no communication
 
 
 class Interpreter:
@@ -35,7 +34,7 @@ class Interpreter:
         if program not in self._ready:
             self._ready[program] = Executor(program)
         try:
-            blocked = next(self._ready[program].run(values, _NO_PORT))
+            blocked = next(self._ready[program].run(values, NO_PORT))
         except StopIteration as stop:
             return stop.value
         raise JobError(
@@ -116,10 +115,13 @@ class Server:
                 self._take_push(sender, push, message.tensor)
             case Pull() as pull:
                 self._parked.append((sender, pull))
+            case Resume(step=step):
+                for running in self._running:
+                    running.step = max(running.step, step)
             case Leave(step=step):
                 self._left[sender.rank] = step
             case Failure(reason=reason):
-                raise JobError(reason)
+                raise cannot_go_on(Address(Kind.SERVER, self.rank), reason)
         return self._advance()
 
     def _hello(self, sender: Address, digest: str) -> list[Outgoing]:
@@ -135,8 +137,6 @@ class Server:
     def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:
         if name in self._held:
             self._versions[name][version] = _as_held(tensor)
-            for running in self._running:
-                running.step = max(running.step, version)
         else:
             self._values[name, version - 1] = tensor
 

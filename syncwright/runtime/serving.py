@@ -6,6 +6,7 @@ import threading
 import time
 
 from syncwright.errors import DeadlineExceeded, JobError, PeerLost, SyncwrightError
+from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.messages import Address, Failure, Kind, Message
 from syncwright.runtime.server import Server
 from syncwright.runtime.transport import Transport
@@ -21,14 +22,14 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
              live and nothing is pending a server waits for ever
     """
     trainers = [Address(Kind.TRAINER, k) for k in range(server.job.plan.trainers)]
-    last = time.monotonic()
+    last, wait = time.monotonic(), transport.wait(trainers, seconds)
     try:
         while not server.done and not (stop is not None and stop.is_set()):
             got = transport.receive(1.0)
             if got is None:
-                _check_late(server, transport, time.monotonic() - last, seconds)
+                _check_late(server, transport, time.monotonic() - last, wait)
                 continue
-            last = time.monotonic()
+            last, wait = time.monotonic(), transport.wait(trainers, seconds)
             for to, message in server.handle(*got):
                 transport.send(to, message)
             transport.progress(server.step, "serve")
@@ -40,11 +41,11 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
         raise told from (None if told is error else error)
 
 
-def _check_late(server: Server, transport: Transport, quiet: float, seconds: float) -> None:
+def _check_late(server: Server, transport: Transport, quiet: float, wait: Wait) -> None:
     live = [Address(Kind.TRAINER, k) for k in server.live]
-    if server.pending and quiet > seconds:
+    if server.pending and wait.is_over():
         raise DeadlineExceeded(
-            f"server {server.rank} has waited {seconds:g} s for {server.waits_for()}: {transport.late(live)}. Expected "
+            f"server {server.rank} has waited {wait.seconds:g} s for {server.waits_for()}: {transport.late(live)}. Expected "
             "every trainer to push in time. See the output of who is late; if it is only slow, give a longer "
             "Deadlines.wait."
         )
@@ -53,7 +54,7 @@ def _check_late(server: Server, transport: Transport, quiet: float, seconds: flo
             f"server {server.rank} waits for {ended[0]}, which has ended without leaving the job: "
             f"{transport.late(ended)}. Expected trainer.close(), or a `with` block, at the end of the script. Add it."
         )
-    if quiet > max(seconds, QUIET_SECONDS) and (silent := transport.silent(live)):
+    if quiet > max(wait.seconds, QUIET_SECONDS) and (silent := transport.silent(live)):
         raise PeerLost(
             f"server {server.rank} has heard nothing for {quiet:.0f} s: {transport.late(silent)}. Expected every "
             "trainer to stay until the job ends. See its output."

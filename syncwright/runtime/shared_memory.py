@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import sys
-import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +20,12 @@ import torch
 import torch.distributed as dist
 
 from syncwright.errors import DeadlineExceeded, JobError
+from syncwright.runtime.deadlines import Wait
 
 MOST_TRAINERS = 4
 """Every trainer reads every part: beyond this, a ring moves fewer bytes."""
+MOST_SIZES = 4
+"""Of one channel: the memory of the size that was used longest ago goes, on all trainers at the same reduction."""
 SLICE_SECONDS = 1.0
 
 Fault = Callable[[str, Exception | None, bool], JobError]
@@ -58,16 +61,24 @@ class Slot:
 class HostGroup:
     """The trainers of one host. Changes: holds sockets, memory and counts of signals.
 
+    begin  begins a wait for the other trainers
     watch  raises when a role is known to be lost
     fault  makes the error that names who is late or gone
     """
 
     def __init__(
-        self, rank: int, trainers: int, store: dist.Store, seconds: float, watch: Callable[[], None], fault: Fault
+        self,
+        rank: int,
+        trainers: int,
+        store: dist.Store,
+        begin: Callable[[], Wait],
+        watch: Callable[[], None],
+        fault: Fault,
     ):
         self.rank, self.trainers = rank, trainers
-        self._seconds, self._watch, self._fault = seconds, watch, fault
-        self._slots: dict[tuple[str, int, torch.dtype], Slot] = {}
+        self._begin, self._watch, self._fault = begin, watch, fault
+        self._seconds = begin().seconds
+        self._slots: dict[tuple[str, torch.dtype], OrderedDict[int, Slot]] = {}
         self._begun = 0
         self._heard: dict[int, int] = {}
         self._peers = {peer.rank: peer for peer in self._meet(store)}
@@ -86,10 +97,10 @@ class HostGroup:
 
     def wait(self, begun: int, note: str) -> None:
         """Returns when every peer has begun as many reductions as we had when this one began."""
-        deadline = time.monotonic() + self._seconds
+        wait = self._begin()
         for peer in self._peers.values():
             while self._heard[peer.rank] < begun:
-                self._listen(peer, note, deadline)
+                self._listen(peer, note, wait)
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -103,12 +114,12 @@ class HostGroup:
         except OSError as error:
             raise self._fault(_doing(self.rank, note), error, False) from error
 
-    def _listen(self, peer: Peer, note: str, deadline: float) -> None:
+    def _listen(self, peer: Peer, note: str, wait: Wait) -> None:
         try:
             got = peer.signals.recv(4096)
         except TimeoutError:
             self._watch()
-            if time.monotonic() > deadline:
+            if wait.is_over():
                 raise self._fault(_doing(self.rank, note), None, True) from None
             return
         except OSError as error:
@@ -118,10 +129,14 @@ class HostGroup:
         self._heard[peer.rank] += len(got)
 
     def _slot(self, tensor: torch.Tensor, note: str) -> Slot:
-        key = (note, tensor.numel(), tensor.dtype)
-        if key not in self._slots:
-            self._slots[key] = self._exchange(tensor, note)
-        return self._slots[key]
+        sizes = self._slots.setdefault((note, tensor.dtype), OrderedDict())
+        count = tensor.numel()
+        if count not in sizes:
+            sizes[count] = self._exchange(tensor, note)
+        sizes.move_to_end(count)
+        if len(sizes) > MOST_SIZES:
+            sizes.popitem(last=False)
+        return sizes[count]
 
     def _exchange(self, tensor: torch.Tensor, note: str) -> Slot:
         """Makes this trainer's buffers and swaps them with the peers': all come here in the same order."""
@@ -145,13 +160,13 @@ class HostGroup:
             raise self._fault(_doing(self.rank, note), error, False) from error
 
     def _receive_memory(self, peer: Peer, nbytes: int, note: str) -> int:
-        deadline = time.monotonic() + self._seconds
+        wait = self._begin()
         while True:
             try:
                 data, descriptors, _, _ = socket.recv_fds(peer.memory, 8, 1)
             except TimeoutError:
                 self._watch()
-                if time.monotonic() > deadline:
+                if wait.is_over():
                     raise self._fault(_doing(self.rank, note), None, True) from None
                 continue
             except OSError as error:

@@ -8,35 +8,24 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import zmq
 
 from syncwright.errors import JobError, PeerLost
 from syncwright.runtime.collectives import Collectives
+from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.endpoint import Binding
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind, Message
-from syncwright.runtime.rendezvous import Endpoint, Rendezvous, look_up, publish
+from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
 from syncwright.runtime.transport import Work
 from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode, encode
 
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
 
-STAY = "Expected every role to stay until the job ends. See its output."
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """In seconds: to find each other at the start, for any other wait, and to send what is left at the end."""
-
-    join: float = 60.0
-    wait: float = 300.0
-    linger: float = 5.0
 
 
 class SocketTransport:
@@ -55,6 +44,7 @@ class SocketTransport:
     servers     how many servers the plan names
     limit       what tensors the job's channels carry; None accepts anything that is well formed
     context     given: servers in one process with the only trainer are reached through it (inproc)
+    heartbeat   of the role, where it beats already; the transport ends it
     """
 
     def __init__(
@@ -66,6 +56,7 @@ class SocketTransport:
         limit: Limit | None = None,
         context: zmq.Context | None = None,
         deadlines: Deadlines | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.me = me
         self.limit = limit
@@ -87,10 +78,8 @@ class SocketTransport:
         self._visitors: dict[bytes, Address] = {}
         self._closed = False
         self._store = rendezvous.client()
-        self._heartbeat = Heartbeat(me, rendezvous)
-        self._collectives = Collectives(
-            me, rendezvous, self._deadlines.join, self._deadlines.wait, self._heartbeat, self.watch
-        )
+        self._heartbeat = heartbeat or Heartbeat(me, rendezvous, longest=self._deadlines.compile)
+        self._collectives = Collectives(me, rendezvous, self._deadlines, self._heartbeat, self.watch)
         try:
             self._start(rendezvous, embedded=rendezvous.place.alone and context is not None)
         except BaseException:
@@ -110,8 +99,8 @@ class SocketTransport:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            why = "it never connected, or its connection is gone"
-            raise PeerLost(f"{self.me} cannot send to {to}: {why}; {self._heartbeat.lost([to])}. {STAY}") from error
+            why = "which never connected, or whose connection is gone"
+            raise self._heartbeat.broken(f"{self.me} cannot send to {to}, {why}", [to]) from error
 
     def receive(self, seconds: float) -> tuple[Address, Message] | None:
         """The next message from anyone, None when none came within `seconds`; `PeerLost` if one is gone."""
@@ -148,6 +137,10 @@ class SocketTransport:
         """Notes how far this role is."""
         self._heartbeat.progress(step, node)
 
+    def wait(self, peers: list[Address], seconds: float) -> Wait:
+        """A wait for `peers` that begins now, and goes on while one of them says that it captures or compiles."""
+        return self._heartbeat.wait(peers, seconds)
+
     def late(self, peers: list[Address]) -> str:
         """Who among `peers` is silent or behind, as a sentence for an error."""
         return self._heartbeat.late(peers)
@@ -166,15 +159,14 @@ class SocketTransport:
 
     def watch(self) -> None:
         """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""
-        if self._heartbeat.failed is not None:
-            raise PeerLost(f"{self.me} cannot go on: {self._heartbeat.failed.rstrip('.')}. {STAY}")
+        if (told := self._heartbeat.told()) is not None:
+            raise told
         if self._heartbeat.store_lost is not None:
             at = self._place.store
             raise PeerLost(f"{self.me} cannot go on: the job's store at {at} is gone with who hosts it. {STAY}")
         for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
             if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
-                lost = self._heartbeat.lost([server])
-                raise PeerLost(f"{self.me} lost its connection to {server}: {lost}. {STAY}")
+                raise self._heartbeat.broken(f"{self.me} lost its connection to {server}", [server])
             # A server may end before another server; a trainer is served until it leaves.
             self._poller.unregister(self._monitors.pop(server))
             self._ended.add(server)
@@ -210,7 +202,8 @@ class SocketTransport:
         publish(self._store, self.me, Endpoint(self._binding.url, self._token))
 
     def _connect(self, servers: Sequence[Address]) -> None:
-        found = look_up(self._store, self.me, servers, self._everyone, self._deadlines.join, self.watch)
+        wait = self._heartbeat.wait(servers, self._deadlines.join)
+        found = look_up(self._store, self.me, servers, self._everyone, wait, self.watch)
         for server, endpoint in found.items():
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))

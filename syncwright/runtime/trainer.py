@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import zmq
-from torch.distributed import Store
-from torch.utils import _pytree as pytree
 
-from syncwright.capture.state import Binding
-from syncwright.errors import DeadlineExceeded, Disagreement, JobError, PeerLost
+from syncwright.errors import JobError, PeerLost
 from syncwright.job import Job
 from syncwright.plan import Plan
 from syncwright.planning import PlanSource, make_plan
-from syncwright.program import Program
-from syncwright.runtime.client import Client
-from syncwright.runtime.executor import Blocked
+from syncwright.runtime.deadlines import Deadlines
+from syncwright.runtime.hosting import Hosted
 from syncwright.runtime.intercept import FirstStep, intercepted
-from syncwright.runtime.membership import disabled_passes, membership
-from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.programs import Prepared, Programs
-from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_store, tell_failure
-from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
-from syncwright.runtime.server import Server
-from syncwright.runtime.serving import ServerThread, serve
-from syncwright.runtime.sharding import bounds, shard
-from syncwright.runtime.sockets import STAY, Deadlines, SocketTransport
+from syncwright.runtime.joined import Joined
+from syncwright.runtime.limits import limit_of
+from syncwright.runtime.meeting import Meeting
+from syncwright.runtime.membership import Membership, disabled_passes, membership
+from syncwright.runtime.messages import Kind
+from syncwright.runtime.programs import Prepared
+from syncwright.runtime.rendezvous import Rendezvous
+from syncwright.runtime.replica import Examples, Part, check_not_empty, random_stream
+from syncwright.runtime.session import Session, Training
+from syncwright.runtime.sharding import shard
+from syncwright.runtime.sockets import SocketTransport
 
 log = logging.getLogger("syncwright")
 _generations = itertools.count()
+
+CHECK_REPLICAS = "SYNCWRIGHT_CHECK_REPLICAS"
 
 
 def distribute(
@@ -49,6 +49,7 @@ def distribute(
     compile: bool | str = "auto",
     state: Mapping[str, torch.nn.Module] | None = None,
     deadlines: Deadlines | None = None,
+    check_replicas: bool | None = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -61,12 +62,22 @@ def distribute(
     example   a batch: capture now, and not at the first step (a server then serves at once)
     compile   "auto": by Inductor where there is a C++ compiler; True, False
     state     further modules that the step writes, by a name of your choice
+    check_replicas  compare the replicas of every variable after every step, bit for bit: for looking for faults.
+              None: as SYNCWRIGHT_CHECK_REPLICAS=1 says
 
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
     """
-    trainer = Trainer(step, model, optimizer, plan, examples, compile, state, deadlines or Deadlines())
+    place = membership(os.environ)
+    given = Training(
+        *(step, model, optimizer, state, examples),
+        plan=lambda program: make_plan(plan, program, place.trainers, _server_count(place, plan)),
+        without=disabled_passes(os.environ),
+        compile=compile,
+        check_replicas=os.environ.get(CHECK_REPLICAS) == "1" if check_replicas is None else check_replicas,
+    )
+    trainer = Trainer(given, plan, place, deadlines or Deadlines())
     if example is not None:
         trainer.start(tuple(example))
     return trainer
@@ -75,23 +86,17 @@ def distribute(
 class Trainer:
     """What `distribute` returns. Changes with every step; use it as a context manager, or call `close`."""
 
-    def __init__(self, step, model, optimizer, plan, examples, compile, state, deadlines: Deadlines):
-        self.place = membership(os.environ)
-        self.model, self.optimizer = model, optimizer
-        self._user_step, self._examples, self._deadlines = step, examples, deadlines
+    def __init__(self, training: Training, plan: PlanSource | str | Path, place: Membership, deadlines: Deadlines):
+        self.place = place
+        self.model, self.optimizer = training.model, training.optimizer
         self._plan_source = plan
-        self._binding = Binding(model, optimizer, state)
-        without = disabled_passes(os.environ)
-        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile)
-        self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
-        self._stores: tuple[Store, Store] | None = None
-        self._threads: list[ServerThread] = []
+        self._meeting = Meeting(Rendezvous(place, next(_generations), deadlines.join), deadlines)
+        self._session = Session(training, self._meeting.busy)
+        self._hosted = Hosted(self._meeting)
         self._transport: SocketTransport | None = None
-        self._replica: Replica | None = None
-        self._shared_states = 0
         self._failure: BaseException | None = None
         self._closed = False
-        if self.place.me.kind is Kind.TRAINER:
+        if place.me.kind is Kind.TRAINER:
             torch.set_rng_state(random_stream(self.rank))
 
     @property
@@ -106,12 +111,16 @@ class Trainer:
     @property
     def plan(self) -> Plan:
         """The complete plan; known after the first step, or with `example=`."""
-        return self._job.plan
+        return self.job.plan
 
     @property
     def job(self) -> Job:
         """What every role runs; known after the first step, or with `example=`."""
-        return self._job
+        if self._session.job is None:
+            raise JobError(
+                "there is no job yet; expected a step first. Give distribute(..., example=batch) to meet at once."
+            )
+        return self._session.job
 
     def step(self, *batch: object) -> object:
         """One global step on this trainer's part of the batch; returns what the user's step returns, reduced.
@@ -121,76 +130,55 @@ class Trainer:
         """
         self._check_open()
         self._intercepted(batch)
-        part = Part(batch, count_examples(batch, self._examples))
+        part = self._session.part(batch)
         if self.trainers == 1:
             check_not_empty(part.examples)
-        prepared = self._prepared(part)
-        self._started(prepared, part)
-        assert self._replica is not None, "started"
-        assert self._transport is not None, "started"
-        returned = self._drive(self._replica.step(prepared, part))
-        self._transport.progress(self._replica.step_count, "between steps")
+        prepared = self._started(part)
+        with self._noting():
+            (returned,) = self._session.step([prepared], [part])
+        self._meeting.heartbeat.progress(self._session.step_count, "between steps")
         return returned
 
     def start(self, batch: tuple) -> None:
         """Captures on `batch` and meets the other roles, without a step."""
         self._intercepted(batch)
-        part = Part(batch, count_examples(batch, self._examples))
-        self._started(self._programs.for_batch(batch), part)
+        self._started(self._session.part(batch))
 
     def shard(self, loader: Iterable) -> Iterator:
         """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`)."""
-        for batch in shard(loader, self.trainers, self.rank, self._share_state):
+        for batch in shard(loader, self.trainers, self.rank, self._meeting.share_state):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
-    @torch.no_grad()
     def evaluate(self, fn: Callable, loader: Iterable) -> object:
         """`fn(model, *batch)` over all batches, each example once over all trainers, outputs in order on every trainer.
 
-        Outputs are tensors along the batch axis, in any tree; they come back joined. Values are those of the steps
-        done; nothing is updated.
+        Captured without gradients, like the step: values are those of the steps done, pulled from where the plan
+        keeps them; nothing is updated, buffers included. Outputs are tensors of one row per example, in any tree;
+        they come back joined. A function that needs a tensor's value is refused (`CaptureError`): call `sync()` and
+        run it on the model.
         """
-        if self._replica is None and self.trainers > 1:
+        if not self._session.replicas and self.trainers > 1:
             raise JobError(
-                "evaluate() was called before the trainers have met; expected a step first. Give distribute(..., example=batch) "
-                "to meet at once."
+                "evaluate() was called before the trainers have met; expected a step first. Give distribute(..., "
+                "example=batch) to meet at once."
             )
-        self.sync()
-        sizes, collected, structure = [], [], None
-        for batch in loader:
-            batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            count = int(count_examples(batch, None))
-            start, stop = bounds(count, self.trainers, self.rank)
-            part = pytree.tree_map(lambda t, s=slice(start, stop): t[s] if _has_rows(t) else t, batch)
-            outputs, structure = pytree.tree_flatten(fn(self.model, *part))
-            collected.append(outputs)
-            sizes.append((count, start, stop))
-        if structure is None:
-            return None
-        columns = [self._gathered(list(column), sizes) for column in zip(*collected, strict=True)]
-        return structure.unflatten(columns)
+        with self._noting():
+            return self._session.evaluate(fn, loader)
 
     def sync(self) -> None:
         """Writes the trained values, whole, into the user's model and optimizer."""
-        if self._replica is None:
-            return
-        values = dict(self._replica.values)
-        values.update(self._drive(self._replica.served()))  # type: ignore[arg-type]
-        self._binding.write(values)  # type: ignore[arg-type]
+        with self._noting():
+            self._session.sync()
 
     def state_dict(self) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}`, whole tensors under the names of the user's own `state_dict()` calls."""
-        self.sync()
-        return self._binding.state_dict(self.optimizer)
+        with self._noting():
+            return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes what `state_dict` gave, here under any plan or in plain PyTorch. All trainers must call it."""
-        self._binding.load_state_dict(self.optimizer, state)
-        if self._replica is not None:
-            self._replica.reload()
-            if self.rank == 0:
-                self._replica.give(self._binding.values(), self._replica.step_count)
-            self._broadcast_values()
+        with self._noting():
+            self._session.load_state_dict(state)
 
     def close(self) -> None:
         """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
@@ -204,8 +192,7 @@ class Trainer:
             return
         try:
             self.sync()
-            if self._replica is not None:
-                self._replica.client.leave(self._replica.step_count)
+            self._session.leave()
         except BaseException as error:
             self._abandon(error)
             raise
@@ -220,232 +207,87 @@ class Trainer:
         else:
             self._abandon(error)
 
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Notes an error that ends the job, so that `close` waits for nobody."""
+        try:
+            yield
+        except JobError as error:
+            self._failure = error
+            raise
+
     def _abandon(self, error: BaseException) -> None:
         """Ends here, and tells the others why, unless one of them is the reason."""
         if not isinstance(error, PeerLost | SystemExit):
-            self._tell(f"{self.place.me} cannot go on: {type(error).__name__}: {error}".rstrip(": "))
+            reason = f"{self.place.me} cannot go on: {type(error).__name__}: {error}".rstrip(": ")
+            self._meeting.tell(reason)
+            self._session.fail(reason)
         self._end(failed=True)
-
-    def _tell(self, reason: str) -> None:
-        """Best effort: servers by a message, and all who wait elsewhere by the store."""
-        if self._stores is not None:
-            tell_failure(self._stores, reason)
-        if self._replica is not None:
-            self._replica.client.fail(reason)
 
     def _end(self, failed: bool) -> None:
         """Servers that live here go on until the last trainer has left, unless this one fails."""
         self._closed = True
+        atexit.unregister(self._at_exit)
         if self._transport is not None:
             self._transport.close()
-        for thread in self._threads:
-            if failed:
-                thread.stop.set()
-            while thread.is_alive():
-                thread.join(1.0)
+        self._meeting.close()
+        self._hosted.end(failed)
+
+    def _at_exit(self) -> None:
+        """The script has ended without `close`: if an error has ended it, the others are told which."""
+        if not self._closed and hasattr(sys, "last_value") and sys.last_value is not None:
+            self._abandon(sys.last_value)
 
     def _check_open(self) -> None:
         if self._closed:
             raise JobError("this trainer is closed; expected steps before close(). Call distribute again to go on.")
 
     def _intercepted(self, batch: tuple) -> None:
-        if self._replica is None:
-            parts = (self._user_step, self.model, self.optimizer, self._binding.extra)
-            intercepted(FirstStep(*parts, self._plan_source, self._examples, batch))
+        if not self._session.replicas:
+            given = self._session.training
+            parts = (given.step, given.model, given.optimizer, dict(given.state or {}))
+            intercepted(FirstStep(*parts, self._plan_source, given.examples, batch))
 
-    def _make_plan(self, program: Program) -> Plan:
-        return make_plan(self._plan_source, program, self.trainers, self._server_count())
-
-    def _server_count(self) -> int:
-        """Of processes; or, where servers are threads, as many as a complete plan says, or one per trainer."""
-        if self.place.servers:
-            return self.place.servers
-        return self._plan_source.servers if isinstance(self._plan_source, Plan) else self.trainers
-
-    def _prepared(self, part: Part) -> Prepared:
-        if part.examples > 0 or self._programs.latest is None:
-            return self._programs.for_batch(part.batch)
-        return self._programs.latest
-
-    def _started(self, prepared: Prepared, part: Part) -> None:
-        if self._replica is not None:
-            return
-        self._job = prepared.job
+    def _started(self, part: Part) -> Prepared:
+        """The captured step for a part; before the first, the roles meet."""
+        if self._session.replicas:
+            return self._session.prepared(part)
         try:
-            self._meet(prepared, part)
+            prepared = self._session.prepared(part)
+        except Exception:
+            self._meeting.close()
+            raise
+        try:
+            self._meet(prepared.job, part)
         except Exception as error:
             self._failure = error
             raise
+        return prepared
 
-    def _meet(self, prepared: Prepared, part: Part) -> None:
+    def _meet(self, job: Job, part: Part) -> None:
         """Agrees with the other roles on the job, starts the servers that live here, and joins. A server ends here."""
-        self._agree(prepared.job)
-        embedded = zmq.Context() if self.place.alone else None
-        for address in self.place.hosted(len(prepared.job.servers)):
-            self._host(address, prepared.job, embedded)
-        if self.place.me.kind is Kind.SERVER:
-            sys.exit(0)
-        self._join(prepared.job, part, embedded)
-
-    def _host(self, address: Address, job: Job, context: zmq.Context | None) -> None:
-        server = Server(job, address.rank)
-        transport = SocketTransport(
-            address, self._rendezvous, len(job.servers), context=context, deadlines=self._deadlines
-        )
-        if self.place.me.kind is Kind.SERVER:
-            with _closing(transport):
-                serve(server, transport, self._deadlines.wait)
-        else:
-            self._threads.append(ServerThread(server, transport, self._deadlines.wait))
-            self._threads[-1].start()
-
-    def _join(self, job: Job, part: Part, context: zmq.Context | None) -> None:
+        self._meeting.agree(job)
+        self._hosted.start(job)
+        atexit.register(self._at_exit)
         self._transport = SocketTransport(
-            self.place.me, self._rendezvous, len(job.servers), context=context, deadlines=self._deadlines
+            self.place.me,
+            self._meeting.rendezvous,
+            len(job.servers),
+            limit=limit_of(job, self.place.me),
+            context=self._hosted.context,
+            deadlines=self._meeting.deadlines,
+            heartbeat=self._meeting.heartbeat,
         )
-        client = Client(job, self._transport)
-        self._replica = Replica(self.rank, self._binding, client, job)
-        self._replica.nominal = float(self._published("nominal", str(part.examples or 1.0)))
-        client.hello()
-        if self.rank == 0:
-            self._replica.give(self._binding.values(), 0)
-        self._broadcast_values()
+        joined = Joined(job, self._transport, self._meeting.deadlines.wait, self._hosted.check)
+        nominal = float(self._meeting.published("nominal", str(part.examples or 1.0)))
+        self._session.open(job, [self._transport], nominal, joined)
+        joined.client = self._session.replicas[0].client
         if self.rank == 0:
             log.info("%d trainers and %d servers have met", self.trainers, len(job.servers))
 
-    def _agree(self, job: Job) -> None:
-        """All roles compare what they derived with what trainer 0 derived."""
-        theirs = self._published("digest", job.digest)
-        if theirs != job.digest:
-            raise Disagreement(
-                f"{self.place.me} derived another job than trainer 0 (digest {job.digest[:12]}, expected "
-                f"{theirs[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all of "
-                "them from the same script with the same arguments, and take care that nothing in it depends on the "
-                "rank."
-            )
 
-    def _published(self, key: str, mine: str) -> str:
-        """Trainer 0's word on `key`, the same for all."""
-        if self._stores is None:
-            self._stores = self._rendezvous.clients()
-        store, seconds = self._stores[0], max(self._deadlines.join, self._deadlines.wait)
-        if self.place.me == Address(Kind.TRAINER, 0):
-            store.set(key, mine)
-            return mine
-        deadline = time.monotonic() + seconds
-        with reaching_the_store(self.place.me):
-            while not store.check([key]):
-                if (why := failure(self._stores)) is not None:
-                    raise PeerLost(f"{self.place.me} cannot go on: {why.rstrip('.')}. {STAY}")
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(
-                        f"{self.place.me} has waited {seconds:g} s for trainer 0's {key}. Expected trainer 0 to come "
-                        "to its first step. See its output."
-                    )
-                time.sleep(0.01)
-            return store.get(key).decode()
-
-    def _share_state(self, state: torch.Tensor) -> torch.Tensor:
-        self._shared_states += 1
-        text = self._published(f"sampler/{self._shared_states}", state.numpy().tobytes().hex())
-        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-    @torch.no_grad()
-    def _broadcast_values(self) -> None:
-        """Replicas start from trainer 0's values, one collective per dtype."""
-        assert self._replica is not None, "joined"
-        assert self._transport is not None, "joined"
-        if self.trainers == 1:
-            return
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for value in self._replica.values.values():
-            if isinstance(value, torch.Tensor) and value.numel():
-                by_dtype.setdefault(value.dtype, []).append(value)
-        for dtype, values in by_dtype.items():
-            flat = torch.cat([v.reshape(-1) for v in values])
-            self._transport.broadcast(flat, f"the initial values of type {dtype}")
-            for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
-                value.copy_(part.view(value.shape))
-
-    def _gathered(self, outputs: list[torch.Tensor], sizes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Every trainer's rows in the order of the loader. Parts are padded to one length on the way."""
-        rows = torch.cat(outputs)
-        if self.trainers == 1:
-            return rows
-        assert self._transport is not None, "more than one trainer, so joined"
-        counts = [[stop - start for start, stop in spans] for spans in self._spans(sizes)]
-        longest = max(sum(each) for each in counts)
-        part = rows.new_zeros((longest, *rows.shape[1:]))
-        part[: len(rows)] = rows
-        whole = rows.new_empty((self.trainers, *part.shape))
-        self._transport.all_gather(_bytes_of(whole), _bytes_of(part), "the outputs of an evaluation").done()
-        parts = [list(theirs[: sum(each)].split(each)) for theirs, each in zip(whole, counts, strict=True)]
-        return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
-
-    def _spans(self, sizes: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
-        """Per trainer, its rows of every batch."""
-        return [[bounds(count, self.trainers, rank) for count, _, _ in sizes] for rank in range(self.trainers)]
-
-    def _drive(self, run: Generator[Blocked, None, object]) -> object:
-        """Runs until done, taking messages in whenever it waits."""
-        assert self._replica is not None, "joined"
-        assert self._transport is not None, "joined"
-        try:
-            while True:
-                self._wait(next(run))
-        except StopIteration as stop:
-            return stop.value
-        except JobError as error:
-            self._failure = error
-            raise
-
-    def _wait(self, blocked: Blocked) -> None:
-        assert self._replica is not None, "joined"
-        assert self._transport is not None, "joined"
-        deadline = time.monotonic() + self._deadlines.wait
-        while True:
-            got = self._transport.receive(1.0)
-            if got is not None:
-                self._replica.client.take(*got)
-                return
-            self._check_threads()
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(self._late(blocked))
-
-    def _late(self, blocked: Blocked) -> str:
-        assert self._replica is not None, "joined"
-        assert self._transport is not None, "joined"
-        owner = Address(Kind.SERVER, self._job.owners[blocked.channel])
-        others = [Address(Kind.TRAINER, k) for k in range(self.trainers) if k != self.rank]
-        return (
-            f"{self.place.me} has waited {self._deadlines.wait:g} s at {blocked.node} of step "
-            f"{self._replica.step_count} for '{blocked.channel}' of {owner}: {self._transport.late([owner, *others])}. "
-            "Expected it in time. See the output of who is late; if it is only slow, give a longer Deadlines.wait."
-        )
-
-    def _check_threads(self) -> None:
-        for thread in self._threads:
-            if thread.error is not None:
-                raise thread.error
-
-
-class _closing:
-    """Closes a transport when a server's process ends, however."""
-
-    def __init__(self, transport: SocketTransport):
-        self._transport = transport
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._transport.close()
-
-
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory: collectives do not take every dtype."""
-    return tensor.view(-1).view(torch.uint8)
+def _server_count(place: Membership, plan: PlanSource | str | Path) -> int:
+    """Of processes; or, where servers are threads, as many as a complete plan says, or one per trainer."""
+    if place.servers:
+        return place.servers
+    return plan.servers if isinstance(plan, Plan) else place.trainers

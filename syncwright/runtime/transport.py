@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.messages import Address, Message
 
 
@@ -33,6 +34,10 @@ class Outlet(Protocol):
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
 
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
+        ...
+
     def progress(self, step: int, node: str) -> None:
         """Notes how far this role is, for the errors of those who wait for it."""
         ...
@@ -52,8 +57,8 @@ class Transport(Outlet, Protocol):
         """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
         ...
 
-    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
-        """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
+    def wait(self, peers: list[Address], seconds: float) -> Wait:
+        """A wait for `peers` that begins now, and goes on while one of them says that it captures or compiles."""
         ...
 
     def late(self, peers: list[Address]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from syncwright.errors import JobError
-from syncwright.runtime.messages import HEADERS, Failure, Hello, Leave, Message, Pull, Push, Value
+from syncwright.runtime.messages import HEADERS, Failure, Hello, Leave, Message, Pull, Push, Resume, Value
 
 CHUNK_NBYTES = 4 << 20
 """The most bytes of a tensor in one frame: frames of 1 to 4 MB are copied and sent at the same time."""
@@ -52,7 +52,7 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | Value | Leave | Failure
+    header: Hello | Push | Pull | Value | Resume | Leave | Failure
     tensor: TensorHeader | None
 
 
@@ -126,7 +126,9 @@ def _check_header(first: FirstFrame) -> None:
     match header:
         case Push(step=number, weight=weight) if not (math.isfinite(weight) and weight >= 0):
             raise WireError(f"{_about(header)}: weight is {weight}; expected a finite number, at least 0")
-        case Push(step=number) | Leave(step=number) | Pull(version=number) | Value(version=number):
+        case (
+            Push(step=number) | Leave(step=number) | Resume(step=number) | Pull(version=number) | Value(version=number)
+        ):
             if not 0 <= number <= LARGEST:
                 raise WireError(f"{_about(header)}: its step or version is {number}; expected 0 to {LARGEST}")
     if isinstance(header, Push | Value) and spec is None:

@@ -127,6 +127,18 @@ def early(folder: Path) -> None:
     print(f"trainer {trainer.rank}: {len(losses)} steps, better: {losses[-1] < losses[0]}")
 
 
+def one_compiles(folder: Path) -> None:
+    """Trainer 1 takes longer over its program than anybody waits for anything else."""
+
+    def before(number: int) -> None:
+        if RANK == "1" and number == 2:
+            with trainer._meeting.busy("compiling the step"):
+                time.sleep(14.0)
+
+    trainer = job(plan=MIXED, wait=8.0)
+    run(trainer, before)
+
+
 def ddp(folder: Path) -> None:
     """Compares with torch's DistributedDataParallel on the benchmark's workloads."""
     import torch.distributed as dist
@@ -164,9 +176,10 @@ def loss_step(model, optimizer, x, y):
 BATCHES = [data(8, seed).tensors for seed in range(4)]
 
 
-def job(width: int = 8, plan: object = "all_reduce", **seconds: float) -> syncwright.Trainer:
+def job(width: int = 8, plan: object = "all_reduce", check: bool = False, **seconds: float) -> syncwright.Trainer:
     deadlines = Deadlines(**({"join": 100.0, "wait": 60.0, "linger": 1.0} | seconds))
-    return syncwright.distribute(step, *build(width), plan=plan, compile=False, deadlines=deadlines)  # type: ignore[arg-type]
+    how: dict = {"plan": plan, "compile": False, "deadlines": deadlines, "check_replicas": check}
+    return syncwright.distribute(step, *build(width), **how)
 
 
 def run(trainer: syncwright.Trainer, before: Callable[[int], object] = lambda number: None) -> None:
@@ -186,8 +199,8 @@ def killed_at(trainer: syncwright.Trainer, communication: str) -> Callable[[int]
 
     def before(number: int) -> None:
         if RANK == "1" and number == 2:
-            assert trainer._replica is not None, "two steps have run"
-            setattr(trainer._replica.client, communication, die)
+            client = trainer._session.replicas[0].client
+            setattr(client, communication, die)
 
     return before
 
@@ -257,6 +270,24 @@ def leaves_early(folder: Path) -> None:
     with job() as trainer:
         for batch in BATCHES[: 2 if trainer.rank else 4]:
             trainer.step(*batch)
+
+
+def drifts(folder: Path) -> None:
+    """Something writes to a value of trainer 1."""
+
+    def before(number: int) -> None:
+        if RANK == "1" and number == 2:
+            trainer._session.replicas[0].values["2.bias"].add_(1e-3)  # type: ignore[union-attr]
+
+    trainer = job(check=True)
+    run(trainer, before)
+
+
+def raises_outside(folder: Path) -> None:
+    """An error ends a script that has no `with` block."""
+    trainer = job(plan="parameter_server")
+    trainer.step(*BATCHES[0])
+    raise ValueError("the third file is empty")
 
 
 def forgets_to_close(folder: Path) -> None:

@@ -61,6 +61,8 @@ RIGHT = {
     "mixed": Setup("mixed", 2, 1),
     "torchrun": Setup("mixed_once", 2, by="torchrun"),
     "early": Setup("early", 2, 1),
+    "one compiles": Setup("one_compiles", 2, 1),
+    "drifts": Setup("drifts", 2),
 }
 WRONG = {
     "trainer killed, all_reduce": Setup("trainer_killed_all_reduce", 2),
@@ -73,6 +75,7 @@ WRONG = {
     "the server never comes to a step": Setup("server_never_steps", 1, 1),
     "trainer 1 leaves early": Setup("leaves_early", 2),
     "the trainer forgets to close": Setup("forgets_to_close", 1, 1),
+    "the trainer raises outside of a with block": Setup("raises_outside", 1, 1),
 }
 
 
@@ -252,6 +255,20 @@ def test_without_collectives_a_trainer_may_leave_early(jobs):
     assert done.status == 0, done.output
     assert "trainer 0: 5 steps, better: True" in done.output
     assert "trainer 1: 2 steps, better: True" in done.output
+
+
+def test_who_says_that_it_compiles_is_waited_for_beyond_the_deadline(jobs):
+    done = jobs["one compiles"].result()
+    assert done.status == 0, done.output
+
+
+def test_replicas_that_drift_apart_end_the_job_where_they_are_checked(jobs):
+    done = jobs["drifts"].result()
+    assert done.status != 0, done.output
+    assert (
+        "Disagreement: '2.bias' is not the same on all trainers after step 2: trainer 1 has other bits" in done.output
+    )
+    assert "after step 3" not in done.output
 
 
 def test_ctrl_c_ends_everything_and_frees_the_ports(jobs):

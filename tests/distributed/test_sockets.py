@@ -131,7 +131,7 @@ def test_a_connection_that_breaks_is_a_lost_peer_after_its_last_words(transport:
 
 def test_a_message_to_a_trainer_that_is_not_there(transport: Open) -> None:
     server = transport(S0)
-    with pytest.raises(PeerLost, match=r"server 0 cannot send to trainer 1: .*trainer 1 has never been heard of"):
+    with pytest.raises(PeerLost, match=r"server 0 cannot send to trainer 1, .*: trainer 1 has never been heard of"):
         server.send(T1, Message(Leave(1)))
 
 

@@ -1,0 +1,57 @@
+"""The check that replicas are equal: digests of what every trainer holds, compared after a step."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from syncwright.errors import Disagreement
+from syncwright.passes.average import communicates
+from syncwright.plan import AllReduce, Plan
+from syncwright.program import Program, Role
+from syncwright.update import followed
+
+
+def replicated(program: Program, plan: Plan, values: Iterable[str]) -> list[str]:
+    """Which of a trainer's `values` are to be equal on all trainers: what is all-reduced, with its state and what
+    follows it, and other buffers that are not local."""
+    shared = {s.variable for s in plan.sharings if isinstance(s.sync, AllReduce)}
+    buffers, follows = dict(plan.buffers), followed(program)
+    found = []
+    for variable in [program.variables[name] for name in values if name in program.variables]:
+        owner = follows.get(variable.name, variable.of or variable.name)
+        if variable.role is Role.BUFFER and owner == variable.name:
+            is_shared = communicates(plan) and buffers.get(owner) != "local"
+        else:
+            is_shared = owner in shared
+        found += [variable.name] if is_shared else []
+    return found
+
+
+def digest(values: Sequence[object]) -> torch.Tensor:
+    """64 bits for each value, equal for equal bits."""
+    return torch.tensor([_hash(value) for value in values], dtype=torch.int64)
+
+
+def check_equal(names: Sequence[str], digests: Sequence[torch.Tensor], step: int) -> None:
+    """Raises `Disagreement` for the first variable whose replicas differ after `step` steps."""
+    for name, row in zip(names, torch.stack(list(digests)).T.tolist(), strict=True):
+        apart = [str(rank) for rank, each in enumerate(row) if each != row[0]]
+        if apart:
+            raise Disagreement(
+                f"'{name}' is not the same on all trainers after step {step - 1}: trainer{'s' * (len(apart) > 1)} "
+                f"{', '.join(apart)} {'have' if len(apart) > 1 else 'has'} other bits than trainer 0. Expected replicas to be "
+                "equal after every step. Look for something that writes to the values of one trainer, and for hardware that "
+                "computes differently."
+            )
+
+
+def _hash(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        data = struct.pack("d", value)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

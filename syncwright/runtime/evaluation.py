@@ -1,0 +1,203 @@
+"""Evaluation: a function of model and batch, captured without gradients; its outputs, joined in the loader's order."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch.utils import _pytree as pytree
+
+from syncwright import ops
+from syncwright.capture import Captured, capture_step
+from syncwright.capture.state import Binding
+from syncwright.dead import remove_dead
+from syncwright.errors import BatchError
+from syncwright.passes.insert import before_first_use
+from syncwright.program import Guard, Program, Role, Variable, set_results
+from syncwright.runtime.executor import Blocked, Port
+from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Kept, Warming, shapes_of
+from syncwright.runtime.sharding import bounds
+from syncwright.shapes import Inference, mode_of
+from syncwright.verify import verify
+
+Gather = Callable[[Sequence[torch.Tensor], str], list[torch.Tensor]]
+
+
+class Evaluated:
+    """A function captured for batches of one shape. Changes with every run, until it is compiled."""
+
+    def __init__(self, fn: Callable, captured: Captured, warming: Warming, rows: int):
+        self.fn, self._captured, self._warming = fn, captured, warming
+        self._inputs = [v.name for v in captured.program.of_role(Role.INPUT)]
+        self._check_rows(rows)
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """On which numbers what was captured depends."""
+        return self._captured.program.guards
+
+    @property
+    def structure(self) -> pytree.TreeSpec:
+        """How the function's result is put together."""
+        return self._captured.returned
+
+    @torch.no_grad()
+    def run(self, values: Mapping[str, object], batch: tuple, port: Port) -> Generator[Blocked, None, list]:
+        """The outputs for `batch`; gives `Blocked` while a value from a server is not there."""
+        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        inputs = dict(zip(self._inputs, leaves, strict=True))
+        results = yield from self._warming.executor().run({**values, **self._captured.constants, **inputs}, port)
+        return [results[name] for name in self._captured.outputs]
+
+    def nothing(self) -> list[torch.Tensor]:
+        """The outputs for a part without examples."""
+        forms = [self._captured.program.variables[name] for name in self._captured.outputs]
+        return [torch.empty((0, *form.shape[1:]), dtype=form.dtype) for form in forms]
+
+    def _check_rows(self, rows: int) -> None:
+        for name in self._captured.outputs:
+            shape = self._captured.program.variables[name].shape
+            if shape[:1] != (rows,):
+                raise BatchError(
+                    f"evaluate: '{name}' of what {_called(self.fn)} returns has shape {list(shape)} for {rows} examples; "
+                    f"expected one row per example, [{rows}, ...]. Return what belongs to each example; reduce what evaluate "
+                    "gives back."
+                )
+
+
+class Evaluations:
+    """Captured functions, by the function, the batch's shapes and the model's settings. Changes with every new one."""
+
+    def __init__(self, binding: Binding, optimizer: object, compiles: Callable[[], bool], busy: Busy = nullcontext):
+        self._binding, self._optimizer, self._compiles, self._busy = binding, optimizer, compiles, busy
+        self._kept: Kept[Evaluated] = Kept()
+
+    def for_batch(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:
+        """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
+        key = _identity(fn), shapes_of(batch), self._binding.settings(), tuple(held)
+        hypers = self._binding.hyper_values()
+        found = self._kept.find(key, hypers)
+        if found is None:
+            found = self._captured(fn, batch, rows, held)
+            self._kept.keep(key, found.guards, found)
+        return found
+
+    def _captured(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:
+        with self._busy("capturing an evaluation"):
+            captured = capture_step(_without_gradients(fn), self._binding, self._optimizer, batch)
+            program = pulling(captured.program, captured.outputs, held)
+            verify(program)
+        interpreted = INTERPRETED_FIRST if len(self._kept) else 0
+        warming = Warming(program, self._compiles(), interpreted, "an evaluation", self._busy)
+        return Evaluated(fn, captured, warming, rows)
+
+
+def pulling(program: Program, outputs: Sequence[str], held: Mapping[str, Variable]) -> Program:
+    """Only the outputs are computed, from values that servers hold as they are now.
+
+    before  %w = placeholder, %y = mm(%x, %w), output({"loss": %y, "mean": %m})               (w in two pieces on servers)
+    after   %a = pull([], "w[0]"), %b = pull([], "w[1]"), %c = cat([%a, %b]), %y = mm(%x, %c), output({"loss": %y})
+    """
+    program = program.edit()
+    set_results(program, {name: node for name, node in program.results.items() if name in outputs})
+    remove_dead(program.graph)
+    known = Inference(mode_of(program.graph))
+    pieces: dict[str, list[Variable]] = {}
+    for variable in held.values():
+        pieces.setdefault(variable.whole or variable.name, []).append(variable)
+    for name, node in program.placeholders.items():
+        if name in pieces and node.users:
+            _pull(program, node, pieces[name], known)
+        if not node.users:
+            program.graph.erase_node(node)
+    used = {*program.placeholders, *program.results}
+    return replace(program, variables={n: v for n, v in program.variables.items() if n in used})
+
+
+def _pull(program: Program, node, pieces: list[Variable], known: Inference) -> None:
+    parts = sorted((p for p in pieces if p.part is not None), key=lambda p: p.part or (0, 0)) or pieces[:1]
+    users, graph = list(node.users), program.graph
+    with before_first_use(users):
+        pulled = [known.call(graph, ops.pull, [], p.name, list(p.shape), p.dtype) for p in parts]
+        whole = pulled[0] if len(pulled) == 1 else known.call(graph, torch.ops.aten.cat.default, pulled)
+    for user in users:
+        user.replace_input_with(node, whole)
+
+
+def _without_gradients(fn: Callable) -> Callable:
+    """`fn` as a step that leaves the optimizer alone."""
+
+    @functools.wraps(fn)
+    def step(model: torch.nn.Module, optimizer: object, *batch: object) -> object:
+        with torch.no_grad():
+            return fn(model, *batch)
+
+    return step
+
+
+def _called(fn: Callable) -> str:
+    return fn.__name__ if isinstance(fn, types.FunctionType) else f"a {type(fn).__name__}"
+
+
+def _identity(fn: Callable) -> object:
+    """Equal for a function that is defined anew by the same lines around the same values, as in a loop over epochs."""
+    if not isinstance(fn, types.FunctionType):
+        return fn
+    closed = tuple(id(cell.cell_contents) for cell in fn.__closure__ or ())
+    defaults = tuple(map(id, (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())))
+    return fn.__code__, closed, defaults
+
+
+class Rows:
+    """What an evaluation has given so far: by trainer and batch, a list of outputs. Changes with every batch."""
+
+    def __init__(self, trainers: int):
+        self._trainers = trainers
+        self._sizes: list[int] = []
+        self._outputs: dict[int, list[list[torch.Tensor]]] = {}
+        self.structure: pytree.TreeSpec | None = None
+
+    def begin(self, size: int) -> None:
+        """A batch of `size` examples."""
+        self._sizes.append(size)
+
+    def span(self, rank: int) -> slice:
+        """Which examples of the latest batch are trainer `rank`'s."""
+        return slice(*bounds(self._sizes[-1], self._trainers, rank))
+
+    def add(self, rank: int, outputs: list[torch.Tensor]) -> None:
+        """Trainer `rank`'s outputs for the latest batch."""
+        self._outputs.setdefault(rank, []).append(outputs)
+
+    def joined(self, gather: Gather | None) -> object:
+        """All outputs in the loader's order, in the function's own structure; None where there were no batches."""
+        if self.structure is None:
+            return None
+        columns = [
+            [torch.cat([outputs[column] for outputs in mine]) for mine in self._outputs.values()]
+            for column in range(self.structure.num_leaves)
+        ]
+        return self.structure.unflatten([c[0] if gather is None else self._in_order(c, gather) for c in columns])
+
+    def _in_order(self, mine: list[torch.Tensor], gather: Gather) -> torch.Tensor:
+        """Every trainer's rows; parts are padded to one length on the way."""
+        counts = [
+            [stop - start for start, stop in (bounds(size, self._trainers, rank) for size in self._sizes)]
+            for rank in range(self._trainers)
+        ]
+        longest = max(sum(each) for each in counts)
+        padded = [rows.new_zeros((longest, *rows.shape[1:])) for rows in mine]
+        for whole, rows in zip(padded, mine, strict=True):
+            whole[: len(rows)] = rows
+        everyone = gather(padded, "the outputs of an evaluation")
+        parts = [list(rows[: sum(each)].split(each)) for rows, each in zip(everyone, counts, strict=True)]
+        return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
+
+
+def cut(batch: tuple, span: slice) -> tuple:
+    """The examples `span` of a batch."""
+    return pytree.tree_map(lambda leaf: leaf[span] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, batch)

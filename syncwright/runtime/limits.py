@@ -1,0 +1,39 @@
+"""What each role may be sent: of every channel, the shape and dtype that its tensors have in this job."""
+
+from __future__ import annotations
+
+import torch
+
+from syncwright.job import Job, ServerPart
+from syncwright.program import Variable
+from syncwright.runtime.messages import Address, Kind
+from syncwright.runtime.wire import Limit
+
+Form = tuple[tuple[int, ...], torch.dtype]
+
+
+def limit_of(job: Job, me: Address) -> Limit:
+    """For a server what is pushed to it, asked of it and given to it; for a trainer what it pulls."""
+    pulled = {name: _form(variable) for name, variable in job.held.items()}
+    pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
+    pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
+    if me.kind is Kind.TRAINER:
+        return {name: pulled[name] for name in job.owners}
+    pushed = {name: _form(channel.variable) for name, channel in job.channels.items() if channel.server == me.rank}
+    given = {name for part in job.servers for name, others in part.exports.items() if me.rank in others}
+    owned = {name for name, owner in job.owners.items() if owner == me.rank}
+    return {name: pulled[name] for name in owned | given} | pushed
+
+
+def _form(variable: Variable) -> Form:
+    return variable.shape, variable.dtype
+
+
+def _computed(part: ServerPart) -> dict[str, Form]:
+    """What a server's programs write; numbers on the host travel as float64."""
+    found: dict[str, Form] = {}
+    for program in part.programs:
+        for name, node in program.results.items():
+            val = node.meta["val"]
+            found[name] = (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else ((), torch.float64)
+    return found

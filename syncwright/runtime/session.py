@@ -1,0 +1,210 @@
+"""Session: what a job is above the transport. A real trainer has one with its replica, loopback one with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from syncwright.capture.state import Binding
+from syncwright.job import Job
+from syncwright.plan import Plan
+from syncwright.program import Program
+from syncwright.runtime.agreement import check_equal, digest, replicated
+from syncwright.runtime.client import Client
+from syncwright.runtime.evaluation import Evaluations, Rows, cut
+from syncwright.runtime.executor import NO_PORT, Blocked
+from syncwright.runtime.programs import Busy, Prepared, Programs
+from syncwright.runtime.replica import Examples, Part, Replica, count_examples
+from syncwright.runtime.transport import Outlet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Training:
+    """What the user gave, and how it is to be run (see `distribute`)."""
+
+    step: Callable
+    model: torch.nn.Module
+    optimizer: object
+    state: Mapping[str, torch.nn.Module] | None
+    examples: Examples
+    plan: Callable[[Program], Plan]
+    without: Sequence[str] = ()
+    compile: bool | str = False
+    check_replicas: bool = False
+
+
+class Peers(Protocol):
+    """How a session's replicas are run beside those of other processes."""
+
+    trainers: int
+
+    def drive(self, runs: Sequence[Generator[Blocked, None, object]]) -> list:
+        """Runs what this process's trainers do side by side until all are done; what they return, in order."""
+        ...
+
+    def gather(self, parts: Sequence[torch.Tensor], note: str) -> list[torch.Tensor]:
+        """Every trainer's part, in the order of trainers, from those of this process's trainers; all of one shape."""
+        ...
+
+
+class Session:
+    """Changes with every step: the trainers that live in this process, none before `open`."""
+
+    def __init__(self, training: Training, busy: Busy = nullcontext) -> None:
+        self.training = training
+        self.binding = Binding(training.model, training.optimizer, training.state)
+        self.replicas: list[Replica] = []
+        self.job: Job | None = None
+        self._busy = busy
+        self._programs: Programs | None = None
+        self._evaluations: Evaluations | None = None
+        self._peers: Peers | None = None
+
+    @property
+    def step_count(self) -> int:
+        """How many steps have been done."""
+        return self.replicas[0].step_count if self.replicas else 0
+
+    def part(self, batch: tuple) -> Part:
+        """A trainer's part of a global batch, its examples counted."""
+        return Part(batch, count_examples(batch, self.training.examples))
+
+    def prepared(self, part: Part) -> Prepared:
+        """The captured step for a part; for one without examples the latest, if there is one."""
+        programs = self.programs()
+        return programs.latest if part.examples == 0 and programs.latest is not None else programs.for_batch(part.batch)
+
+    def programs(self) -> Programs:
+        """Captured steps. Reads the user's objects anew at the first call: a schedule may have been built since."""
+        if self._programs is None:
+            given = self.training
+            self.binding = Binding(given.model, given.optimizer, given.state)
+            self._programs = Programs(
+                given.step, self.binding, given.optimizer, given.plan, given.without, given.compile, self._busy
+            )
+        return self._programs
+
+    def use(self, programs: Programs) -> None:
+        """Captured steps from elsewhere, over the same binding."""
+        self._programs = programs
+
+    def open(self, job: Job, outlets: Sequence[Outlet], nominal: float, peers: Peers) -> None:
+        """Meets the servers through one outlet per trainer of this process; all start from trainer 0's values."""
+        self.job, self._peers = job, peers
+        for outlet in outlets:
+            replica = Replica(outlet.me.rank, self.binding, Client(job, outlet), job)
+            replica.nominal = nominal
+            replica.client.hello()
+            self.replicas.append(replica)
+        self._spread()
+
+    def step(self, prepared: Sequence[Prepared], parts: Sequence[Part]) -> list[object]:
+        """One global step: every replica's part of it; what the user's step returns, by replica."""
+        runs = [r.step(p, part) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
+        returned = self._joined.drive(runs)
+        if self.training.check_replicas:
+            self._check_replicas(prepared[0].captured.program)
+        return returned
+
+    def evaluate(self, fn: Callable, loader: Iterable) -> object:
+        """`fn(model, *batch)` over all batches of `loader`, each example once; outputs joined in order."""
+        if self._evaluations is None:
+            compiles, given = self.programs().compiles, self.training
+            self._evaluations = Evaluations(self.binding, given.optimizer, compiles, self._busy)
+        rows = Rows(self._peers.trainers if self._peers is not None else 1)
+        for batch in loader:
+            whole = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            rows.begin(int(count_examples(whole, None)))
+            self._evaluate(self._evaluations, fn, whole, rows)
+        for replica in self.replicas:
+            replica.client.release()
+        return rows.joined(self._peers.gather if self._peers is not None else None)
+
+    def sync(self) -> None:
+        """Writes the trained values, whole, into the user's model and optimizer."""
+        if self.replicas:
+            values = dict(self.replicas[0].values)
+            (served,) = self._joined.drive([self.replicas[0].served()])
+            values.update(served)
+            self.binding.write(values)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it."""
+        self.sync()
+        return self.binding.state_dict(self.training.optimizer)
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes what `state_dict` gave, here under any plan or in plain PyTorch."""
+        self.binding.load_state_dict(self.training.optimizer, state)
+        for replica in self.replicas:
+            replica.reload()
+        self._spread()
+
+    def leave(self) -> None:
+        """Tells servers that these trainers take part in no further step."""
+        for replica in self.replicas:
+            replica.client.leave(replica.step_count)
+
+    def fail(self, reason: str) -> None:
+        """Tells servers that these trainers end early."""
+        for replica in self.replicas:
+            replica.client.fail(reason)
+
+    @property
+    def _joined(self) -> Peers:
+        assert self._peers is not None, "the session is open"
+        return self._peers
+
+    def _spread(self) -> None:
+        """Trainer 0's values become everyone's: servers' and replicas'."""
+        for replica in self.replicas:
+            if replica.rank == 0:
+                replica.give(self.binding.values(), replica.step_count)
+            replica.take_first()
+
+    def _evaluate(self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows) -> None:
+        """Every trainer of this process takes its part of a batch; before they have met, this one the whole."""
+        ranks = [replica.rank for replica in self.replicas] or [0]
+        held, runs = (self.job.held if self.job is not None else {}), []
+        for index, rank in enumerate(ranks):
+            span = rows.span(rank)
+            part = cut(batch, span if span.start < span.stop else slice(0, 1))
+            evaluated = evaluations.for_batch(fn, part, max(1, span.stop - span.start), held)
+            rows.structure = evaluated.structure
+            if span.start == span.stop:
+                runs.append(_given(evaluated.nothing()))
+            elif self.replicas:
+                runs.append(self.replicas[index].evaluate(evaluated, part))
+            else:
+                runs.append(evaluated.run({**self.binding.values(), **self.binding.hyper_values()}, part, NO_PORT))
+        drive = self._peers.drive if self._peers is not None else _run
+        for rank, outputs in zip(ranks, drive(runs), strict=True):
+            rows.add(rank, outputs)
+
+    def _check_replicas(self, program: Program) -> None:
+        assert self.job is not None, "the session is open"
+        names = replicated(program, self.job.plan, self.replicas[0].values)
+        mine = [digest([replica.values[name] for name in names]) for replica in self.replicas]
+        if names and self._joined.trainers > 1:
+            check_equal(names, self._joined.gather(mine, "the check of replicas"), self.step_count)
+
+
+def _given(outputs: list[torch.Tensor]) -> Generator[Blocked, None, list[torch.Tensor]]:
+    """A run that has nothing to do."""
+    yield from ()
+    return outputs
+
+
+def _run(runs: Sequence[Generator[Blocked, None, list]]) -> list[list]:
+    """Runs that wait for nobody."""
+    done = []
+    for run in runs:
+        try:
+            next(run)
+        except StopIteration as stop:
+            done.append(stop.value)
+    return done
