@@ -124,7 +124,7 @@ CAPTURE: dict[str, Case] = {
         misuse.plain, (built := model()), SGD(built.parameters()), BATCH[0]
     ),
     "an optimizer with a foreign parameter": foreign_parameter,
-    "a first update unlike the others": lambda: captured(misuse.plain, momentum=0.9, dampening=0.1),
+    "a first update unlike the others": lambda: captured(misuse.plain, misuse.Sudden),
     "a word in the optimizer's state": lambda: captured(misuse.plain, misuse.Labelled),
     "state that a later update makes": late_state,
     "an optimizer's class": lambda: syncwright.capture(misuse.plain, model(), SGD, *BATCH),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncwright import ops
 from syncwright.capture import private
 from syncwright.capture.functional import NotCovered, without_writes
+from syncwright.capture.initial import BEGUN
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -194,13 +196,14 @@ class _Trace:
                     f"{_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
-            if not self.on_tensors:
-                try:
+            with _first_updates(each):
+                if not self.on_tensors:
+                    try:
+                        return original()
+                    except private.DATA_DEPENDENT as error:
+                        raise _BranchOnState from error
+                with private.compiling(), _steps_as_float64(each):
                     return original()
-                except private.DATA_DEPENDENT as error:
-                    raise _BranchOnState from error
-            with private.compiling(), _steps_as_float64(each):
-                return original()
 
         return step
 
@@ -248,6 +251,40 @@ def _steps_as_float64(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             held[key] = held[key].to(value.dtype)
         for group, was in zip(groups, before, strict=True):
             group["capturable"] = was
+
+
+@contextmanager
+def _first_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, a parameter whose state says whether its first update is made is alone in its group, and `dampening`
+    there is 0 until it is."""
+    groups = optimizer.param_groups
+    apart = [(group, each) for group in groups for each in _one_by_one(group, optimizer.state)]
+    optimizer.param_groups = [each for _, each in apart]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, each in apart:
+            group.update({key: value for key, value in each.items() if key not in ("params", "dampening")})
+    for _, each in apart:
+        for parameter in each["params"]:
+            begun = optimizer.state.get(parameter, {}).get(BEGUN)
+            if begun is not None and parameter.grad is not None and each["momentum"] != 0:
+                begun.clamp_(min=1.0)
+
+
+def _one_by_one(group: dict, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[dict]:
+    begun = {id(p): state[p][BEGUN] for p in group["params"] if BEGUN in state.get(p, {})}
+    if not begun:
+        return [group]
+    return [
+        {
+            **group,
+            "params": [p],
+            "dampening": group["dampening"] * begun[id(p)].item() if id(p) in begun else group["dampening"],
+        }
+        for p in group["params"]
+    ]
 
 
 @contextmanager

@@ -197,6 +197,21 @@ class Labelled(torch.optim.SGD):
         return super().step(closure)
 
 
+class Sudden(torch.optim.Optimizer):
+    """Takes a first step that is twice as long as all later ones."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                parameter.add_(parameter.grad, alpha=-group["lr"] * (1 if state else 2))
+                state["last"] = parameter.grad.clone()
+
+
 class LateState(torch.optim.Optimizer):
     """Makes a state at its second update that the first did not make."""
 
