@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from syncwright import ops
 from syncwright.capture import capture_step
@@ -44,6 +45,16 @@ class Model(nn.Module):
         return self.head(F.dropout(F.relu(self.norm(self.hidden(self.table(ids)))), 0.1, self.training))
 
 
+class Checkpointed(Model):
+    """Computes all of its forward but the lookup again in backward, with dropout."""
+
+    def forward(self, ids):
+        return checkpoint(self.top, self.table(ids), use_reentrant=False)
+
+    def top(self, x):
+        return self.head(F.dropout(torch.tanh(self.hidden(x)), 0.5, self.training))
+
+
 def step(model, optimizer, ids, targets):
     optimizer.zero_grad()
     loss = F.cross_entropy(model(ids), targets)
@@ -66,9 +77,9 @@ class Alone:
         return self.started.pop(channel)
 
 
-def lowered(kind: str, trainers: int, passes) -> tuple[Program, dict[str, object]]:
+def lowered(kind: str, trainers: int, passes, build: type[nn.Module] = Model) -> tuple[Program, dict[str, object]]:
     torch.manual_seed(0)
-    model = Model()
+    model = build()
     optimizer = OPTIMIZERS[kind](model.parameters())
     batch = (torch.randint(0, 20, (6,)), torch.randint(0, 5, (6,)))
     binding = Binding(model, optimizer)
@@ -151,8 +162,9 @@ def test_every_node_is_in_one_segment_or_runs_alone():
 
 
 @pytest.mark.skipif(not is_available(), reason="no C++ compiler")
-def test_compiled_agrees_with_interpreted_and_draws_the_same_masks():
-    program, values = lowered("adam", 2, COMPILED)
+@pytest.mark.parametrize("build", [Model, Checkpointed])
+def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build):
+    program, values = lowered("adam", 2, COMPILED, build)
     expected = run(Executor(program), program, values, 3)
     found = run(CompiledExecutor(program), program, values, 3)
     assert abs(expected["loss"] - found["loss"]) < 1e-6

@@ -68,6 +68,8 @@ strategies      a name to rules
 planning        what a user gives as plan= to the complete plan
 capture         a step, a model and optimizers to a Program; the only part that knows torch.optim
     private
+    lines
+    draws
     initial
     state
     functional

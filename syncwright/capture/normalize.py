@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from syncwright import ops
 from syncwright.capture.private import FakeTensor
 from syncwright.capture.trace import Traced
-from syncwright.dead import remove_dead
+from syncwright.dead import is_random, remove_dead
 from syncwright.errors import CaptureError
 from syncwright.program import Guard, Program, Role, Variable, copy_node, new_placeholder
 
@@ -47,6 +47,7 @@ class _Builder:
         self.variables: dict[str, Variable] = {}
         self.written: dict[str, Node] = {}
         self.marks: dict[str, Node] = {}
+        self.draws = _first_draws(traced)
 
     def build(self) -> Program:
         nodes = list(self.traced.graph.nodes)
@@ -90,7 +91,9 @@ class _Builder:
 
     def _call(self, node: Node, last: Mapping[str, Node]) -> None:
         target = node.target
-        if target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
+        if self.draws.get(node, node) is not node:
+            self.made[node] = self.made[self.draws[node]]
+        elif target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
         elif (statistic := _unchanged_statistic(node)) is not None:
             self.made[node] = self.made[statistic]
@@ -191,6 +194,17 @@ def _unchanged_statistic(node: Node) -> Node | None:
         return None
     given = source.args[node.args[1]] if node.args[1] in (3, 4) else None  # type: ignore[index]
     return given if isinstance(given, Node) else None
+
+
+def _first_draws(traced: Traced) -> dict[Node, Node]:
+    """For every random call the one that drew the same numbers first: itself, or one whose result is drawn again.
+
+    before  %mask = bernoulli(%x, 0.5), ..., %again = bernoulli(%y, 0.5)      draws (0, 0)
+    after   %mask = bernoulli(%x, 0.5), ...                                   %mask wherever %again was read
+    """
+    nodes = [n for n in traced.graph.nodes if is_random(n)]
+    first: dict[int, Node] = {}
+    return {node: first.setdefault(number, node) for node, number in zip(nodes, traced.draws, strict=True)}
 
 
 def _last_marks(nodes: list[Node]) -> dict[str, Node]:

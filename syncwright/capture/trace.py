@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import linecache
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,12 +15,13 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright import ops
 from syncwright.capture import private
+from syncwright.capture.draws import Draws
 from syncwright.capture.functional import NotCovered, without_writes
 from syncwright.capture.initial import BEGUN
+from syncwright.capture.lines import current_line, definition, user_line
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -40,6 +37,7 @@ class Traced:
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
     returned   the structure of what the user's step returns; its leaves are the first results
+    draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
     """
 
     module: GraphModule
@@ -50,6 +48,7 @@ class Traced:
     leaves: int
     guards: tuple[tuple[str, tuple[str, ...]], ...]
     symbols: Mapping[str, str]
+    draws: tuple[int, ...]
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -81,6 +80,7 @@ class _Trace:
         self.replaced: tuple[str, ...] = ()
         self.returned: pytree.TreeSpec | None = None
         self.leaves = 0
+        self.draws = Draws()
         self._fill(inputs)
 
     def run(self) -> Traced:
@@ -99,6 +99,7 @@ class _Trace:
             self.leaves,
             guards,
             dict(self.symbols),
+            tuple(self.draws.numbers),
         )
 
     def _fill(self, inputs: tuple[Variable, ...]) -> None:
@@ -157,9 +158,11 @@ class _Trace:
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
             self._place_gradients(given, undo)
             undo.enter_context(_refusals())
+            self.draws = undo.enter_context(Draws())
             self._wrap_optimizers(given, undo)
             result = self._run_step(given)
             _check_after(swap, hypers)
+            self.draws.check_end()
             return self._results(result, swap)
 
     def _run_step(self, given: Mapping[str, object]) -> object:
@@ -193,7 +196,7 @@ class _Trace:
         def step(closure=None):
             if closure is not None:
                 raise CaptureError(
-                    f"{_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
+                    f"{current_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
             with _first_updates(each):
@@ -293,7 +296,7 @@ def _refusals() -> Iterator[None]:
 
     def refuse_schedule(self, *args, **kwargs):
         raise CaptureError(
-            f"{_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
+            f"{current_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
             "Expected the schedule to advance outside. Call it after trainer.step(...)."
         )
 
@@ -301,13 +304,13 @@ def _refusals() -> Iterator[None]:
         if not self.is_enabled():
             return outputs
         raise CaptureError(
-            f"{_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
+            f"{current_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
             "gradients, which have no value while the step is captured. Expected a step without loss scaling: train in "
             "bfloat16 or float32, or build GradScaler(enabled=False)."
         )
 
     def refuse_print() -> str:
-        raise _printed(_line())
+        raise _printed(current_line())
 
     kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
     with ExitStack() as undo:
@@ -317,37 +320,7 @@ def _refusals() -> Iterator[None]:
         undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
         GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
-        undo.enter_context(_Replays())
         yield
-
-
-class _Replays(TorchDispatchMode):
-    """Refuses random numbers drawn again from a state that the step has set: a graph draws new ones.
-
-    `checkpoint` does so where it computes a forward with dropout once more. Setting the state back is no draw.
-    """
-
-    def __enter__(self):
-        self._set, self._replaying = torch.set_rng_state, False
-        torch.set_rng_state = torch.random.set_rng_state = self._note
-        return super().__enter__()
-
-    def __exit__(self, *raised):
-        torch.set_rng_state = torch.random.set_rng_state = self._set
-        return super().__exit__(*raised)
-
-    def _note(self, state: torch.Tensor) -> None:
-        self._set(state)
-        self._replaying = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._replaying and torch.Tag.nondeterministic_seeded in func.tags:
-            raise CaptureError(
-                f"{_line()}: {func} draws random numbers after the step has set the random state, as torch.utils."
-                "checkpoint does to draw a dropout's mask again. Expected every number to be drawn once. Leave dropout out "
-                "of what is checkpointed, or checkpoint nothing that draws."
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def _printed(where: str) -> CaptureError:
@@ -377,7 +350,7 @@ def _check_after(swap, hypers: Mapping[str, object]) -> None:
 
 def _explain(error: Exception, step: Callable) -> CaptureError:
     """The user's own line, what stood there, and what to do."""
-    where = _user_line(error.__traceback__) or _definition(step)
+    where = user_line(error.__traceback__) or definition(step)
     text = str(error).strip().split("\n")[0].rstrip(".")
     if isinstance(error, private.DATA_DEPENDENT) or any(sign in text for sign in _NEEDS_A_VALUE):
         return CaptureError(
@@ -401,38 +374,6 @@ def _explain(error: Exception, step: Callable) -> CaptureError:
 
 
 _NEEDS_A_VALUE = ("data-dependent", ".numpy() is not supported")
-
-
-def _definition(step: Callable) -> str:
-    """Where the step itself is written: for a call that did not come into it."""
-    code = inspect.unwrap(step).__code__ if inspect.isfunction(inspect.unwrap(step)) else None
-    return "the step" if code is None else _quoted(code.co_filename, code.co_firstlineno)
-
-
-def _user_line(tb: TracebackType | None) -> str:
-    frames = [f for f in traceback.extract_tb(tb) if not _ours(f.filename)]
-    return _quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
-
-
-def _line() -> str:
-    frame = sys._getframe(1)
-    while frame is not None and _ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "the step" if frame is None else _quoted(frame.f_code.co_filename, frame.f_lineno)
-
-
-def _quoted(file: str, number: int) -> str:
-    """`train.py:12 "loss.backward()"`."""
-    return f'{file.rsplit("/", 1)[-1]}:{number} "{linecache.getline(file, number).strip()}"'
-
-
-_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
-_SYNCWRIGHT = __file__.rsplit("/", 2)[0] + "/"
-
-
-def _ours(filename: str) -> bool:
-    library = filename.startswith((_TORCH, _SYNCWRIGHT, "<")) or "/contextlib.py" in filename
-    return library or "/site-packages/" in filename or "/logging/__init__.py" in filename
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):

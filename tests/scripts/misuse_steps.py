@@ -187,6 +187,25 @@ def decays_by_loss(model, optimizer, x, y):
     return loss
 
 
+def seeds(model, optimizer, x, y):
+    torch.manual_seed(1)
+    return plain(model, optimizer, x + torch.rand(1), y)
+
+
+def rewinds(model, optimizer, x, y):
+    state = torch.get_rng_state()
+    loss = plain(model, optimizer, x + torch.rand(1), y)
+    torch.set_rng_state(state)
+    return loss
+
+
+def draws_otherwise(model, optimizer, x, y):
+    state = torch.get_rng_state()
+    loss = plain(model, optimizer, x + torch.rand(1), y)
+    torch.set_rng_state(state)
+    return loss + torch.rand(2).sum()
+
+
 class Labelled(torch.optim.SGD):
     """Keeps a word in its state."""
 
