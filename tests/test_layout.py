@@ -70,6 +70,8 @@ capture         a step, a model and optimizers to a Program; the only part that 
     private
     lines
     draws
+    axes
+    sizes
     initial
     state
     functional

@@ -37,6 +37,7 @@ class Traced:
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
     returned   the structure of what the user's step returns; its leaves are the first results
+    symbols    what the guards' symbols stand for: a variable, and of an INPUT the axis
     draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
     """
 
@@ -47,7 +48,7 @@ class Traced:
     returned: pytree.TreeSpec
     leaves: int
     guards: tuple[tuple[str, tuple[str, ...]], ...]
-    symbols: Mapping[str, str]
+    symbols: Mapping[str, tuple[str, int | None]]
     draws: tuple[int, ...]
 
 
@@ -73,8 +74,8 @@ class _Trace:
     def __init__(self, step, binding: Binding, optimizer, batch, inputs, *, on_tensors: bool):
         self.step, self.binding, self.optimizer, self.batch = step, binding, optimizer, batch
         self.on_tensors = on_tensors
-        self.mode = private.fake_mode()
-        self.symbols: dict[str, str] = {}
+        self.mode = private.fake_mode(current_line)
+        self.symbols: dict[str, tuple[str, int | None]] = {}
         self.arguments: list[Variable] = []
         self.flat: list[object] = []
         self.replaced: tuple[str, ...] = ()
@@ -89,7 +90,8 @@ class _Trace:
             first = self._first()
             module, graph = self._without_writes(first)
         assert self.returned is not None, "the first trace has run"
-        guards = tuple(private.guards_of(self.mode))
+        self._refuse_fixed()
+        guards = (*private.guards_of(self.mode), *self._least_sizes())
         return Traced(
             module,
             graph,
@@ -101,6 +103,20 @@ class _Trace:
             dict(self.symbols),
             tuple(self.draws.numbers),
         )
+
+    def _refuse_fixed(self) -> None:
+        for symbol, size, where in private.specialised(self.mode, self.symbols):
+            name, axis = self.symbols[symbol]
+            if axis is not None:
+                raise CaptureError(
+                    f"{where}: axis {axis} of '{name}' is marked dynamic, but here the step takes it to be {size}. Expected a "
+                    "step that does the same for any size. Leave the axis unmarked, or take the number out of the step "
+                    "(x.shape[0] instead of len(x), -1 instead of a constant in a view)."
+                )
+
+    def _least_sizes(self) -> list[tuple[str, tuple[str, ...]]]:
+        """A trace takes sizes of 0 and 1 to be others."""
+        return [(f"{symbol} >= 2", (symbol,)) for symbol, (_, axis) in self.symbols.items() if axis is not None]
 
     def _fill(self, inputs: tuple[Variable, ...]) -> None:
         values, variables = self.binding.values(), self.binding.variables
@@ -119,7 +135,9 @@ class _Trace:
 
     def _argument(self, variable: Variable, value: object) -> None:
         self.arguments.append(variable)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and variable.dynamic:
+            self.flat.append(self._dynamic(variable, value))
+        elif isinstance(value, torch.Tensor):
             fake = self.mode.from_tensor(value, static_shapes=True)
             slot = self.binding.modules.get(variable.name)
             if variable.role in (Role.PARAM, Role.BUFFER) and slot and slot[0].get().requires_grad:
@@ -129,10 +147,16 @@ class _Trace:
             self.flat.append(fake)
         elif variable.role is Role.HYPER:
             number = private.host_number(self.mode, float(value), variable.name)  # type: ignore[arg-type]
-            self.symbols[private.symbol_of(number)] = variable.name
+            self.symbols[private.symbol_of(number)] = (variable.name, None)
             self.flat.append(number)
         else:
             self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
+
+    def _dynamic(self, variable: Variable, value: torch.Tensor) -> torch.Tensor:
+        fake = private.dynamic_tensor(self.mode, value, variable.dynamic, variable.name)
+        for axis in variable.dynamic:
+            self.symbols[private.size_symbol(fake, axis)] = (variable.name, axis)
+        return fake
 
     def _first(self) -> GraphModule:
         return private.make_fx(self._call, decomposition_table=_PURE, _allow_non_fake_inputs=False)(*self.flat)

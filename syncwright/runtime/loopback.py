@@ -33,6 +33,7 @@ def loopback(
     examples: Examples = None,
     without: Sequence[str] = (),
     state: Mapping[str, torch.nn.Module] | None = None,
+    dynamic_shapes: object = None,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -42,18 +43,25 @@ def loopback(
 
     Everything above the transport is what real processes run. Interpreted.
     """
-    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without, state)
+    return Loopback(step, model, optimizer, plan, trainers, servers, examples, without, state, dynamic_shapes)
 
 
 class Loopback:
     """See `loopback`. Changes with every step."""
 
-    def __init__(self, step, model, optimizer, plan, trainers, servers, examples, without, state=None):
+    def __init__(
+        self, step, model, optimizer, plan, trainers, servers, examples, without, state=None, dynamic_shapes=None
+    ):
         self.binding = Binding(model, optimizer, state)
         self.model, self.optimizer, self.examples = model, optimizer, examples
         self.trainers = trainers
         self.programs = Programs(
-            step, self.binding, optimizer, lambda p: make_plan(plan, p, trainers, servers), without
+            step,
+            self.binding,
+            optimizer,
+            lambda p: make_plan(plan, p, trainers, servers),
+            without,
+            dynamic_shapes=dynamic_shapes,
         )
         self.network = Network(trainers)
         self.replicas: list[Replica] = []

@@ -1,24 +1,30 @@
-"""Captured and lowered steps by what they were captured for: shapes of the batch, settings, branches on numbers."""
+"""Captured and lowered steps by what they were captured for: shapes of the batch, settings, branches on numbers.
+
+An interpreted step takes any size along a dynamic axis; a compiled one is made for each shape, from the one capture.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils import _pytree as pytree
 
 from syncwright import ops
 from syncwright.capture import Captured, capture_step
+from syncwright.capture.axes import Axes, dynamic_axes, joined, name_of
+from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, LoweringError
 from syncwright.job import Job
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
-from syncwright.program import Program
+from syncwright.program import Guard, Program, Role
 from syncwright.runtime import inductor
 from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor
@@ -74,44 +80,62 @@ class Programs:
         plan: Callable[[Program], Plan],
         without: Sequence[str] = (),
         compile: bool | str = False,
+        dynamic_shapes: object = None,
     ):
+        self._dynamic_shapes = dynamic_shapes
+        self._axes: Axes = {}
+        self._dynamic: OrderedDict[_Key, Captured] = OrderedDict()
         self._step, self._binding, self._optimizer = step, binding, optimizer
         self._served: str | None = None
         self._make_plan, self._without, self._compile = plan, without, compile
         self.latest: Prepared | None = None
         self._plan: Plan | None = None
         self._structure: pytree.TreeSpec | None = None
-        self._kept: OrderedDict[object, Prepared] = OrderedDict()
+        self._kept: OrderedDict[_Key, Prepared] = OrderedDict()
 
     def for_batch(self, batch: tuple) -> Prepared:
         """The step for batches like this one. Raises `BatchError` for another structure, `CaptureError`."""
         self._check_structure(batch)
-        shapes = tuple(_key(leaf) for leaf in pytree.tree_leaves(batch))
-        hypers = self._binding.hyper_values()
-        settings = self._binding.settings()
+        given = _Given.of(batch, self._binding)
         for key in list(self._kept):
-            if key[:2] == (shapes, settings) and all(g.holds(hypers) for g in key[2]):  # type: ignore[index]
+            if key.stands_for(given):
                 self._kept.move_to_end(key)
                 self.latest = self._kept[key]
                 return self.latest
         prepared = self.latest = self._prepare(batch)
-        self._kept[shapes, settings, prepared.captured.program.guards] = prepared
+        self._kept[given.key(prepared.captured.program)] = prepared
         if len(self._kept) > CAPACITY:
             self._kept.popitem(last=False)
         return prepared
 
     def _prepare(self, batch: tuple) -> Prepared:
         began = time.perf_counter()
-        captured = capture_step(self._step, self._binding, self._optimizer, batch)
+        captured = self._captured(batch)
         if self._plan is None:
             self._plan = self._make_plan(captured.program)
         compiled = self._compiles()
+        if compiled and _is_dynamic(captured):
+            captured = replace(captured, program=with_sizes(captured.program, _Given.of(batch, self._binding).sizes))
         job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
         self._check_served(job)
         again = "again, for another shape or setting" if self._kept else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
         return Prepared(captured, job, compiled, INTERPRETED_FIRST if self._kept else 0)
+
+    def _captured(self, batch: tuple) -> Captured:
+        """An earlier capture of any size, or a new one."""
+        given = _Given.of(batch, self._binding)
+        for key, captured in self._dynamic.items():
+            if key.stands_for(given):
+                return captured
+        self._axes = joined(self._axes, dynamic_axes(batch, self._dynamic_shapes))
+        captured = capture_step(self._step, self._binding, self._optimizer, batch, self._axes)
+        if _is_dynamic(captured):
+            self._dynamic[given.key(captured.program)] = captured
+            if len(self._dynamic) > CAPACITY:
+                self._dynamic.popitem(last=False)
+        return captured
 
     def _check_served(self, job: Job) -> None:
         """Servers go on with the updates that they were started with: a step with others is refused."""
@@ -142,9 +166,61 @@ class Programs:
             )
 
 
-def _key(leaf: object) -> object:
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a captured step stands for.
+
+    leaves    of the batch: of tensors shape (None along a dynamic axis), dtype and device; others as they are
+    axes      of each leaf, the dynamic ones
+    settings  flags that the trace has frozen
+    """
+
+    leaves: tuple[object, ...]
+    axes: tuple[tuple[int, ...], ...]
+    settings: tuple
+    guards: tuple[Guard, ...]
+
+    def stands_for(self, given: _Given) -> bool:
+        alike = self.settings == given.settings and self.leaves == given.leaves(self.axes)
+        return alike and all(guard.holds(given.numbers) for guard in self.guards)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A batch, and what else a capture depends on.
+
+    sizes    of the tensors, by variable
+    numbers  what guards read: hyper-parameters, and sizes
+    """
+
+    batch: tuple
+    settings: tuple
+    sizes: Mapping[str, tuple[int, ...]]
+    numbers: Mapping[str, object]
+
+    @classmethod
+    def of(cls, batch: tuple, binding: Binding) -> _Given:
+        paths, _ = pytree.tree_flatten_with_path(batch)
+        sizes = {name_of(path): tuple(leaf.shape) for path, leaf in paths if isinstance(leaf, torch.Tensor)}
+        return cls(batch, binding.settings(), sizes, {**binding.hyper_values(), **sizes})
+
+    def key(self, program: Program) -> _Key:
+        paths, _ = pytree.tree_flatten_with_path(self.batch)
+        known = [program.variables.get(name_of(path)) for path, _ in paths]
+        axes = tuple(() if variable is None else variable.dynamic for variable in known)
+        return _Key(self.leaves(axes), axes, self.settings, program.guards)
+
+    def leaves(self, axes: tuple[tuple[int, ...], ...]) -> tuple[object, ...]:
+        return tuple(_leaf(leaf, each) for leaf, each in zip(pytree.tree_leaves(self.batch), axes, strict=True))
+
+
+def _is_dynamic(captured: Captured) -> bool:
+    return any(variable.dynamic for variable in captured.program.of_role(Role.INPUT))
+
+
+def _leaf(leaf: object, axes: tuple[int, ...]) -> object:
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device
+        return tuple(None if i in axes else size for i, size in enumerate(leaf.shape)), leaf.dtype, leaf.device
     try:
         hash(leaf)
     except TypeError as error:

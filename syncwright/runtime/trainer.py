@@ -49,6 +49,7 @@ def distribute(
     compile: bool | str = "auto",
     state: Mapping[str, torch.nn.Module] | None = None,
     deadlines: Deadlines | None = None,
+    dynamic_shapes: object = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -61,12 +62,14 @@ def distribute(
     example   a batch: capture now, and not at the first step (a server then serves at once)
     compile   "auto": by Inductor where there is a C++ compiler; True, False
     state     further modules that the step writes, by a name of your choice
+    dynamic_shapes  axes of the batch that may have any size without another capture, as `torch.export` takes them:
+              `({0: "n"}, {0: "n"})`; or mark the first batch by `torch._dynamo.mark_dynamic(tensor, axis)`
 
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
     """
-    trainer = Trainer(step, model, optimizer, plan, examples, compile, state, deadlines or Deadlines())
+    trainer = Trainer(step, model, optimizer, plan, examples, compile, state, deadlines or Deadlines(), dynamic_shapes)
     if example is not None:
         trainer.start(tuple(example))
     return trainer
@@ -75,14 +78,16 @@ def distribute(
 class Trainer:
     """What `distribute` returns. Changes with every step; use it as a context manager, or call `close`."""
 
-    def __init__(self, step, model, optimizer, plan, examples, compile, state, deadlines: Deadlines):
+    def __init__(
+        self, step, model, optimizer, plan, examples, compile, state, deadlines: Deadlines, dynamic_shapes=None
+    ):
         self.place = membership(os.environ)
         self.model, self.optimizer = model, optimizer
         self._user_step, self._examples, self._deadlines = step, examples, deadlines
         self._plan_source = plan
         self._binding = Binding(model, optimizer, state)
         without = disabled_passes(os.environ)
-        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile)
+        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile, dynamic_shapes)
         self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
         self._stores: tuple[Store, Store] | None = None
         self._threads: list[ServerThread] = []
