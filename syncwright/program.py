@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -35,6 +36,7 @@ class Variable:
     sparse   the gradient touches few rows (every read is an embedding lookup)
     aliases  further names of the same tensor (tied weights are one variable)
     part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
+    dynamic  axes of an INPUT along which a program takes any size; `shape` has the example's there
     """
 
     name: str
@@ -46,6 +48,7 @@ class Variable:
     aliases: tuple[str, ...] = ()
     whole: str | None = None
     part: tuple[int, int] | None = None
+    dynamic: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def numel(self) -> int:
@@ -61,19 +64,25 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition on host numbers under which the graph is what the user's step does.
+    """A condition on host numbers, or on sizes of the batch, under which the graph is what the user's step does.
 
     expression   over `symbols`, in Python ("momentum != 0")
-    reads        the HYPER variables that the symbols stand for, in the symbols' order
+    reads        the HYPER or INPUT variables that the symbols stand for, in the symbols' order
+    axes         of each INPUT the axis whose size is meant; None for a HYPER. Empty: all None
     """
 
     expression: str
     symbols: tuple[str, ...]
     reads: tuple[str, ...]
+    axes: tuple[int | None, ...] = ()
 
-    def holds(self, values: Mapping[str, float]) -> bool:
-        scope = {symbol: values[name] for symbol, name in zip(self.symbols, self.reads, strict=True)}
-        return bool(eval(self.expression, {"__builtins__": {}}, scope))
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """`values` has numbers of HYPER variables and shapes of INPUT variables."""
+        axes = self.axes or (None,) * len(self.reads)
+        known = [
+            values[name] if axis is None else values[name][axis] for name, axis in zip(self.reads, axes, strict=True)
+        ]
+        return bool(eval(self.expression, {"__builtins__": {}}, dict(zip(self.symbols, known, strict=True))))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,9 +185,9 @@ def new_placeholder(graph: Graph, variable: Variable, val: object) -> Node:
     return node
 
 
-def copy_node(graph: Graph, node: Node, made: Mapping[Node, Node]) -> Node:
+def copy_node(graph: Graph, node: Node, made: Mapping[Node, Node], name: str | None = None) -> Node:
     """`Graph.node_copy` in half the time: every assignment to a node costs, and so does a search for symbolic sizes."""
-    copied = graph.create_node(node.op, node.target, name=node.name)
+    copied = graph.create_node(node.op, node.target, name=name or node.name)
     if node.args:
         copied.args = map_arg(node.args, made.__getitem__)
     if node.kwargs:

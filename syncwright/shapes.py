@@ -104,9 +104,21 @@ def _plain(node: Node) -> object:
 
 
 def _stand_in(node: Node) -> object:
-    """A number where only its type is known: 0.5 is in the domain of what optimizers compute."""
+    """A size, by the example; a number where only its type is known: 0.5 is in the domain of what optimizers compute."""
     val = node.meta["val"]
+    if val is int and (size := size_of(node)) is not None:
+        return size
     return {float: 0.5, int: 1, bool: True}[val] if is_host(val) else val
+
+
+def size_of(node: Node) -> int | None:
+    """What a size, or what is computed from sizes alone, is for the example; None for another number."""
+    if node.target is torch.ops.aten.sym_size.int:
+        return node.args[0].meta["val"].shape[node.args[1]]  # type: ignore[index, union-attr]
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return None
+    known = [size_of(a) if isinstance(a, Node) else a for a in node.args]
+    return None if any(not isinstance(k, int) for k in known) else node.target(*known)  # type: ignore[operator]
 
 
 class Inference:
@@ -163,7 +175,7 @@ def _looks(value: object) -> object:
     """All that an op's result can depend on, but for the numbers in tensors."""
     match value:
         case Node():
-            return _looks(value.meta["val"])
+            return (int, size_of(value)) if value.meta["val"] is int else _looks(value.meta["val"])
         case torch.Tensor():
             return (value.dtype, tuple(value.shape), value.stride(), value.device)
         case dict():

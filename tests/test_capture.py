@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
+from syncwright.dead import is_random
 from syncwright.errors import CaptureError
 from syncwright.program import Role
 from syncwright.update import find_updates
@@ -187,26 +188,30 @@ def test_dropout() -> None:
 class Checkpointed(nn.Module):
     """A block whose forward is computed again in backward."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, use_reentrant: bool = False) -> None:
         super().__init__()
-        self.block = mlp(dropout=dropout)
+        self.first, self.block, self.last = nn.Linear(6, 6), mlp(dropout=dropout), nn.Dropout(dropout)
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)
+        return self.last(checkpoint(self.block, self.first(x), use_reentrant=self.use_reentrant))
 
 
 def test_checkpoint() -> None:
     compare(zero_grad_step, lambda: (m := Checkpointed(0.0), adamw(m)), regression())
 
 
-def test_checkpoint_with_dropout_is_refused() -> None:
-    """A graph would draw other masks in the recomputation than in the forward."""
-    model = Checkpointed(0.5)
-    optimizer = adamw(model)
-    drawing = torch.set_rng_state
-    with untouched(model, optimizer), pytest.raises(CaptureError, match="checkpoint"):
-        capture_step(zero_grad_step, Binding(model, optimizer), optimizer, regression(1)[0])
-    assert torch.set_rng_state is drawing
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_with_dropout_draws_every_mask_once(use_reentrant: bool) -> None:
+    """Recomputed with the same mask, to the bit; the mask is one node of the graph."""
+
+    def make():
+        model = Checkpointed(0.5, use_reentrant)
+        return model, adamw(model)
+
+    captured = compare(zero_grad_step, make, regression())
+    masks = [n for n in captured.program.graph.nodes if is_random(n)]
+    assert len(masks) == 2
 
 
 def test_one_cycle_changes_momentum() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from syncwright.capture import capture
 from syncwright.checking import Check, check_plan, relative
@@ -174,3 +175,21 @@ def test_relative():
     assert relative(torch.tensor([float("nan"), -4.0]), one) == float("inf")
     assert relative(one, torch.zeros(2)) == float("inf")
     assert relative(torch.tensor(3), torch.tensor(2)) == 0.5
+
+
+@pytest.mark.parametrize("plan", ["all_reduce", "parameter_server"])
+def test_every_trainer_computes_again_with_its_own_masks(plan):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model = Again()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = check(descend, model, optimizer, (torch.randn(6, 4), torch.randn(6, 2)), plan=plan, trainers=3)
+    assert not found.beyond
+    assert len(found.mixing) == 1

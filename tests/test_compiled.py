@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from syncwright import ops
 from syncwright.capture import capture_step
@@ -24,6 +25,7 @@ from syncwright.runtime.segments import Segment, cut
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "dampened": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
@@ -42,6 +44,16 @@ class Model(nn.Module):
 
     def forward(self, ids):
         return self.head(F.dropout(F.relu(self.norm(self.hidden(self.table(ids)))), 0.1, self.training))
+
+
+class Checkpointed(Model):
+    """Computes all of its forward but the lookup again in backward, with dropout."""
+
+    def forward(self, ids):
+        return checkpoint(self.top, self.table(ids), use_reentrant=False)
+
+    def top(self, x):
+        return self.head(F.dropout(torch.tanh(self.hidden(x)), 0.5, self.training))
 
 
 def step(model, optimizer, ids, targets):
@@ -66,9 +78,9 @@ class Alone:
         return self.started.pop(channel)
 
 
-def lowered(kind: str, trainers: int, passes) -> tuple[Program, dict[str, object]]:
+def lowered(kind: str, trainers: int, passes, build: type[nn.Module] = Model) -> tuple[Program, dict[str, object]]:
     torch.manual_seed(0)
-    model = Model()
+    model = build()
     optimizer = OPTIMIZERS[kind](model.parameters())
     batch = (torch.randint(0, 20, (6,)), torch.randint(0, 5, (6,)))
     binding = Binding(model, optimizer)
@@ -151,8 +163,9 @@ def test_every_node_is_in_one_segment_or_runs_alone():
 
 
 @pytest.mark.skipif(not is_available(), reason="no C++ compiler")
-def test_compiled_agrees_with_interpreted_and_draws_the_same_masks():
-    program, values = lowered("adam", 2, COMPILED)
+@pytest.mark.parametrize("build", [Model, Checkpointed])
+def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build):
+    program, values = lowered("adam", 2, COMPILED, build)
     expected = run(Executor(program), program, values, 3)
     found = run(CompiledExecutor(program), program, values, 3)
     assert abs(expected["loss"] - found["loss"]) < 1e-6
@@ -162,7 +175,7 @@ def test_compiled_agrees_with_interpreted_and_draws_the_same_masks():
 
 def test_values_that_nothing_reads_any_more_are_freed_once(monkeypatch):
     """Each right behind its last reader: the run still finds all that it reads."""
-    monkeypatch.setattr(compiled, "compile_graph", lambda module, inputs: module)
+    monkeypatch.setattr(compiled, "compile_graphs", lambda graphs: [module for module, _ in graphs])
     program, values = lowered("adam", 2, COMPILED)
     executor = CompiledExecutor(program)
     made = [n for item in executor._items for n in (item.outputs if isinstance(item, Compiled) else [item])]

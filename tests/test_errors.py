@@ -115,6 +115,9 @@ CAPTURE: dict[str, Case] = {
     "GradScaler in the step": lambda: captured(misuse.scaled(torch.amp.GradScaler("cpu"))),
     "a closure": lambda: captured(misuse.closure),
     "LBFGS": lambda: captured(misuse.closure, torch.optim.LBFGS),
+    "a seed in the step": lambda: captured(misuse.seeds),
+    "random numbers to be drawn again by the next step": lambda: captured(misuse.rewinds),
+    "other numbers from the same random state": lambda: captured(misuse.draws_otherwise),
     "a tensor from outside": lambda: captured(misuse.tensor_from_outside),
     "a gradient that outlives the step": lambda: captured(misuse.no_zero_grad),
     "a step that returns a constant": lambda: captured(misuse.returns_constant),
@@ -124,7 +127,7 @@ CAPTURE: dict[str, Case] = {
         misuse.plain, (built := model()), SGD(built.parameters()), BATCH[0]
     ),
     "an optimizer with a foreign parameter": foreign_parameter,
-    "a first update unlike the others": lambda: captured(misuse.plain, momentum=0.9, dampening=0.1),
+    "a first update unlike the others": lambda: captured(misuse.plain, misuse.Sudden),
     "a word in the optimizer's state": lambda: captured(misuse.plain, misuse.Labelled),
     "state that a later update makes": late_state,
     "an optimizer's class": lambda: syncwright.capture(misuse.plain, model(), SGD, *BATCH),

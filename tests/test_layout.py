@@ -68,6 +68,10 @@ strategies      a name to rules
 planning        what a user gives as plan= to the complete plan
 capture         a step, a model and optimizers to a Program; the only part that knows torch.optim
     private
+    lines
+    draws
+    axes
+    sizes
     initial
     state
     functional
@@ -106,6 +110,7 @@ runtime         what runs a job
     server
     client
     structure
+    kept
     programs
     sharding
     evaluation

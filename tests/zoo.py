@@ -163,6 +163,7 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module], OptimizerTree]] = {
     "RMSprop-centered": _plain(torch.optim.RMSprop, lr=0.01, centered=True, momentum=0.9),
     "Rprop": _plain(torch.optim.Rprop, lr=0.01),
     "SGD": _plain(torch.optim.SGD, lr=0.1),
+    "SGD-dampened": _plain(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
     "SGD-nesterov": _plain(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
 }
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncwright.errors import CaptureError
 
 StateValue = torch.Tensor | float | int
+BEGUN = "begun"
+"""State that Syncwright makes where the first update ignores `dampening`: 0 before it, then 1. The user never sees it."""
 
 
 def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> dict[str, StateValue]:
@@ -20,8 +22,8 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
 
     A shadow of the optimizer updates a copy of the parameter while every tensor is photographed before it is first
     written to. State that the first update computes from the gradient (SGD's momentum) starts at zero. An experiment
-    then checks that an update from the state found equals an update from none. The user's optimizer, parameter and
-    random state are not touched.
+    then checks that an update from the state found equals an update from none. Where the first update ignores
+    `dampening`, the state found holds `BEGUN`. The user's optimizer, parameter and random state are not touched.
 
     Raises `CaptureError` for an optimizer whose first update differs, or whose state is no tensor or number.
     """
@@ -31,10 +33,29 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
         fresh, other = _Shadow(optimizer, group, parameter, name), _Shadow(optimizer, group, parameter, name)
         found, elsewhere = fresh.watch(_probe_gradient(parameter, 0)), other.watch(_probe_gradient(parameter, 1))
         found = {k: v if _equal(v, elsewhere[k]) else _zero(v) for k, v in found.items()}
-        again = _Shadow(optimizer, group, parameter, name)
+        undampened = ignores_dampening(optimizer, group, parameter, name)
+        again = _Shadow(optimizer, group | {"dampening": 0.0} if undampened else group, parameter, name)
         again.update({key: _clone(value) for key, value in found.items()}, _probe_gradient(parameter, 0))
     _check_same(fresh, again)
-    return found
+    return found | ({BEGUN: torch.tensor(0.0)} if undampened else {})
+
+
+def ignores_dampening(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> bool:
+    """Whether the first update of a parameter is the one without `dampening`, and the second is not.
+
+    SGD's momentum starts as the gradient itself: buf = g, and from then on buf = momentum * buf + (1 - dampening) * g.
+    """
+    if not group.get("dampening"):
+        return False
+    probe = torch.ones(2, dtype=parameter.dtype, device=parameter.device)
+    dampened, plain = (_Shadow(optimizer, group | more, probe, name) for more in ({}, {"dampening": 0.0}))
+    gradient = _probe_gradient(probe, 0)
+    same = []
+    for _ in range(2):
+        dampened.update({}, gradient)
+        plain.update({}, gradient)
+        same.append(_equal(dampened.parameter, plain.parameter))
+    return same == [True, False]
 
 
 def _probe_gradient(parameter: torch.Tensor, seed: int) -> torch.Tensor:
@@ -134,8 +155,7 @@ def _check_same(fresh: _Shadow, again: _Shadow) -> None:
         raise CaptureError(
             f"{fresh.about}: found a first update that differs from all others "
             f"({', '.join(differing) or 'its result'}), so no initial state stands for it. Expected a state from which "
-            "the first update is like the rest. For SGD with momentum set dampening=0, or take one step before capture "
-            "so that the state exists."
+            "the first update is like the rest. Take one step before capture so that the state exists."
         )
 
 

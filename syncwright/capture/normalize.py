@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,9 +11,10 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from syncwright import ops
+from syncwright.capture import private
 from syncwright.capture.private import FakeTensor
 from syncwright.capture.trace import Traced
-from syncwright.dead import remove_dead
+from syncwright.dead import is_random, remove_dead
 from syncwright.errors import CaptureError
 from syncwright.program import Guard, Program, Role, Variable, copy_node, new_placeholder
 
@@ -47,6 +49,8 @@ class _Builder:
         self.variables: dict[str, Variable] = {}
         self.written: dict[str, Node] = {}
         self.marks: dict[str, Node] = {}
+        self.draws = _first_draws(traced)
+        self.dynamic = any(variable.dynamic for variable in traced.arguments)
 
     def build(self) -> Program:
         nodes = list(self.traced.graph.nodes)
@@ -90,7 +94,9 @@ class _Builder:
 
     def _call(self, node: Node, last: Mapping[str, Node]) -> None:
         target = node.target
-        if target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
+        if self.draws.get(node, node) is not node:
+            self.made[node] = self.made[self.draws[node]]
+        elif target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
         elif (statistic := _unchanged_statistic(node)) is not None:
             self.made[node] = self.made[statistic]
@@ -99,9 +105,15 @@ class _Builder:
             if self.made[node.args[1]] is not self.made[node.args[0]]:  # type: ignore[index]
                 self.written[name] = self.made[node.args[1]]  # type: ignore[index]
         elif not _only_tracing(target):
-            copied = copy_node(self.graph, node, self.made)
+            copied = copy_node(self.graph, node, self.made, self._name(node))
             copied.meta = {"val": host_type(node.meta.get("val"))}
             self.made[node] = copied
+
+    def _name(self, node: Node) -> str:
+        """Arithmetic on sizes does not count, so that other nodes are called as where all sizes are fixed."""
+        if not self.dynamic:
+            return node.name
+        return "size" if host_type(node.meta.get("val")) is int else re.sub(r"_\d+$", "", node.name)
 
     def _results(self, output: Node) -> dict[str, Node]:
         flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
@@ -156,10 +168,15 @@ class _Builder:
     def _guards(self) -> tuple[Guard, ...]:
         names = self.traced.symbols
         return tuple(
-            Guard(expression, symbols, tuple(names[s] for s in symbols))
+            _guard(expression, symbols, [names[s] for s in symbols])
             for expression, symbols in self.traced.guards
             if symbols and all(s in names for s in symbols)
         )
+
+
+def _guard(expression: str, symbols: tuple[str, ...], read: list[tuple[str, int | None]]) -> Guard:
+    axes = tuple(axis for _, axis in read)
+    return Guard(expression, symbols, tuple(n for n, _ in read), axes if any(a is not None for a in axes) else ())
 
 
 def output_names(returned: pytree.TreeSpec) -> list[str]:
@@ -175,13 +192,23 @@ def output_names(returned: pytree.TreeSpec) -> list[str]:
 
 
 def host_type(val: object) -> object:
-    """What `meta["val"]` keeps: fake tensors as they are, host numbers as their type."""
+    """What `meta["val"]` keeps: fake tensors, of the example's sizes where they are dynamic; host numbers as their type."""
     for symbolic, plain in ((torch.SymFloat, float), (torch.SymInt, int), (torch.SymBool, bool)):
         if isinstance(val, symbolic) or type(val) is plain:
             return plain
     if isinstance(val, list | tuple):
         return type(val)(host_type(v) for v in val)
-    return val.detach() if isinstance(val, FakeTensor) and val.requires_grad else val
+    if not isinstance(val, FakeTensor):
+        return val
+    if any(isinstance(size, torch.SymInt) for size in (*val.shape, *val.stride())):
+        return _as_example(val)
+    return val.detach() if val.requires_grad else val
+
+
+def _as_example(val: FakeTensor) -> torch.Tensor:
+    sizes, strides = ([private.plain_size(size) for size in each] for each in (val.shape, val.stride()))
+    with val.fake_mode:
+        return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
 
 
 def _unchanged_statistic(node: Node) -> Node | None:
@@ -191,6 +218,17 @@ def _unchanged_statistic(node: Node) -> Node | None:
         return None
     given = source.args[node.args[1]] if node.args[1] in (3, 4) else None  # type: ignore[index]
     return given if isinstance(given, Node) else None
+
+
+def _first_draws(traced: Traced) -> dict[Node, Node]:
+    """For every random call the one that drew the same numbers first: itself, or one whose result is drawn again.
+
+    before  %mask = bernoulli(%x, 0.5), ..., %again = bernoulli(%y, 0.5)      draws (0, 0)
+    after   %mask = bernoulli(%x, 0.5), ...                                   %mask wherever %again was read
+    """
+    nodes = [n for n in traced.graph.nodes if is_random(n)]
+    first: dict[int, Node] = {}
+    return {node: first.setdefault(number, node) for node, number in zip(nodes, traced.draws, strict=True)}
 
 
 def _last_marks(nodes: list[Node]) -> dict[str, Node]:

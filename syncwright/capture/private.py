@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -12,7 +13,12 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
@@ -21,20 +27,28 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "compiling",
+    "dynamic_tensor",
     "fake_mode",
     "guards_of",
     "host_number",
     "make_fx",
     "no_printing",
+    "plain_size",
+    "size_symbol",
+    "specialised",
+    "symbol_of",
     "symbolic_extremes",
 ]
 
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
-def fake_mode() -> FakeTensorMode:
-    """Fake tensors with static shapes whose `.item()` is a symbol. Public: none (`torch.export` hides its own)."""
-    return FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True), static_shapes=True)
+def fake_mode(where: Callable[[], str]) -> FakeTensorMode:
+    """Fake tensors with static shapes whose `.item()` is a symbol. Public: none (`torch.export` hides its own).
+
+    where  says what the step is doing when a symbol gets fixed
+    """
+    return FakeTensorMode(shape_env=_Env(where), static_shapes=True)
 
 
 def host_number(mode: FakeTensorMode, value: float, label: str) -> torch.SymFloat:
@@ -46,6 +60,57 @@ def host_number(mode: FakeTensorMode, value: float, label: str) -> torch.SymFloa
     number = env.create_symfloatnode(symbol, hint=value, source=source)
     assert isinstance(number, torch.SymFloat)
     return number
+
+
+class Specialised(NamedTuple):
+    """A symbol of `symbols` that the trace has fixed at a number, and what it was doing then."""
+
+    symbol: str
+    size: int
+    where: str
+
+
+class _Env(ShapeEnv):
+    """Notes where the trace fixes a symbol. Changes while a step is traced."""
+
+    def __init__(self, where: Callable[[], str]):
+        super().__init__(allow_scalar_outputs=True)
+        self.where = where
+        self.fixed_at: dict[str, str] = {}
+
+    def _set_replacement(self, a, tgt, msg):
+        if tgt.is_number:
+            self.fixed_at.setdefault(str(a), self.where())
+        super()._set_replacement(a, tgt, msg)
+
+
+def dynamic_tensor(mode: FakeTensorMode, value: torch.Tensor, axes: Sequence[int], label: str) -> FakeTensor:
+    """A fake tensor whose sizes along `axes` are symbols that stand at those of `value`. Public: `torch.export`."""
+    sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(value.dim())]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * value.dim())  # type: ignore[arg-type]
+    whole = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    fake = mode.from_tensor(whole, static_shapes=False, source=ConstantSource(label), symbolic_context=context)
+    if value.is_contiguous():
+        return fake
+    with mode:
+        return torch.empty_strided(fake.shape, value.stride(), dtype=value.dtype, device=value.device)  # type: ignore[return-value]
+
+
+def size_symbol(tensor: FakeTensor, axis: int) -> str:
+    size: Any = tensor.shape[axis]
+    return str(size.node.expr)
+
+
+def specialised(mode: FakeTensorMode, symbols: Collection[str]) -> list[Specialised]:
+    """Those of `symbols` that are numbers by now."""
+    env: Any = mode.shape_env
+    fixed = {str(symbol): target for symbol, target in env.replacements.items() if target.is_number}
+    return [Specialised(s, int(fixed[s]), env.fixed_at[s]) for s in symbols if s in fixed]
+
+
+def plain_size(size: object) -> int:
+    """The example's size where a symbol stands for it."""
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]
 
 
 def symbol_of(number: torch.SymFloat) -> str:

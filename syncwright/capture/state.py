@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from syncwright.capture.initial import initial_state
+from syncwright.capture.initial import BEGUN, ignores_dampening, initial_state
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
 
@@ -95,8 +95,11 @@ class Binding:
         """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE."""
         found: dict[str, Value] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
         for name, slot in self.states.items():
-            held = slot.optimizer.state.get(slot.parameter, {})
-            found[name] = held[slot.key] if slot.key in held else self._unborn[name]
+            held = _held(slot)
+            if slot.key == BEGUN:
+                found[name] = torch.tensor(1.0 if held else 0.0)
+            else:
+                found[name] = held[slot.key] if slot.key in held else self._unborn[name]
         return found
 
     def hyper_values(self) -> dict[str, float]:
@@ -126,8 +129,8 @@ class Binding:
             if name in self.modules:
                 assert isinstance(value, torch.Tensor), f"{name} is a tensor of a module"
                 self.modules[name][0].get().copy_(value)
-            elif name in self.states:
-                self._write_state(self.states[name], name, value)
+            elif name in self.states and values.get(f"{self.variables[name].of}.{BEGUN}", 1) != 0:
+                self._write_state(self.states[name], value)
 
     def state_dict(self, optimizer: object) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied."""
@@ -154,13 +157,14 @@ class Binding:
         for each, its in zip(self.optimizers.values(), saved, strict=True):
             each.load_state_dict(copy.deepcopy(its))
 
-    def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
+    def _write_state(self, slot: StateSlot, value: Value) -> None:
+        if slot.key == BEGUN:
+            return
         held = slot.optimizer.state[slot.parameter]
         if isinstance(value, torch.Tensor) and isinstance(held.get(slot.key), torch.Tensor):
             held[slot.key].copy_(value)
         else:
             held[slot.key] = value.clone() if isinstance(value, torch.Tensor) else value
-        self._unborn.pop(name, None)
 
     @contextmanager
     def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
@@ -244,11 +248,11 @@ class Binding:
                 "holds it as the model (an nn.ModuleDict joins several), or build the optimizer after the model is "
                 "final."
             )
-        held = dict(optimizer.state.get(parameter, {}))
+        held = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
         fresh = initial_state(optimizer, group, parameter, name) if not held else {}
+        if held and ignores_dampening(optimizer, group, parameter, name):
+            held[BEGUN] = torch.tensor(1.0)
         for key, value in {**fresh, **held}.items():
-            if value is None:
-                continue
             state = f"{name}.{key}"
             self.states[state] = StateSlot(optimizer, parameter, key)
             shape, dtype = _shape_of(value)
@@ -305,6 +309,11 @@ class Swap:
             for name, slot in self.binding.hypers.items()
             if _get_hyper(slot.optimizer.param_groups[slot.group], slot) is not hypers[name]
         ]
+
+
+def _held(slot: StateSlot) -> dict[str, Value]:
+    """The state that updates have made; PyTorch writes None for what none has made."""
+    return {k: v for k, v in slot.optimizer.state.get(slot.parameter, {}).items() if v is not None}
 
 
 def _declared_floats(kind: type[Optimizer]) -> set[str]:

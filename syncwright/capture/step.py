@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from syncwright.capture.axes import Axes, dynamic_axes, name_of
 from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
 from syncwright.capture.trace import trace
@@ -36,6 +37,7 @@ def capture(
     optimizer: object,
     *batch: object,
     state: Mapping[str, nn.Module] | None = None,
+    dynamic_shapes: object = None,
 ) -> Program:
     """The whole step (forward, backward, clipping, optimizer) as one functional program.
 
@@ -46,18 +48,23 @@ def capture(
 
     step       `step(model, optimizer, *batch)`: returns a loss, or a loss and a tree of metrics
     optimizer  one `torch.optim` optimizer, a tuple or a dict of them
-    batch      an example; tensors anywhere in a tree. Shapes are those of the program
+    batch      an example; tensors anywhere in a tree. Shapes are those of the program, but for dynamic axes
     state      further modules that the step writes (an EMA copy), by a name of your choice
+    dynamic_shapes  axes of any size, as `torch.export` takes them: `({0: "n"}, {0: "n"})` for two tensors; so are those
+               of an example with `torch._dynamo.mark_dynamic(tensor, axis)`
 
     Nothing of the user's is changed, also when this fails. Raises `CaptureError`, quoting the line, for steps that no
     graph stands for.
     """
-    return capture_step(step, Binding(model, optimizer, state), optimizer, batch).program
+    dynamic = dynamic_axes(batch, dynamic_shapes)
+    return capture_step(step, Binding(model, optimizer, state), optimizer, batch, dynamic).program
 
 
-def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tuple) -> Captured:
-    """`capture` for a caller that keeps the binding."""
-    inputs = batch_variables(batch)
+def capture_step(
+    step: Callable, binding: Binding, optimizer: object, batch: tuple, dynamic: Axes | None = None
+) -> Captured:
+    """`capture` for a caller that keeps the binding. `dynamic`: axes of any size."""
+    inputs = batch_variables(batch, dynamic or {})
     traced = trace(step, binding, optimizer, batch, inputs)
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
@@ -65,13 +72,14 @@ def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tup
     return Captured(program, traced.returned, program.writes[: traced.leaves], constants)
 
 
-def batch_variables(batch: tuple) -> tuple[Variable, ...]:
-    """An INPUT variable per tensor of a batch, named by its place in the tree."""
+def batch_variables(batch: tuple, dynamic: Axes) -> tuple[Variable, ...]:
+    """An INPUT variable per tensor of a batch, named by its place in the tree. A trace takes sizes of 0 and 1 as fixed."""
     found = []
     for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
         if isinstance(leaf, torch.Tensor):
-            name = ".".join(["batch", *(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)])
-            found.append(Variable(name, Role.INPUT, tuple(leaf.shape), leaf.dtype))
+            name = name_of(path)
+            axes = tuple(axis for axis in dynamic.get(name, ()) if leaf.shape[axis] > 1)
+            found.append(Variable(name, Role.INPUT, tuple(leaf.shape), leaf.dtype, dynamic=axes))
     return tuple(found)
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import linecache
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -18,11 +15,13 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright import ops
 from syncwright.capture import private
+from syncwright.capture.draws import Draws
 from syncwright.capture.functional import NotCovered, without_writes
+from syncwright.capture.initial import BEGUN
+from syncwright.capture.lines import current_line, definition, user_line
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -38,6 +37,8 @@ class Traced:
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
     returned   the structure of what the user's step returns; its leaves are the first results
+    symbols    what the guards' symbols stand for: a variable, and of an INPUT the axis
+    draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
     """
 
     module: GraphModule
@@ -47,7 +48,8 @@ class Traced:
     returned: pytree.TreeSpec
     leaves: int
     guards: tuple[tuple[str, tuple[str, ...]], ...]
-    symbols: Mapping[str, str]
+    symbols: Mapping[str, tuple[str, int | None]]
+    draws: tuple[int, ...]
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -72,13 +74,14 @@ class _Trace:
     def __init__(self, step, binding: Binding, optimizer, batch, inputs, *, on_tensors: bool):
         self.step, self.binding, self.optimizer, self.batch = step, binding, optimizer, batch
         self.on_tensors = on_tensors
-        self.mode = private.fake_mode()
-        self.symbols: dict[str, str] = {}
+        self.mode = private.fake_mode(current_line)
+        self.symbols: dict[str, tuple[str, int | None]] = {}
         self.arguments: list[Variable] = []
         self.flat: list[object] = []
         self.replaced: tuple[str, ...] = ()
         self.returned: pytree.TreeSpec | None = None
         self.leaves = 0
+        self.draws = Draws()
         self._fill(inputs)
 
     def run(self) -> Traced:
@@ -87,7 +90,8 @@ class _Trace:
             first = self._first()
             module, graph = self._without_writes(first)
         assert self.returned is not None, "the first trace has run"
-        guards = tuple(private.guards_of(self.mode))
+        self._refuse_fixed()
+        guards = (*private.guards_of(self.mode), *self._least_sizes())
         return Traced(
             module,
             graph,
@@ -97,7 +101,22 @@ class _Trace:
             self.leaves,
             guards,
             dict(self.symbols),
+            tuple(self.draws.numbers),
         )
+
+    def _refuse_fixed(self) -> None:
+        for symbol, size, where in private.specialised(self.mode, self.symbols):
+            name, axis = self.symbols[symbol]
+            if axis is not None:
+                raise CaptureError(
+                    f"{where}: axis {axis} of '{name}' is marked dynamic, but here the step takes it to be {size}. Expected a "
+                    "step that does the same for any size. Leave the axis unmarked, or take the number out of the step "
+                    "(x.shape[0] instead of len(x), -1 instead of a constant in a view)."
+                )
+
+    def _least_sizes(self) -> list[tuple[str, tuple[str, ...]]]:
+        """A trace takes sizes of 0 and 1 to be others."""
+        return [(f"{symbol} >= 2", (symbol,)) for symbol, (_, axis) in self.symbols.items() if axis is not None]
 
     def _fill(self, inputs: tuple[Variable, ...]) -> None:
         values, variables = self.binding.values(), self.binding.variables
@@ -116,7 +135,9 @@ class _Trace:
 
     def _argument(self, variable: Variable, value: object) -> None:
         self.arguments.append(variable)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and variable.dynamic:
+            self.flat.append(self._dynamic(variable, value))
+        elif isinstance(value, torch.Tensor):
             fake = self.mode.from_tensor(value, static_shapes=True)
             slot = self.binding.modules.get(variable.name)
             if variable.role in (Role.PARAM, Role.BUFFER) and slot and slot[0].get().requires_grad:
@@ -126,10 +147,16 @@ class _Trace:
             self.flat.append(fake)
         elif variable.role is Role.HYPER:
             number = private.host_number(self.mode, float(value), variable.name)  # type: ignore[arg-type]
-            self.symbols[private.symbol_of(number)] = variable.name
+            self.symbols[private.symbol_of(number)] = (variable.name, None)
             self.flat.append(number)
         else:
             self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
+
+    def _dynamic(self, variable: Variable, value: torch.Tensor) -> torch.Tensor:
+        fake = private.dynamic_tensor(self.mode, value, variable.dynamic, variable.name)
+        for axis in variable.dynamic:
+            self.symbols[private.size_symbol(fake, axis)] = (variable.name, axis)
+        return fake
 
     def _first(self) -> GraphModule:
         return private.make_fx(self._call, decomposition_table=_PURE, _allow_non_fake_inputs=False)(*self.flat)
@@ -155,9 +182,11 @@ class _Trace:
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
             self._place_gradients(given, undo)
             undo.enter_context(_refusals())
+            self.draws = undo.enter_context(Draws())
             self._wrap_optimizers(given, undo)
             result = self._run_step(given)
             _check_after(swap, hypers)
+            self.draws.check_end()
             return self._results(result, swap)
 
     def _run_step(self, given: Mapping[str, object]) -> object:
@@ -191,16 +220,17 @@ class _Trace:
         def step(closure=None):
             if closure is not None:
                 raise CaptureError(
-                    f"{_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
+                    f"{current_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
-            if not self.on_tensors:
-                try:
+            with _first_updates(each):
+                if not self.on_tensors:
+                    try:
+                        return original()
+                    except private.DATA_DEPENDENT as error:
+                        raise _BranchOnState from error
+                with private.compiling(), _steps_as_float64(each):
                     return original()
-                except private.DATA_DEPENDENT as error:
-                    raise _BranchOnState from error
-            with private.compiling(), _steps_as_float64(each):
-                return original()
 
         return step
 
@@ -251,12 +281,46 @@ def _steps_as_float64(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @contextmanager
+def _first_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, a parameter whose state says whether its first update is made is alone in its group, and `dampening`
+    there is 0 until it is."""
+    groups = optimizer.param_groups
+    apart = [(group, each) for group in groups for each in _one_by_one(group, optimizer.state)]
+    optimizer.param_groups = [each for _, each in apart]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, each in apart:
+            group.update({key: value for key, value in each.items() if key not in ("params", "dampening")})
+    for _, each in apart:
+        for parameter in each["params"]:
+            begun = optimizer.state.get(parameter, {}).get(BEGUN)
+            if begun is not None and parameter.grad is not None and each["momentum"] != 0:
+                begun.clamp_(min=1.0)
+
+
+def _one_by_one(group: dict, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[dict]:
+    begun = {id(p): state[p][BEGUN] for p in group["params"] if BEGUN in state.get(p, {})}
+    if not begun:
+        return [group]
+    return [
+        {
+            **group,
+            "params": [p],
+            "dampening": group["dampening"] * begun[id(p)].item() if id(p) in begun else group["dampening"],
+        }
+        for p in group["params"]
+    ]
+
+
+@contextmanager
 def _refusals() -> Iterator[None]:
     """What would happen once, at capture, and never again, is refused with the line that does it."""
 
     def refuse_schedule(self, *args, **kwargs):
         raise CaptureError(
-            f"{_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
+            f"{current_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
             "Expected the schedule to advance outside. Call it after trainer.step(...)."
         )
 
@@ -264,13 +328,13 @@ def _refusals() -> Iterator[None]:
         if not self.is_enabled():
             return outputs
         raise CaptureError(
-            f"{_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
+            f"{current_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
             "gradients, which have no value while the step is captured. Expected a step without loss scaling: train in "
             "bfloat16 or float32, or build GradScaler(enabled=False)."
         )
 
     def refuse_print() -> str:
-        raise _printed(_line())
+        raise _printed(current_line())
 
     kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
     with ExitStack() as undo:
@@ -280,37 +344,7 @@ def _refusals() -> Iterator[None]:
         undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
         GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
-        undo.enter_context(_Replays())
         yield
-
-
-class _Replays(TorchDispatchMode):
-    """Refuses random numbers drawn again from a state that the step has set: a graph draws new ones.
-
-    `checkpoint` does so where it computes a forward with dropout once more. Setting the state back is no draw.
-    """
-
-    def __enter__(self):
-        self._set, self._replaying = torch.set_rng_state, False
-        torch.set_rng_state = torch.random.set_rng_state = self._note
-        return super().__enter__()
-
-    def __exit__(self, *raised):
-        torch.set_rng_state = torch.random.set_rng_state = self._set
-        return super().__exit__(*raised)
-
-    def _note(self, state: torch.Tensor) -> None:
-        self._set(state)
-        self._replaying = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._replaying and torch.Tag.nondeterministic_seeded in func.tags:
-            raise CaptureError(
-                f"{_line()}: {func} draws random numbers after the step has set the random state, as torch.utils."
-                "checkpoint does to draw a dropout's mask again. Expected every number to be drawn once. Leave dropout out "
-                "of what is checkpointed, or checkpoint nothing that draws."
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def _printed(where: str) -> CaptureError:
@@ -340,7 +374,7 @@ def _check_after(swap, hypers: Mapping[str, object]) -> None:
 
 def _explain(error: Exception, step: Callable) -> CaptureError:
     """The user's own line, what stood there, and what to do."""
-    where = _user_line(error.__traceback__) or _definition(step)
+    where = user_line(error.__traceback__) or definition(step)
     text = str(error).strip().split("\n")[0].rstrip(".")
     if isinstance(error, private.DATA_DEPENDENT) or any(sign in text for sign in _NEEDS_A_VALUE):
         return CaptureError(
@@ -364,38 +398,6 @@ def _explain(error: Exception, step: Callable) -> CaptureError:
 
 
 _NEEDS_A_VALUE = ("data-dependent", ".numpy() is not supported")
-
-
-def _definition(step: Callable) -> str:
-    """Where the step itself is written: for a call that did not come into it."""
-    code = inspect.unwrap(step).__code__ if inspect.isfunction(inspect.unwrap(step)) else None
-    return "the step" if code is None else _quoted(code.co_filename, code.co_firstlineno)
-
-
-def _user_line(tb: TracebackType | None) -> str:
-    frames = [f for f in traceback.extract_tb(tb) if not _ours(f.filename)]
-    return _quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
-
-
-def _line() -> str:
-    frame = sys._getframe(1)
-    while frame is not None and _ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "the step" if frame is None else _quoted(frame.f_code.co_filename, frame.f_lineno)
-
-
-def _quoted(file: str, number: int) -> str:
-    """`train.py:12 "loss.backward()"`."""
-    return f'{file.rsplit("/", 1)[-1]}:{number} "{linecache.getline(file, number).strip()}"'
-
-
-_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
-_SYNCWRIGHT = __file__.rsplit("/", 2)[0] + "/"
-
-
-def _ours(filename: str) -> bool:
-    library = filename.startswith((_TORCH, _SYNCWRIGHT, "<")) or "/contextlib.py" in filename
-    return library or "/site-packages/" in filename or "/logging/__init__.py" in filename
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):

@@ -17,9 +17,10 @@ from syncwright.capture.state import Binding
 from syncwright.dead import remove_dead
 from syncwright.errors import BatchError
 from syncwright.passes.insert import before_first_use
-from syncwright.program import Guard, Program, Role, Variable, set_results
+from syncwright.program import Program, Role, Variable, set_results
 from syncwright.runtime.executor import Blocked, Port
-from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Kept, Warming, shapes_of
+from syncwright.runtime.kept import Given, Kept
+from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Warming
 from syncwright.runtime.sharding import bounds
 from syncwright.shapes import Inference, mode_of
 from syncwright.verify import verify
@@ -36,9 +37,9 @@ class Evaluated:
         self._check_rows(rows)
 
     @property
-    def guards(self) -> tuple[Guard, ...]:
-        """On which numbers what was captured depends."""
-        return self._captured.program.guards
+    def program(self) -> Program:
+        """What was captured."""
+        return self._captured.program
 
     @property
     def structure(self) -> pytree.TreeSpec:
@@ -78,12 +79,11 @@ class Evaluations:
 
     def for_batch(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:
         """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
-        key = _identity(fn), shapes_of(batch), self._binding.settings(), tuple(held)
-        hypers = self._binding.hyper_values()
-        found = self._kept.find(key, hypers)
+        given = Given.of(batch, self._binding, (_identity(fn), *held))
+        found = self._kept.find(given)
         if found is None:
             found = self._captured(fn, batch, rows, held)
-            self._kept.keep(key, found.guards, found)
+            self._kept.keep(given.key(found.program), found)
         return found
 
     def _captured(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:

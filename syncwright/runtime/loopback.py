@@ -34,6 +34,7 @@ def loopback(
     without: Sequence[str] = (),
     state: Mapping[str, torch.nn.Module] | None = None,
     check_replicas: bool = False,
+    dynamic_shapes: object = None,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -49,6 +50,7 @@ def loopback(
         plan=lambda program: make_plan(source, program, trainers, servers),
         without=without,
         check_replicas=check_replicas,
+        dynamic_shapes=dynamic_shapes,
     )
     return Loopback(training, trainers)
 

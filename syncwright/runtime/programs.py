@@ -1,41 +1,41 @@
-"""Captured and lowered steps by what they were captured for: shapes of the batch, settings, branches on numbers."""
+"""Captured and lowered steps by what they were captured for: shapes of the batch, settings, branches on numbers.
+
+An interpreted step takes any size along a dynamic axis; a compiled one is made for each shape, from the one capture.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
-
-import torch
-from torch.utils import _pytree as pytree
+from dataclasses import replace
 
 from syncwright import ops
 from syncwright.capture import Captured, capture_step
+from syncwright.capture.axes import Axes, dynamic_axes, joined
+from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, LoweringError
 from syncwright.job import Job
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
-from syncwright.program import Guard, Program
+from syncwright.program import Program, Role
 from syncwright.runtime import inductor
 from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor
+from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.structure import difference, skeleton
 
 log = logging.getLogger("syncwright")
-CAPACITY = 8
 INTERPRETED_FIRST = 3
 """Runs of a further shape before it is compiled."""
 
 
 Busy = Callable[[str], AbstractContextManager[object]]
 """Tells those who wait for this role what it does while open: capturing, compiling."""
-
-T = TypeVar("T")
 
 
 class Warming:
@@ -92,30 +92,6 @@ class Prepared:
         return self._phases[phase].executor()
 
 
-class Kept(Generic[T]):
-    """A bounded cache of what was captured: by what it was captured for, and guards on numbers. Changes with use."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, tuple[Guard, ...]], T] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def find(self, key: object, hypers: Mapping[str, float]) -> T | None:
-        """What was captured for `key` under numbers that led to the same branches."""
-        for known in self._kept:
-            if known[0] == key and all(guard.holds(hypers) for guard in known[1]):
-                self._kept.move_to_end(known)
-                return self._kept[known]
-        return None
-
-    def keep(self, key: object, guards: tuple[Guard, ...], made: T) -> None:
-        """Keeps `made`; forgets what was used longest ago."""
-        self._kept[key, guards] = made
-        if len(self._kept) > CAPACITY:
-            self._kept.popitem(last=False)
-
-
 class Programs:
     """Captured steps. Captures on demand. Changes with every new shape."""
 
@@ -128,7 +104,11 @@ class Programs:
         without: Sequence[str] = (),
         compile: bool | str = False,
         busy: Busy = nullcontext,
+        dynamic_shapes: object = None,
     ):
+        self._dynamic_shapes = dynamic_shapes
+        self._axes: Axes = {}
+        self._dynamic: Kept[Captured] = Kept()
         self._step, self._binding, self._optimizer = step, binding, optimizer
         self._served: str | None = None
         self._make_plan, self._without, self._compile, self._busy = plan, without, compile, busy
@@ -140,11 +120,11 @@ class Programs:
     def for_batch(self, batch: tuple) -> Prepared:
         """The step for batches like this one. Raises `BatchError` for another structure, `CaptureError`."""
         self._check_structure(batch)
-        key, hypers = (shapes_of(batch), self._binding.settings()), self._binding.hyper_values()
-        prepared = self._kept.find(key, hypers)
+        given = Given.of(batch, self._binding)
+        prepared = self._kept.find(given)
         if prepared is None:
-            prepared = self._prepare(batch)
-            self._kept.keep(key, prepared.captured.program.guards, prepared)
+            prepared = self._prepare(given)
+            self._kept.keep(given.key(prepared.captured.program), prepared)
         self.latest = prepared
         return prepared
 
@@ -155,19 +135,31 @@ class Programs:
             log.info("the step is %s", "compiled" if self._compile else "interpreted: there is no C++ compiler")
         return bool(self._compile)
 
-    def _prepare(self, batch: tuple) -> Prepared:
+    def _prepare(self, given: Given) -> Prepared:
         began = time.perf_counter()
         with self._busy("capturing the step"):
-            captured = capture_step(self._step, self._binding, self._optimizer, batch)
+            captured = self._captured(given)
             if self._plan is None:
                 self._plan = self._make_plan(captured.program)
             compiled = self.compiles()
+            if compiled and _is_dynamic(captured):
+                captured = replace(captured, program=with_sizes(captured.program, given.sizes))
             job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
         self._check_served(job)
         again = "again, for another shape or setting" if len(self._kept) else ""
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
         return Prepared(captured, job, compiled, INTERPRETED_FIRST if len(self._kept) else 0, self._busy)
+
+    def _captured(self, given: Given) -> Captured:
+        """An earlier capture of any size, or a new one."""
+        if (known := self._dynamic.find(given)) is not None:
+            return known
+        self._axes = joined(self._axes, dynamic_axes(given.batch, self._dynamic_shapes))
+        captured = capture_step(self._step, self._binding, self._optimizer, given.batch, self._axes)
+        if _is_dynamic(captured):
+            self._dynamic.keep(given.key(captured.program), captured)
+        return captured
 
     def _check_served(self, job: Job) -> None:
         """Servers go on with the updates that they were started with: a step with others is refused."""
@@ -192,19 +184,5 @@ class Programs:
             )
 
 
-def shapes_of(batch: tuple) -> tuple:
-    """What a capture depends on: the shape, dtype and device of tensors, everything else as it is."""
-    return tuple(_key(leaf) for leaf in pytree.tree_leaves(batch))
-
-
-def _key(leaf: object) -> object:
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device
-    try:
-        hash(leaf)
-    except TypeError as error:
-        raise BatchError(
-            f"the batch holds a {type(leaf).__name__}; expected tensors, numbers and strings, in any tree. "
-            "Turn it into a tensor: torch.as_tensor(...)."
-        ) from error
-    return leaf
+def _is_dynamic(captured: Captured) -> bool:
+    return any(variable.dynamic for variable in captured.program.of_role(Role.INPUT))

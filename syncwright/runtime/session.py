@@ -35,6 +35,7 @@ class Training:
     without: Sequence[str] = ()
     compile: bool | str = False
     check_replicas: bool = False
+    dynamic_shapes: object = None
 
 
 class Peers(Protocol):
@@ -84,7 +85,9 @@ class Session:
             given = self.training
             self.binding = Binding(given.model, given.optimizer, given.state)
             self._programs = Programs(
-                given.step, self.binding, given.optimizer, given.plan, given.without, given.compile, self._busy
+                *(given.step, self.binding, given.optimizer, given.plan, given.without, given.compile),
+                busy=self._busy,
+                dynamic_shapes=given.dynamic_shapes,
             )
         return self._programs
 

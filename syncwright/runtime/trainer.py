@@ -50,6 +50,7 @@ def distribute(
     state: Mapping[str, torch.nn.Module] | None = None,
     deadlines: Deadlines | None = None,
     check_replicas: bool | None = None,
+    dynamic_shapes: object = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -64,6 +65,8 @@ def distribute(
     state     further modules that the step writes, by a name of your choice
     check_replicas  compare the replicas of every variable after every step, bit for bit: for looking for faults.
               None: as SYNCWRIGHT_CHECK_REPLICAS=1 says
+    dynamic_shapes  axes of the batch that may have any size without another capture, as `torch.export` takes them:
+              `({0: "n"}, {0: "n"})`; or mark the first batch by `torch._dynamo.mark_dynamic(tensor, axis)`
 
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
@@ -76,6 +79,7 @@ def distribute(
         without=disabled_passes(os.environ),
         compile=compile,
         check_replicas=os.environ.get(CHECK_REPLICAS) == "1" if check_replicas is None else check_replicas,
+        dynamic_shapes=dynamic_shapes,
     )
     trainer = Trainer(given, plan, place, deadlines or Deadlines())
     if example is not None:

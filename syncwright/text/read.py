@@ -134,7 +134,8 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
     whole = line.string("a variable") if line.accept("whole") else None
     part = _read_part(line) if line.accept("rows") else None
-    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part)
+    dynamic = line.sizes() if line.accept("dynamic") else ()
+    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, dynamic)
 
 
 def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -153,9 +154,13 @@ def _read_part(line: Line) -> tuple[int, int]:
 def _read_guard(line: Line) -> Guard:
     line.take("guard")
     expression = line.string("a condition")
-    pairs: list[tuple[str, str]] = []
+    symbols: list[str] = []
+    reads: list[str] = []
+    axes: list[int | None] = []
     while line.peek():
-        symbol = line.match(r"[^\W\d]\w*", "a symbol of the condition")
+        symbols.append(line.match(r"[^\W\d]\w*", "a symbol of the condition"))
         line.take("=")
-        pairs.append((symbol, line.string("a variable")))
-    return Guard(expression, tuple(symbol for symbol, _ in pairs), tuple(name for _, name in pairs))
+        reads.append(line.string("a variable"))
+        axes.append(int(line.match(r"\d+", "an axis")) if line.accept("axis") else None)
+    found = tuple(axes) if any(axis is not None for axis in axes) else ()
+    return Guard(expression, tuple(symbols), tuple(reads), found)

@@ -66,13 +66,17 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"whole {quote(variable.whole)}")
     if variable.part is not None:
         facts.append(f"rows {_sizes_text(variable.part)}")
+    if variable.dynamic:
+        facts.append(f"dynamic {_sizes_text(variable.dynamic)}")
     return " ".join(facts)
 
 
 def _guard_text(guard: Guard) -> str:
     if len(guard.symbols) != len(guard.reads) or not all(s.isidentifier() for s in guard.symbols):
         raise TextError(f"found {guard}, expected an identifier for each variable that it reads; pair them")
-    pairs = [f" {symbol} = {quote(name)}" for symbol, name in zip(guard.symbols, guard.reads, strict=True)]
+    axes = ["" if axis is None else f" axis {axis}" for axis in guard.axes or (None,) * len(guard.reads)]
+    triples = zip(guard.symbols, guard.reads, axes, strict=True)
+    pairs = [f" {symbol} = {quote(name)}{axis}" for symbol, name, axis in triples]
     return f"guard  {quote(guard.expression)}{''.join(pairs)}"
 
 

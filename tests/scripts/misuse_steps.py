@@ -187,6 +187,25 @@ def decays_by_loss(model, optimizer, x, y):
     return loss
 
 
+def seeds(model, optimizer, x, y):
+    torch.manual_seed(1)
+    return plain(model, optimizer, x + torch.rand(1), y)
+
+
+def rewinds(model, optimizer, x, y):
+    state = torch.get_rng_state()
+    loss = plain(model, optimizer, x + torch.rand(1), y)
+    torch.set_rng_state(state)
+    return loss
+
+
+def draws_otherwise(model, optimizer, x, y):
+    state = torch.get_rng_state()
+    loss = plain(model, optimizer, x + torch.rand(1), y)
+    torch.set_rng_state(state)
+    return loss + torch.rand(2).sum()
+
+
 class Labelled(torch.optim.SGD):
     """Keeps a word in its state."""
 
@@ -195,6 +214,21 @@ class Labelled(torch.optim.SGD):
             for parameter in group["params"]:
                 self.state[parameter]["phase"] = "warm"
         return super().step(closure)
+
+
+class Sudden(torch.optim.Optimizer):
+    """Takes a first step that is twice as long as all later ones."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                parameter.add_(parameter.grad, alpha=-group["lr"] * (1 if state else 2))
+                state["last"] = parameter.grad.clone()
 
 
 class LateState(torch.optim.Optimizer):
