@@ -92,7 +92,10 @@ class Binding:
             self._add_optimizer(label, each)
 
     def values(self) -> dict[str, Value]:
-        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE."""
+        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE.
+
+        State that no update has made yet may be one number, expanded: it takes no memory until its owner clones it.
+        """
         found: dict[str, Value] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
         for name, slot in self.states.items():
             held = _held(slot)

@@ -138,7 +138,7 @@ class _Trace:
         if isinstance(value, torch.Tensor) and variable.dynamic:
             self.flat.append(self._dynamic(variable, value))
         elif isinstance(value, torch.Tensor):
-            fake = self.mode.from_tensor(value, static_shapes=True)
+            fake = self._fake(value)
             slot = self.binding.modules.get(variable.name)
             if variable.role in (Role.PARAM, Role.BUFFER) and slot and slot[0].get().requires_grad:
                 fake.requires_grad_()
@@ -151,6 +151,13 @@ class _Trace:
             self.flat.append(number)
         else:
             self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
+
+    def _fake(self, value: torch.Tensor) -> torch.Tensor:
+        """State that is one number, expanded, is to be as any other."""
+        if value.is_contiguous() or 0 not in value.stride():
+            return self.mode.from_tensor(value, static_shapes=True)
+        with self.mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
     def _dynamic(self, variable: Variable, value: torch.Tensor) -> torch.Tensor:
         fake = private.dynamic_tensor(self.mode, value, variable.dynamic, variable.name)
