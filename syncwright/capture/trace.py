@@ -39,6 +39,7 @@ class Traced:
     returned   the structure of what the user's step returns; its leaves are the first results
     symbols    what the guards' symbols stand for: a variable, and of an INPUT the axis
     draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
+    modes      of every module, whether it trains when the step ends
     """
 
     module: GraphModule
@@ -50,6 +51,7 @@ class Traced:
     guards: tuple[tuple[str, tuple[str, ...]], ...]
     symbols: Mapping[str, tuple[str, int | None]]
     draws: tuple[int, ...]
+    modes: tuple[bool, ...]
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -82,6 +84,7 @@ class _Trace:
         self.returned: pytree.TreeSpec | None = None
         self.leaves = 0
         self.draws = Draws()
+        self.modes: tuple[bool, ...] = ()
         self._fill(inputs)
 
     def run(self) -> Traced:
@@ -102,6 +105,7 @@ class _Trace:
             guards,
             dict(self.symbols),
             tuple(self.draws.numbers),
+            self.modes,
         )
 
     def _refuse_fixed(self) -> None:
@@ -194,6 +198,7 @@ class _Trace:
             result = self._run_step(given)
             _check_after(swap, hypers)
             self.draws.check_end()
+            self.modes = self.binding.modes()
             return self._results(result, swap)
 
     def _run_step(self, given: Mapping[str, object]) -> object:
