@@ -18,6 +18,7 @@ from syncwright.capture.state import Binding
 from syncwright.dead import is_random
 from syncwright.errors import CaptureError
 from syncwright.program import Role
+from syncwright.runtime.loopback import loopback
 from syncwright.update import find_updates
 from tests import zoo
 
@@ -344,3 +345,23 @@ def _everything(model: nn.Module, optimizer: zoo.OptimizerTree) -> tuple[dict, d
             held |= {(index, number, "state", k): id(v) for k, v in state.items()}
             values |= {f"{index}.{number}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
     return held, values
+
+
+def test_the_mode_that_a_step_ends_in_is_the_one_that_the_next_begins_in() -> None:
+    """Dropout in the first step only, as in plain PyTorch."""
+
+    def step(model, optimizer, x, y):
+        loss = zero_grad_step(model, optimizer, x, y)
+        model.eval()
+        return loss
+
+    losses = []
+    for captures in (False, True):
+        torch.manual_seed(11)
+        model = mlp(dropout=0.5)
+        optimizer = adamw(model)
+        job = loopback(step, model, optimizer)
+        for batch in regression(3):
+            losses.append(job.step([batch]) if captures else step(model, optimizer, *batch).detach())
+        assert not model.training
+    assert losses[:3] == losses[3:]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from syncwright.capture.private import FakeTensorMode
 from syncwright.errors import CaptureError
 
 StateValue = torch.Tensor | float | int
 BEGUN = "begun"
 """State that Syncwright makes where the first update ignores `dampening`: 0 before it, then 1. The user never sees it."""
+
+
+LARGE = 2**16
+"""Elements from which on a parameter's state is found on samples, so that no copies of the parameter are made."""
 
 
 def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> dict[str, StateValue]:
@@ -25,10 +31,21 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
     then checks that an update from the state found equals an update from none. Where the first update ignores
     `dampening`, the state found holds `BEGUN`. The user's optimizer, parameter and random state are not touched.
 
+    A large parameter takes no part: two small samples of random numbers, of different shapes, stand for it where each
+    state of both starts as one number everywhere, the same for both; the state is then that number, expanded.
+
     Raises `CaptureError` for an optimizer whose first update differs, or whose state is no tensor or number.
     """
     if not parameter.requires_grad:
         return {}
+    if parameter.numel() >= LARGE and parameter.is_contiguous():
+        filled = _filled_state(optimizer, group, parameter, name)
+        if filled is not None:
+            return filled
+    return _state_of(optimizer, group, parameter, name)
+
+
+def _state_of(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> dict[str, StateValue]:
     with torch.random.fork_rng(devices=[]):
         fresh, other = _Shadow(optimizer, group, parameter, name), _Shadow(optimizer, group, parameter, name)
         found, elsewhere = fresh.watch(_probe_gradient(parameter, 0)), other.watch(_probe_gradient(parameter, 1))
@@ -38,6 +55,50 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
         again.update({key: _clone(value) for key, value in found.items()}, _probe_gradient(parameter, 0))
     _check_same(fresh, again)
     return found | ({BEGUN: torch.tensor(0.0)} if undampened else {})
+
+
+def _filled_state(
+    optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str
+) -> dict[str, StateValue] | None:
+    """The state of a large parameter from samples; None where it depends on the parameter's values or shape."""
+    samples = [_probe_gradient(parameter[_corner(parameter, n)], n).requires_grad_() for n in (16, 12)]
+    states = [_state_of(optimizer, group, sample, name) for sample in samples]
+    begun = states[0].pop(BEGUN, None), states[1].pop(BEGUN, None)
+    looks = _looks_of_state(optimizer, group, parameter, name)
+    if not looks.keys() == states[0].keys() == states[1].keys():
+        return None
+    found: dict[str, StateValue] = {}
+    for key, value in states[0].items():
+        number, other = _number(value), _number(states[1][key])
+        if number is None or not _equal(number, other):
+            return None
+        look = looks[key]
+        found[key] = number.expand(look.shape) if isinstance(look, torch.Tensor) else value  # type: ignore[union-attr]
+    return found if begun[0] is None else {**found, BEGUN: begun[0]}
+
+
+def _corner(parameter: torch.Tensor, size: int) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for _ in range(parameter.dim()))
+
+
+def _number(value: StateValue) -> torch.Tensor | None:
+    """The one number that a state is made of."""
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value)
+    if not value.numel():
+        return None
+    first = value.reshape(-1)[0]
+    return first.clone() if _equal(value, first.expand(value.shape)) else None
+
+
+def _looks_of_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> dict[str, object]:
+    """The state's shapes and dtypes, from a first update of a parameter without values, as far as it gets."""
+    with FakeTensorMode():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+        shadow = _Shadow(optimizer, group, whole, name)
+        with suppress(CaptureError):
+            shadow.update({}, torch.empty_like(whole))
+    return {k: v for k, v in shadow.optimizer.state[shadow.parameter].first.items() if v is not None}
 
 
 def ignores_dampening(optimizer: Optimizer, group: dict, parameter: torch.Tensor, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,10 @@ class Binding:
             self._add_optimizer(label, each)
 
     def values(self) -> dict[str, Value]:
-        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE."""
+        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE.
+
+        State that no update has made yet may be one number, expanded: it takes no memory until its owner clones it.
+        """
         found: dict[str, Value] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
         for name, slot in self.states.items():
             held = _held(slot)
@@ -106,9 +109,21 @@ class Binding:
         """What the user's scheduler last set, by name."""
         return {name: slot.get() for name, slot in self.hypers.items()}
 
+    def modes(self) -> tuple[bool, ...]:
+        """Of every module, whether it trains."""
+        return tuple(module.training for module in self._all_modules())
+
+    def set_modes(self, modes: Sequence[bool]) -> None:
+        """The inverse of `modes`: what a step leaves behind that calls `model.eval()`, or `train()`, for the rest."""
+        for module, training in zip(self._all_modules(), modes, strict=True):
+            module.training = training
+
+    def _all_modules(self) -> list[nn.Module]:
+        return [module for root in (self.model, *self.extra.values()) for module in root.modules()]
+
     def settings(self) -> tuple:
         """What the trace has frozen and must be captured again when it changes: train or eval, flags, frozen layers."""
-        modes = tuple(m.training for m in self.model.modules())
+        modes = self.modes()
         trained = tuple(slots[0].get().requires_grad for slots in self.modules.values())
         read = {(id(slot.optimizer), slot.group, slot.key) for slot in self.hypers.values()}
         flags = tuple(
@@ -170,7 +185,7 @@ class Binding:
     def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
         """While open, modules hold `values`, optimizers their state and `hypers`; then all is as it was."""
         with ExitStack() as undo:
-            for module in [m for root in (self.model, *self.extra.values()) for m in root.modules()]:
+            for module in self._all_modules():
                 undo.callback(setattr, module, "training", module.training)
             for name, slots in self.modules.items():
                 for slot in slots:

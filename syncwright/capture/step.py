@@ -23,12 +23,14 @@ class Captured:
 
     returned   how the step's result is put together from the OUTPUT variables
     constants  values of the variables named `constant.*`: tensors made inside the step from numbers
+    modes      of every module, whether it trains when the step ends (`Binding.set_modes`)
     """
 
     program: Program
     returned: pytree.TreeSpec
     outputs: tuple[str, ...]
     constants: Mapping[str, torch.Tensor]
+    modes: tuple[bool, ...]
 
 
 def capture(
@@ -69,7 +71,7 @@ def capture_step(
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
     program = replace(program, variables=_with_sparsity(program))
-    return Captured(program, traced.returned, program.writes[: traced.leaves], constants)
+    return Captured(program, traced.returned, program.writes[: traced.leaves], constants, traced.modes)
 
 
 def batch_variables(batch: tuple, dynamic: Axes) -> tuple[Variable, ...]:

@@ -39,6 +39,7 @@ class Traced:
     returned   the structure of what the user's step returns; its leaves are the first results
     symbols    what the guards' symbols stand for: a variable, and of an INPUT the axis
     draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
+    modes      of every module, whether it trains when the step ends
     """
 
     module: GraphModule
@@ -50,6 +51,7 @@ class Traced:
     guards: tuple[tuple[str, tuple[str, ...]], ...]
     symbols: Mapping[str, tuple[str, int | None]]
     draws: tuple[int, ...]
+    modes: tuple[bool, ...]
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -82,6 +84,7 @@ class _Trace:
         self.returned: pytree.TreeSpec | None = None
         self.leaves = 0
         self.draws = Draws()
+        self.modes: tuple[bool, ...] = ()
         self._fill(inputs)
 
     def run(self) -> Traced:
@@ -102,6 +105,7 @@ class _Trace:
             guards,
             dict(self.symbols),
             tuple(self.draws.numbers),
+            self.modes,
         )
 
     def _refuse_fixed(self) -> None:
@@ -138,7 +142,7 @@ class _Trace:
         if isinstance(value, torch.Tensor) and variable.dynamic:
             self.flat.append(self._dynamic(variable, value))
         elif isinstance(value, torch.Tensor):
-            fake = self.mode.from_tensor(value, static_shapes=True)
+            fake = self._fake(value)
             slot = self.binding.modules.get(variable.name)
             if variable.role in (Role.PARAM, Role.BUFFER) and slot and slot[0].get().requires_grad:
                 fake.requires_grad_()
@@ -151,6 +155,13 @@ class _Trace:
             self.flat.append(number)
         else:
             self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
+
+    def _fake(self, value: torch.Tensor) -> torch.Tensor:
+        """State that is one number, expanded, is to be as any other."""
+        if value.is_contiguous() or 0 not in value.stride():
+            return self.mode.from_tensor(value, static_shapes=True)
+        with self.mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
     def _dynamic(self, variable: Variable, value: torch.Tensor) -> torch.Tensor:
         fake = private.dynamic_tensor(self.mode, value, variable.dynamic, variable.name)
@@ -187,6 +198,7 @@ class _Trace:
             result = self._run_step(given)
             _check_after(swap, hypers)
             self.draws.check_end()
+            self.modes = self.binding.modes()
             return self._results(result, swap)
 
     def _run_step(self, given: Mapping[str, object]) -> object:

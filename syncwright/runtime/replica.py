@@ -63,6 +63,7 @@ class Replica:
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
         self._keep(results)
+        self.binding.set_modes(prepared.captured.modes)
         self.step_count += 1
         self.client.ask(prepared.pulls, self.step_count)
         return _returned(prepared, results)
