@@ -32,7 +32,7 @@ class Variable:
     name     the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
     shape    sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
     of       the parameter that a GRAD or STATE belongs to
-    sparse   the gradient touches few rows (every read is an embedding lookup)
+    sparse   the gradient touches few rows (trainers read the table by lookups alone)
     aliases  further names of the same tensor (tied weights are one variable)
     part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
     """

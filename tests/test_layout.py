@@ -73,6 +73,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     functional
     trace
     normalize
+    lookups
     step
 passes          one rewrite of a trainer's program per file
     insert

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from syncwright.capture.lookups import with_sparsity
 from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
 from syncwright.capture.trace import trace
@@ -61,7 +61,7 @@ def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tup
     traced = trace(step, binding, optimizer, batch, inputs)
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
-    program = replace(program, variables=_with_sparsity(program))
+    program = replace(program, variables=with_sparsity(program))
     return Captured(program, traced.returned, program.writes[: traced.leaves], constants)
 
 
@@ -73,27 +73,3 @@ def batch_variables(batch: tuple) -> tuple[Variable, ...]:
             name = ".".join(["batch", *(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)])
             found.append(Variable(name, Role.INPUT, tuple(leaf.shape), leaf.dtype))
     return tuple(found)
-
-
-_LOOKUPS = {torch.ops.aten.embedding.default: 0, torch.ops.aten._embedding_bag.default: 0}
-_SPARSE_GRADIENTS = frozenset(
-    {torch.ops.aten.embedding_dense_backward.default, torch.ops.aten._embedding_bag_dense_backward.default}
-)
-
-
-def _with_sparsity(program: Program) -> dict[str, Variable]:
-    """Marks parameters whose gradient is made by lookups alone."""
-    variables = dict(program.variables)
-    for node in program.graph.nodes:
-        if str(node.target) == "syncwright.gradient.default":
-            name = node.args[1]
-            if _from_lookups(node.args[0]):
-                variables[name] = replace(variables[name], sparse=True)
-    return variables
-
-
-def _from_lookups(node: Node) -> bool:
-    """The gradient is a lookup's, or the sum of several lookups' of one table."""
-    if node.target is torch.ops.aten.add.Tensor:
-        return all(isinstance(a, Node) and _from_lookups(a) for a in node.args)
-    return node.target in _SPARSE_GRADIENTS
