@@ -35,6 +35,7 @@ class Variable:
     sparse   the gradient touches few rows (trainers read the table by lookups alone)
     aliases  further names of the same tensor (tied weights are one variable)
     part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
+    lazy     rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
     """
 
     name: str
@@ -46,6 +47,7 @@ class Variable:
     aliases: tuple[str, ...] = ()
     whole: str | None = None
     part: tuple[int, int] | None = None
+    lazy: bool = False
 
     @property
     def numel(self) -> int:

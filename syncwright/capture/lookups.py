@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from syncwright.errors import CaptureError
 from syncwright.program import Program, Role, Variable
 from syncwright.update import find_marks, followed
 
@@ -41,15 +42,27 @@ def with_sparsity(program: Program) -> dict[str, Variable]:
     for name, mark in find_marks(program).items():
         if not _looked_up(program, name):
             continue
+        lazy = mark.meta["val"].shape != variables[name].shape
+        gradient = mark.args[0].args[0][0] if lazy else mark.args[0]  # type: ignore[index, union-attr]
+        looked_up = from_lookups(gradient)  # type: ignore[arg-type]
+        if lazy and not looked_up:
+            raise CaptureError(
+                f"'{name}' is looked up with sparse=True, but its gradient is also made otherwise (at {gradient}), and "
+                "so dense, which SparseAdam does not take. Expected lookups with sparse=True alone. Use Adam for this table, "
+                "or detach what else reads it."
+            )
         if name in dense:
             log.info("'%s' is looked up, and also read whole (at %s): it counts as dense", name, dense[name].name)
-        elif from_lookups(mark.args[0]):  # type: ignore[arg-type]
-            variables[name] = replace(variables[name], sparse=True)
+        variables[name] = replace(variables[name], sparse=looked_up and name not in dense, lazy=lazy)
     return variables
 
 
 def from_lookups(node: Node) -> bool:
-    """The gradient is a lookup's, or the sum of several lookups' of one table."""
+    """The gradient is a lookup's, or the sum of several lookups' of one table (also of several backward passes)."""
+    if node.target is aten.clone.default:
+        return from_lookups(node.args[0])  # type: ignore[arg-type]
+    if node.target is aten.slice.Tensor and node.args[0].target is aten.cat.default:  # type: ignore[union-attr]
+        return from_lookups(node.args[0].args[0][0])  # type: ignore[index, union-attr]
     if node.target is aten.add.Tensor:
         return not node.kwargs and all(isinstance(a, Node) and from_lookups(a) for a in node.args)
     return node.target in SPARSE_GRADIENTS

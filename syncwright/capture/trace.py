@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -20,9 +21,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncwright import ops
 from syncwright.capture import private
 from syncwright.capture.functional import NotCovered, without_writes
+from syncwright.capture.sparse import SparseLookups
+from syncwright.capture.sparse_adam import is_sparse_adam
+from syncwright.capture.sparse_adam import update as sparse_adam_update
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -124,12 +127,10 @@ class _Trace:
             if variable.role is Role.PARAM:
                 fake._is_param = True  # type: ignore[attr-defined]
             self.flat.append(fake)
-        elif variable.role is Role.HYPER:
+        else:
             number = private.host_number(self.mode, float(value), variable.name)  # type: ignore[arg-type]
             self.symbols[private.symbol_of(number)] = variable.name
             self.flat.append(number)
-        else:
-            self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
 
     def _first(self) -> GraphModule:
         return private.make_fx(self._call, decomposition_table=_PURE, _allow_non_fake_inputs=False)(*self.flat)
@@ -153,9 +154,9 @@ class _Trace:
         given = {variable.name: value for variable, value in zip(self.arguments, flat, strict=True)}
         hypers = {name: given[name] for name in self.binding.hypers}
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
-            self._place_gradients(given, undo)
+            lookups = self._place_gradients(given, undo)
             undo.enter_context(_refusals())
-            self._wrap_optimizers(given, undo)
+            self._wrap_optimizers(lookups, given, undo)
             result = self._run_step(given)
             _check_after(swap, hypers)
             return self._results(result, swap)
@@ -172,28 +173,33 @@ class _Trace:
         except Exception as error:
             raise _explain(error, self.step) from error
 
-    def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> None:
-        for name in self.binding.modules:
-            tensor = given[name]
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.grad = given[f"{name}.grad"]  # type: ignore[assignment]
-                handle = tensor.register_post_accumulate_grad_hook(_mark(name))
-                undo.callback(handle.remove)
+    def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> SparseLookups:
+        tensors = {n: t for n in self.binding.modules if isinstance(t := given[n], torch.Tensor) and t.requires_grad}
+        for name, tensor in tensors.items():
+            tensor.grad = given[f"{name}.grad"]  # type: ignore[assignment]
+        lookups = SparseLookups(tensors, self.binding.lazy, _line)
+        lookups.install(undo)
+        return lookups
 
-    def _wrap_optimizers(self, given: Mapping[str, object], undo: ExitStack) -> None:
+    def _wrap_optimizers(self, lookups: SparseLookups, given: Mapping[str, object], undo: ExitStack) -> None:
         scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
         undo.enter_context(private.symbolic_extremes(scopes))
         for each in self.binding.optimizers.values():
             undo.callback(_restore, each, "step", each.__dict__.get("step"))
-            each.step = self._stepper(each, each.step)  # type: ignore[method-assign]
+            original = each.step
+            if is_sparse_adam(each):
+                names = {id(given[name]): name for name in self.binding.modules}
+                original = partial(sparse_adam_update, each, names, lookups.touched)
+            each.step = self._stepper(each, original, lookups)  # type: ignore[method-assign]
 
-    def _stepper(self, each: torch.optim.Optimizer, original: Callable) -> Callable:
+    def _stepper(self, each: torch.optim.Optimizer, original: Callable, lookups: SparseLookups) -> Callable:
         def step(closure=None):
             if closure is not None:
                 raise CaptureError(
                     f"{_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
+            lookups.check(each)
             if not self.on_tensors:
                 try:
                     return original()
@@ -218,14 +224,6 @@ def _restore(owner: object, key: str, before: object) -> None:
         vars(owner).pop(key, None)
     else:
         setattr(owner, key, before)
-
-
-def _mark(name: str) -> Callable[[torch.Tensor], None]:
-    def hook(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None, "a post-accumulate hook runs after accumulation"
-        parameter.grad = ops.gradient(parameter.grad, name)
-
-    return hook
 
 
 @contextmanager

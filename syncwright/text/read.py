@@ -130,11 +130,11 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     else:
         dtype, shape = _read_sizes(line)
     of = line.string("a parameter") if line.accept("of") else None
-    sparse = line.accept("sparse")
+    sparse, lazy = line.accept("sparse"), line.accept("lazy")
     aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
     whole = line.string("a variable") if line.accept("whole") else None
     part = _read_part(line) if line.accept("rows") else None
-    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part)
+    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, lazy)
 
 
 def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:
