@@ -122,7 +122,7 @@ def _refuse_without(parts: Split, without: Sequence[str]) -> None:
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
-    return communicates(plan) and not is_local(variable, program)
+    return communicates(plan) and not is_local(variable)
 
 
 def _channels(
@@ -155,7 +155,7 @@ def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[s
     for name in program.writes:
         variable = program.variables[name]
         match variable.role:
-            case Role.OUTPUT if not is_local(variable, program):
+            case Role.OUTPUT if not is_local(variable):
                 mean = variable.dtype.is_floating_point
             case Role.BUFFER if name not in follows and policies.get(name) != "local":
                 mean = policies.get(name, "mean") == "mean"

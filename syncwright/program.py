@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+Along = Literal["", "batch", "unknown"]
 
 
 class Role(Enum):
@@ -35,6 +38,7 @@ class Variable:
     sparse   the gradient touches few rows (trainers read the table by lookups alone)
     aliases  further names of the same tensor (tied weights are one variable)
     part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
+    along    "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
     lazy     rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
     """
 
@@ -48,6 +52,7 @@ class Variable:
     whole: str | None = None
     part: tuple[int, int] | None = None
     lazy: bool = False
+    along: Along = ""
 
     @property
     def numel(self) -> int:

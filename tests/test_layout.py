@@ -75,6 +75,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     sparse
     trace
     normalize
+    examples
     lookups
     step
 passes          one rewrite of a trainer's program per file

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from syncwright.capture.examples import Shapes, with_examples
 from syncwright.capture.lookups import with_sparsity
 from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
-from syncwright.capture.trace import trace
+from syncwright.capture.trace import returned_shapes, trace
 from syncwright.program import Program, Role, Variable
 
 
@@ -61,8 +62,14 @@ def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tup
     traced = trace(step, binding, optimizer, batch, inputs)
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
+    outputs = program.writes[: traced.leaves]
     program = replace(program, variables=with_sparsity(program))
-    return Captured(program, traced.returned, program.writes[: traced.leaves], constants)
+
+    def shapes(other: tuple) -> Shapes:
+        return returned_shapes(step, binding, optimizer, other, batch_variables(other))
+
+    program = replace(program, variables=with_examples(program, outputs, batch, shapes))
+    return Captured(program, traced.returned, outputs, constants)
 
 
 def batch_variables(batch: tuple) -> tuple[Variable, ...]:

@@ -65,6 +65,14 @@ def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inp
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).run()
 
 
+def returned_shapes(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs) -> list[tuple[int, ...]]:
+    """The shapes of what `step(model, optimizer, *batch)` returns, leaf by leaf; no graph is made."""
+    try:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).shapes()
+    except _BranchOnState:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).shapes()
+
+
 class _BranchOnState(Exception):
     """The optimizer branched on a number that it keeps in its state."""
 
@@ -101,6 +109,12 @@ class _Trace:
             guards,
             dict(self.symbols),
         )
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        with self.mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
+            results = self._call(*self.flat)[: self.leaves]
+        return [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in results]
 
     def _fill(self, inputs: tuple[Variable, ...]) -> None:
         values, variables = self.binding.values(), self.binding.variables

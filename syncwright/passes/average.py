@@ -73,15 +73,20 @@ def by_collective(plan: Plan) -> bool:
     return any(isinstance(s.sync, AllReduce) for s in plan.sharings)
 
 
-def is_local(variable: Variable, program: Program) -> bool:
+def is_local(variable: Variable) -> bool:
     """A tensor along the batch axis."""
-    leading = {v.shape[0] for v in program.of_role(Role.INPUT) if v.shape}
-    return bool(variable.shape) and variable.shape[0] in leading
+    return variable.along == "batch"
 
 
 def _returned(program: Program, plan: Plan, variable: Variable, node: Node) -> Program:
-    if is_local(variable, program):
+    if is_local(variable):
         return program
+    if variable.along == "unknown":
+        raise LoweringError(
+            f"the step returns '{variable.name}' of shape {list(variable.shape)}, whose leading size is the batch's; it cannot "
+            "be told whether it has a value per example, as the step does not run on twice as many. Expected a step that "
+            "runs on batches of any size. Return scalars, or give the batch another size than what else is as long."
+        )
     if variable.shape or variable.dtype is torch.bool or variable.dtype.is_complex:
         raise LoweringError(
             f"the step returns '{variable.name}' of shape {list(variable.shape)} and {variable.dtype}; expected float "

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from syncwright.runtime.rendezvous import Rendezvous, failure, reaching_the_stor
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, count_examples, random_stream
 from syncwright.runtime.server import Server
 from syncwright.runtime.serving import ServerThread, serve
-from syncwright.runtime.sharding import bounds, shard
+from syncwright.runtime.sharding import bounds, check_rows, rows_of, shard
 from syncwright.runtime.sockets import STAY, Deadlines, SocketTransport
 
 log = logging.getLogger("syncwright")
@@ -138,17 +138,20 @@ class Trainer:
         part = Part(batch, count_examples(batch, self._examples))
         self._started(self._programs.for_batch(batch), part)
 
-    def shard(self, loader: Iterable) -> Iterator:
-        """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`)."""
-        for batch in shard(loader, self.trainers, self.rank, self._share_state):
+    def shard(self, loader: Iterable, whole: Collection[str] = ()) -> Iterator:
+        """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`).
+
+        Tensors as long as the first are cut, but for those named in `whole` ("batch.2" is the third): they go to all.
+        """
+        for batch in shard(loader, self.trainers, self.rank, self._share_state, whole):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
     @torch.no_grad()
-    def evaluate(self, fn: Callable, loader: Iterable) -> object:
+    def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
         """`fn(model, *batch)` over all batches, each example once over all trainers, outputs in order on every trainer.
 
         Outputs are tensors along the batch axis, in any tree; they come back joined. Values are those of the steps
-        done; nothing is updated.
+        done; nothing is updated. `whole` as for `shard`.
         """
         if self._replica is None and self.trainers > 1:
             raise JobError(
@@ -161,8 +164,9 @@ class Trainer:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
             count = int(count_examples(batch, None))
             start, stop = bounds(count, self.trainers, self.rank)
-            part = pytree.tree_map(lambda t, s=slice(start, stop): t[s] if _has_rows(t) else t, batch)
-            outputs, structure = pytree.tree_flatten(fn(self.model, *part))
+            part = rows_of(batch, start, stop, whole)
+            outputs, structure = pytree.tree_flatten(fn(self.model, *part))  # type: ignore[misc]
+            check_rows(outputs, stop - start)
             collected.append(outputs)
             sizes.append((count, start, stop))
         if structure is None:
@@ -440,10 +444,6 @@ class _closing:
 
     def __exit__(self, *_: object) -> None:
         self._transport.close()
-
-
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

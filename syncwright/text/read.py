@@ -7,12 +7,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from syncwright.program import Guard, Program, Role, Variable
+from syncwright.program import Along, Guard, Program, Role, Variable
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
 
 _NODE = r"%\w+"
 _ROLES = {role.value: role for role in Role}
+_ALONG: dict[str, Along] = {"batch": "batch", "unknown": "unknown"}
 
 
 def parse(text: str) -> Program:
@@ -131,10 +132,11 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
         dtype, shape = _read_sizes(line)
     of = line.string("a parameter") if line.accept("of") else None
     sparse, lazy = line.accept("sparse"), line.accept("lazy")
+    along = line.choose(_ALONG, "batch or unknown") if line.accept("along") else ""
     aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
     whole = line.string("a variable") if line.accept("whole") else None
     part = _read_part(line) if line.accept("rows") else None
-    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, lazy)
+    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, lazy, along)
 
 
 def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:
