@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.errors import LoweringError
+from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
 from syncwright.passes import COMPILED, PIPELINE
@@ -46,6 +47,7 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     with _no_collection():
         verify(program)
         updates = find_updates(program)
+        check_lookups(program, plan)
         _check_replicated(updates, plan)
         step = program
         for each in pipeline(passes, without):

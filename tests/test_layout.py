@@ -86,6 +86,7 @@ passes          one rewrite of a trainer's program per file
     bucket
     flatten
     tidy
+global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
 lower           Program and Plan to a Job
 runtime         what runs a job

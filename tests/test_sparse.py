@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import syncwright
+from syncwright.errors import LoweringError
 
 IDS = torch.tensor([[1, 2], [2, 3], [5, 0], [5, 5]])
 TARGETS = torch.arange(12.0).view(4, 3) / 7
@@ -113,3 +115,42 @@ def test_a_metric_of_the_whole_table_makes_it_dense() -> None:
 
     assert sparse_in(Table(lookup), step=with_norm) == []
     assert sparse_in(Table(lookup), step=with_gradient_norm) == ["table.weight"]
+
+
+EVERY_PLAN = [("all_reduce", 0), ("parameter_server", 1), ("parallax", 1)]
+
+
+@pytest.mark.parametrize(("plan", "servers"), EVERY_PLAN)
+@pytest.mark.parametrize(
+    "option", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}], ids=lambda option: next(iter(option))
+)
+@pytest.mark.parametrize(("read", "mode"), [(lookup, None), (bag, "sum")], ids=["lookup", "bag"])
+def test_what_only_the_whole_batch_tells_is_refused(
+    read: Read, mode: str, option: dict, plan: str, servers: int
+) -> None:
+    model = Table(read, mode, **option)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    job = syncwright.loopback(step, model, optimizer, plan=plan, trainers=2, servers=servers)
+    with pytest.raises(LoweringError, match=f"'table.weight' is looked up with {next(iter(option))}"):
+        job.step([(IDS[:2], TARGETS[:2]), (IDS[2:], TARGETS[2:])])
+
+
+@pytest.mark.parametrize(("plan", "servers"), EVERY_PLAN)
+@pytest.mark.parametrize(
+    "option", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}], ids=lambda option: next(iter(option))
+)
+def test_one_trainer_has_the_whole_batch(option: dict, plan: str, servers: int) -> None:
+    """But a server does not hold what the forward rescales; `parallax` does not ask it to, as that needs all rows."""
+    model = Table(lookup, **option)
+    ours = deepcopy(model)
+    optimizer, our_optimizer = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, ours))
+    job = syncwright.loopback(step, ours, our_optimizer, plan=plan, trainers=1, servers=servers)
+    if plan == "parameter_server" and "max_norm" in option:
+        with pytest.raises(LoweringError, match="with max_norm"):
+            job.step([(IDS, TARGETS)])
+        return
+    for _ in range(3):
+        step(model, optimizer, IDS, TARGETS)
+        job.step([(IDS, TARGETS)])
+    job.sync()
+    assert torch.equal(ours.table.weight, model.table.weight)

@@ -9,14 +9,22 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import KEPT, before_first_use, behind, first_call, read_first, read_share, read_weight
+from syncwright.passes.insert import (
+    KEPT,
+    TOTAL,
+    before_first_use,
+    behind,
+    first_call,
+    read_first,
+    read_share,
+    read_weight,
+)
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 from syncwright.update import find_marks, followed
 
 aten = torch.ops.aten
-TOTAL = "batch.total"
 
 
 def average_gradients(program: Program, plan: Plan) -> Program:
@@ -187,6 +195,7 @@ def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:
     with graph.inserting_before(graph.output_node()):
         summed = call(graph, mode, ops.wait, started, TOTAL)
         total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
+        total.meta[TOTAL] = True
     return program, _Mean(read_share(weight, plan.trainers), total)
 
 
