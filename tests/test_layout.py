@@ -73,6 +73,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     state
     functional
     sparse
+    means
     trace
     normalize
     examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -25,6 +27,7 @@ __all__ = [
     "guards_of",
     "host_number",
     "make_fx",
+    "newest_call",
     "no_printing",
     "symbolic_extremes",
 ]
@@ -46,6 +49,13 @@ def host_number(mode: FakeTensorMode, value: float, label: str) -> torch.SymFloa
     number = env.create_symfloatnode(symbol, hint=value, source=source)
     assert isinstance(number, torch.SymFloat)
     return number
+
+
+def newest_call() -> Node | None:
+    """The last call in the graph of the trace under way, if there is one; not an item of its result. Public: none."""
+    mode = get_proxy_mode()
+    nodes = [] if mode is None else reversed(mode.tracer.graph.nodes)
+    return next((node for node in nodes if node.target is not operator.getitem), None)
 
 
 def symbol_of(number: torch.SymFloat) -> str:

@@ -22,6 +22,7 @@ class Captured:
     """A program and what joins it to the user's objects.
 
     returned   how the step's result is put together from the OUTPUT variables
+    means      what is said of means over something else than all examples
     constants  values of the variables named `constant.*`: tensors made inside the step from numbers
     """
 
@@ -29,6 +30,7 @@ class Captured:
     returned: pytree.TreeSpec
     outputs: tuple[str, ...]
     constants: Mapping[str, torch.Tensor]
+    means: tuple[str, ...] = ()
 
 
 def capture(
@@ -69,7 +71,7 @@ def capture_step(step: Callable, binding: Binding, optimizer: object, batch: tup
         return returned_shapes(step, binding, optimizer, other, batch_variables(other))
 
     program = replace(program, variables=with_examples(program, outputs, batch, shapes))
-    return Captured(program, traced.returned, outputs, constants)
+    return Captured(program, traced.returned, outputs, constants, traced.means)
 
 
 def batch_variables(batch: tuple) -> tuple[Variable, ...]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright.capture import private
 from syncwright.capture.functional import NotCovered, without_writes
+from syncwright.capture.means import Lines, partial_means
 from syncwright.capture.sparse import SparseLookups
 from syncwright.capture.sparse_adam import is_sparse_adam
 from syncwright.capture.sparse_adam import update as sparse_adam_update
@@ -40,6 +41,7 @@ class Traced:
     module     holds the constants that the graph names
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
+    means      what is said of means over something else than all examples (see `means`)
     returned   the structure of what the user's step returns; its leaves are the first results
     """
 
@@ -51,6 +53,7 @@ class Traced:
     leaves: int
     guards: tuple[tuple[str, tuple[str, ...]], ...]
     symbols: Mapping[str, str]
+    means: tuple[str, ...] = ()
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -97,6 +100,7 @@ class _Trace:
             warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
             first = self._first()
             module, graph = self._without_writes(first)
+        means = self._means(first.graph)
         assert self.returned is not None, "the first trace has run"
         guards = tuple(private.guards_of(self.mode))
         return Traced(
@@ -108,7 +112,13 @@ class _Trace:
             self.leaves,
             guards,
             dict(self.symbols),
+            means,
         )
+
+    def _means(self, graph: Graph) -> tuple[str, ...]:
+        names = [v.name for v in self.arguments if v.role is Role.INPUT]
+        leaves = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
+        return partial_means(graph, self.arguments, dict(zip(names, leaves, strict=True)))
 
     def shapes(self) -> list[tuple[int, ...]]:
         with self.mode, warnings.catch_warnings():
@@ -170,6 +180,7 @@ class _Trace:
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
             lookups = self._place_gradients(given, undo)
             undo.enter_context(_refusals())
+            undo.enter_context(Lines(_line))
             self._wrap_optimizers(lookups, given, undo)
             result = self._run_step(given)
             _check_after(swap, hypers)

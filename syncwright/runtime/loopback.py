@@ -53,7 +53,12 @@ class Loopback:
         self.model, self.optimizer, self.examples = model, optimizer, examples
         self.trainers = trainers
         self.programs = Programs(
-            step, self.binding, optimizer, lambda p: make_plan(plan, p, trainers, servers), without
+            step,
+            self.binding,
+            optimizer,
+            lambda p: make_plan(plan, p, trainers, servers),
+            without,
+            counted=examples is not None,
         )
         self.network = Network(trainers)
         self.replicas: list[Replica] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -64,7 +65,10 @@ class Prepared:
 
 
 class Programs:
-    """A bounded cache. Captures on demand; forgets what was used longest ago. Changes with every new shape."""
+    """A bounded cache. Captures on demand; forgets what was used longest ago. Changes with every new shape.
+
+    counted  whether the user says how many examples a batch counts as
+    """
 
     def __init__(
         self,
@@ -74,9 +78,11 @@ class Programs:
         plan: Callable[[Program], Plan],
         without: Sequence[str] = (),
         compile: bool | str = False,
+        counted: bool = True,
     ):
         self._step, self._binding, self._optimizer = step, binding, optimizer
         self._served: str | None = None
+        self._counted = counted
         self._make_plan, self._without, self._compile = plan, without, compile
         self.latest: Prepared | None = None
         self._plan: Plan | None = None
@@ -105,6 +111,7 @@ class Programs:
         captured = capture_step(self._step, self._binding, self._optimizer, batch)
         if self._plan is None:
             self._plan = self._make_plan(captured.program)
+            self._warn(captured, self._plan)
         compiled = self._compiles()
         job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
         self._check_served(job)
@@ -112,6 +119,17 @@ class Programs:
         seconds = time.perf_counter() - began
         log.info("captured the step %s in %.1f s (%d nodes)", again, seconds, len(captured.program.graph.nodes))
         return Prepared(captured, job, compiled, INTERPRETED_FIRST if self._kept else 0)
+
+    def _warn(self, captured: Captured, plan: Plan) -> None:
+        """Of means that the number of a trainer's examples is no weight for."""
+        if self._counted or plan.trainers == 1:
+            return
+        for mean in captured.means:
+            warnings.warn(
+                f"{mean}, but trainers are weighted by their numbers of examples, so the result is not that of one device. "
+                "Give distribute(..., examples=) a function of the batch that counts what the mean is over.",
+                stacklevel=2,
+            )
 
     def _check_served(self, job: Job) -> None:
         """Servers go on with the updates that they were started with: a step with others is refused."""

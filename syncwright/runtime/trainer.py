@@ -82,7 +82,8 @@ class Trainer:
         self._plan_source = plan
         self._binding = Binding(model, optimizer, state)
         without = disabled_passes(os.environ)
-        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile)
+        counted = examples is not None
+        self._programs = Programs(step, self._binding, optimizer, self._make_plan, without, compile, counted)
         self._rendezvous = Rendezvous(self.place, next(_generations), deadlines.join)
         self._stores: tuple[Store, Store] | None = None
         self._threads: list[ServerThread] = []
