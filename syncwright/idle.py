@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -9,8 +10,8 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
-from syncwright.passes.insert import KEPT, read_first, read_variable
-from syncwright.program import Program, Role, set_results
+from syncwright.passes.insert import KEPT, TOTAL, read_first, read_variable
+from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
@@ -26,15 +27,26 @@ def idle(program: Program) -> Program:
     zeros of weight 0 to each communication of the step's static list, in the same order. What is not made from its
     own batch (a norm of reduced gradients) it sends as everybody does. A buffer that is trainer 0's stays as
     it was where trainer 0 has nothing: its contribution is the old value.
+
+    It also writes the reduced total of all weights, where there is one: 0 where no trainer has an example.
     """
     program, tainted = _silence(program.edit())
-    set_results(program, {name: n for name, n in program.results.items() if n not in tainted})
+    results = {name: n for name, n in program.results.items() if n not in tainted}
+    total = next((n for n in program.graph.nodes if TOTAL in n.meta), None)
+    if total is not None:
+        results[TOTAL] = total
+        program = replace(program, variables={**program.variables, TOTAL: _total(total)})
+    set_results(program, results)
     remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, ops.wait})
     for node in program.placeholders.values():
         if not node.users:
             program.graph.erase_node(node)
     named = {*program.reads, *program.writes}
     return Program(program.graph, {n: v for n, v in program.variables.items() if n in named}, ())
+
+
+def _total(node: Node) -> Variable:
+    return Variable(TOTAL, Role.GLOBAL, (), node.meta["val"].dtype)
 
 
 def _silence(program: Program) -> tuple[Program, set[Node]]:

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.errors import LoweringError
+from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
 from syncwright.job import Channel, Job, ServerPart
 from syncwright.passes import COMPILED, PIPELINE
@@ -47,6 +48,7 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     with _no_collection():
         verify(program)
         updates = find_updates(program)
+        check_lookups(program, plan)
         _check_replicated(updates, plan)
         step = program
         for each in pipeline(passes, without):
@@ -123,7 +125,7 @@ def _refuse_without(parts: Split, without: Sequence[str]) -> None:
 
 
 def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
-    return communicates(plan) and not is_local(variable, program)
+    return communicates(plan) and not is_local(variable)
 
 
 def _channels(
@@ -156,7 +158,7 @@ def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[s
     for name in program.writes:
         variable = program.variables[name]
         match variable.role:
-            case Role.OUTPUT if not is_local(variable, program):
+            case Role.OUTPUT if not is_local(variable):
                 mean = variable.dtype.is_floating_point
             case Role.BUFFER if name not in follows and policies.get(name) != "local":
                 mean = policies.get(name, "mean") == "mean"

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+Along = Literal["", "batch", "unknown"]
 
 
 class Role(Enum):
@@ -33,10 +35,12 @@ class Variable:
     name     the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
     shape    sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
     of       the parameter that a GRAD or STATE belongs to
-    sparse   the gradient touches few rows (every read is an embedding lookup)
+    sparse   the gradient touches few rows (trainers read the table by lookups alone)
     aliases  further names of the same tensor (tied weights are one variable)
     part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
     dynamic  axes of an INPUT along which a program takes any size; `shape` has the example's there
+    along    "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
+    lazy     rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
     """
 
     name: str
@@ -48,6 +52,8 @@ class Variable:
     aliases: tuple[str, ...] = ()
     whole: str | None = None
     part: tuple[int, int] | None = None
+    lazy: bool = False
+    along: Along = ""
     dynamic: tuple[int, ...] = field(default=(), repr=False)
 
     @property

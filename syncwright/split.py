@@ -102,7 +102,8 @@ def piece_of(variable: Variable, parameter: Variable, piece: Piece, pieces: int)
 def grad_variable(program: Program, parameter: str) -> Variable:
     """The gradient of a parameter as a variable."""
     variable = program.variables[parameter]
-    return Variable(f"{parameter}.grad", Role.GRAD, variable.shape, variable.dtype, of=parameter)
+    shape = (*variable.shape[:-1], variable.shape[-1] + 1) if variable.lazy else variable.shape
+    return Variable(f"{parameter}.grad", Role.GRAD, shape, variable.dtype, of=parameter)
 
 
 def global_variable(node: Node) -> Variable:

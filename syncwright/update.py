@@ -146,7 +146,8 @@ class _Reader:
 
     def _of(self, node: Node) -> Meaning:
         if node in self.marks:
-            return Cut(str(node.args[1]))
+            name = str(node.args[1])
+            return Rows(name) if self.program.variables[name].lazy else Cut(name)
         if node.op == "placeholder":
             return self._of_variable(node)
         if is_random(node):
@@ -305,7 +306,9 @@ def _counts(node: Node) -> bool:
 
 
 def _keeps_rows(node: Node) -> bool:
-    """A reduction along the last axes of a matrix keeps every row by itself."""
+    """A reduction along the last axes of a matrix keeps every row by itself, and so does taking columns."""
+    if node.target is aten.slice.Tensor:
+        return bool(node.args[1:2] not in ((), (0,)))
     if torch.Tag.reduction not in getattr(node.target, "tags", ()):
         return False
     first = node.all_input_nodes[0].meta["val"]

@@ -72,11 +72,16 @@ capture         a step, a model and optimizers to a Program; the only part that 
     draws
     axes
     sizes
+    sparse_adam
     initial
     state
     functional
+    sparse
+    means
     trace
     normalize
+    examples
+    lookups
     step
 passes          one rewrite of a trainer's program per file
     insert
@@ -86,6 +91,7 @@ passes          one rewrite of a trainer's program per file
     bucket
     flatten
     tidy
+global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
 lower           Program and Plan to a Job
 runtime         what runs a job

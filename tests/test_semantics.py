@@ -12,12 +12,13 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import syncwright
-from syncwright.errors import CaptureError, LoweringError
+from syncwright.errors import BatchError, CaptureError, LoweringError
 from syncwright.job import Channel, Job
 from syncwright.plan import AllReduce, ParameterServer, Rules
 from syncwright.program import Role, Variable
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.messages import Address, Hello, Kind, Leave, Message, Pull, Push, Value
+from syncwright.runtime.replica import Part
 from syncwright.runtime.server import Server, merge
 from tests.buckets import buckets_of
 
@@ -141,6 +142,21 @@ def test_empty_parts_contribute_nothing(plan: str, servers: int) -> None:
     job.sync()
     assert loss.item() == 0.0
     assert model.w.item() == -3.0
+
+
+@every_plan
+def test_a_step_without_any_examples_is_refused(plan: str, servers: int) -> None:
+    """On trainers and on servers alike, who do not see each other's parts; nothing was updated."""
+    model = Scalar(1.0)
+    job = start(mean_step, model, plan, 2, servers, momentum=0.9)
+    x = torch.tensor([2.0, 4.0])
+    job.step([(x[:1],), (x[1:],)])
+    prepared, empty = job.programs.for_batch((x[:1],)), Part((x[:0],), 0.0)
+    with pytest.raises(BatchError, match="step 1: no trainer has examples"):
+        job._drive([replica.step(prepared, empty) for replica in job.replicas])
+    if not servers:
+        job.sync()
+        assert model.w.item() == -2.0
 
 
 # Section 2: buckets

@@ -58,7 +58,9 @@ def check_same_results(program: Program, values: dict[str, object]) -> None:
 def every_argument() -> Program:
     """Every kind of variable, type and argument once (it is never run)."""
     graph, mode = Graph(), torch._subclasses.fake_tensor.FakeTensorMode()
-    table = Variable('emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), "emb", (0, 2))
+    table = Variable(
+        'emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), "emb", (0, 2), True
+    )
     others = [
         Variable("x", Role.INPUT, (0, 3), torch.float16),
         Variable("momentum", Role.HYPER, (), torch.float64),

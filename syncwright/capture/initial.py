@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright.capture.private import FakeTensorMode
+from syncwright.capture.sparse_adam import is_sparse_adam
 from syncwright.errors import CaptureError
 
 StateValue = torch.Tensor | float | int
@@ -152,7 +153,7 @@ class _Shadow:
         self._step(gradient)
 
     def _step(self, gradient: torch.Tensor) -> None:
-        self.parameter.grad = gradient.clone()
+        self.parameter.grad = gradient.to_sparse(1) if is_sparse_adam(self.optimizer) else gradient.clone()
         try:
             self.optimizer.step()
         except Exception as error:

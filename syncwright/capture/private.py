@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
@@ -32,6 +34,7 @@ __all__ = [
     "guards_of",
     "host_number",
     "make_fx",
+    "newest_call",
     "no_printing",
     "plain_size",
     "size_symbol",
@@ -111,6 +114,13 @@ def specialised(mode: FakeTensorMode, symbols: Collection[str]) -> list[Speciali
 def plain_size(size: object) -> int:
     """The example's size where a symbol stands for it."""
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]
+
+
+def newest_call() -> Node | None:
+    """The last call in the graph of the trace under way, if there is one; not an item of its result. Public: none."""
+    mode = get_proxy_mode()
+    nodes = [] if mode is None else reversed(mode.tracer.graph.nodes)
+    return next((node for node in nodes if node.target is not operator.getitem), None)
 
 
 def symbol_of(number: torch.SymFloat) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from syncwright.capture.initial import BEGUN, ignores_dampening, initial_state
+from syncwright.capture.sparse_adam import is_sparse_adam
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
 
@@ -63,6 +64,7 @@ class Binding:
     """The user's objects as variables. Holds no values of its own but state that no update has made yet.
 
     Changes when the user's objects change: it reads and writes them. `optimizers` is one optimizer, a tuple or a dict.
+    `lazy` are the parameters of which an update leaves rows that no lookup touches as they are (SparseAdam's).
     """
 
     def __init__(self, model: nn.Module, optimizer: object, state: Mapping[str, nn.Module] | None = None):
@@ -90,19 +92,21 @@ class Binding:
         self.parameters = {id(slots[0].get()): name for name, slots in self.modules.items()}
         for label, each in self.optimizers.items():
             self._add_optimizer(label, each)
+        lazily = [group for each in self.optimizers.values() if is_sparse_adam(each) for group in each.param_groups]
+        self.lazy = frozenset(self.parameters[id(p)] for group in lazily for p in group["params"])
 
-    def values(self) -> dict[str, Value]:
-        """The user's own tensors (not copies) and numbers, by name: PARAM, BUFFER and STATE.
+    def values(self) -> dict[str, torch.Tensor]:
+        """The user's own tensors (not copies), by name: PARAM, BUFFER and STATE. A number is a tensor of float64.
 
         State that no update has made yet may be one number, expanded: it takes no memory until its owner clones it.
         """
-        found: dict[str, Value] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
+        found: dict[str, torch.Tensor] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
         for name, slot in self.states.items():
             held = _held(slot)
             if slot.key == BEGUN:
                 found[name] = torch.tensor(1.0 if held else 0.0)
             else:
-                found[name] = held[slot.key] if slot.key in held else self._unborn[name]
+                found[name] = _as_tensor(held[slot.key] if slot.key in held else self._unborn[name])
         return found
 
     def hyper_values(self) -> dict[str, float]:
@@ -145,7 +149,7 @@ class Binding:
                 assert isinstance(value, torch.Tensor), f"{name} is a tensor of a module"
                 self.modules[name][0].get().copy_(value)
             elif name in self.states and values.get(f"{self.variables[name].of}.{BEGUN}", 1) != 0:
-                self._write_state(self.states[name], value)
+                self._write_state(self.states[name], name, value)
 
     def state_dict(self, optimizer: object) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied."""
@@ -172,12 +176,14 @@ class Binding:
         for each, its in zip(self.optimizers.values(), saved, strict=True):
             each.load_state_dict(copy.deepcopy(its))
 
-    def _write_state(self, slot: StateSlot, value: Value) -> None:
+    def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         if slot.key == BEGUN:
             return
         held = slot.optimizer.state[slot.parameter]
         if isinstance(value, torch.Tensor) and isinstance(held.get(slot.key), torch.Tensor):
             held[slot.key].copy_(value)
+        elif isinstance(before := held.get(slot.key, self._unborn.get(name)), int | float):
+            held[slot.key] = type(before)(value)
         else:
             held[slot.key] = value.clone() if isinstance(value, torch.Tensor) else value
 
@@ -270,8 +276,8 @@ class Binding:
         for key, value in {**fresh, **held}.items():
             state = f"{name}.{key}"
             self.states[state] = StateSlot(optimizer, parameter, key)
-            shape, dtype = _shape_of(value)
-            self._add_variable(Variable(state, Role.STATE, shape, dtype, of=name))
+            tensor = _as_tensor(value)
+            self._add_variable(Variable(state, Role.STATE, tuple(tensor.shape), tensor.dtype, of=name))
             if key in fresh:
                 self._unborn[state] = fresh[key]
 
@@ -369,7 +375,5 @@ def _get_hyper(group: dict, slot: HyperSlot) -> object:
     return group[slot.key] if slot.item is None else group[slot.key][slot.item]
 
 
-def _shape_of(value: Value) -> tuple[tuple[int, ...], torch.dtype]:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    return (), torch.float64
+def _as_tensor(value: Value) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from syncwright.capture.axes import Axes, dynamic_axes, name_of
+from syncwright.capture.examples import Shapes, with_examples
+from syncwright.capture.lookups import with_sparsity
 from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
-from syncwright.capture.trace import trace
+from syncwright.capture.trace import returned_shapes, trace
 from syncwright.program import Program, Role, Variable
 
 
@@ -22,6 +23,7 @@ class Captured:
     """A program and what joins it to the user's objects.
 
     returned   how the step's result is put together from the OUTPUT variables
+    means      what is said of means over something else than all examples
     constants  values of the variables named `constant.*`: tensors made inside the step from numbers
     modes      of every module, whether it trains when the step ends (`Binding.set_modes`)
     """
@@ -31,6 +33,7 @@ class Captured:
     outputs: tuple[str, ...]
     constants: Mapping[str, torch.Tensor]
     modes: tuple[bool, ...]
+    means: tuple[str, ...] = ()
 
 
 def capture(
@@ -70,8 +73,14 @@ def capture_step(
     traced = trace(step, binding, optimizer, batch, inputs)
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
-    program = replace(program, variables=_with_sparsity(program))
-    return Captured(program, traced.returned, program.writes[: traced.leaves], constants, traced.modes)
+    outputs = program.writes[: traced.leaves]
+    program = replace(program, variables=with_sparsity(program))
+
+    def shapes(other: tuple) -> Shapes:
+        return returned_shapes(step, binding, optimizer, other, batch_variables(other, {}))
+
+    program = replace(program, variables=with_examples(program, outputs, batch, shapes))
+    return Captured(program, traced.returned, outputs, constants, traced.modes, traced.means)
 
 
 def batch_variables(batch: tuple, dynamic: Axes) -> tuple[Variable, ...]:
@@ -83,27 +92,3 @@ def batch_variables(batch: tuple, dynamic: Axes) -> tuple[Variable, ...]:
             axes = tuple(axis for axis in dynamic.get(name, ()) if leaf.shape[axis] > 1)
             found.append(Variable(name, Role.INPUT, tuple(leaf.shape), leaf.dtype, dynamic=axes))
     return tuple(found)
-
-
-_LOOKUPS = {torch.ops.aten.embedding.default: 0, torch.ops.aten._embedding_bag.default: 0}
-_SPARSE_GRADIENTS = frozenset(
-    {torch.ops.aten.embedding_dense_backward.default, torch.ops.aten._embedding_bag_dense_backward.default}
-)
-
-
-def _with_sparsity(program: Program) -> dict[str, Variable]:
-    """Marks parameters whose gradient is made by lookups alone."""
-    variables = dict(program.variables)
-    for node in program.graph.nodes:
-        if str(node.target) == "syncwright.gradient.default":
-            name = node.args[1]
-            if _from_lookups(node.args[0]):
-                variables[name] = replace(variables[name], sparse=True)
-    return variables
-
-
-def _from_lookups(node: Node) -> bool:
-    """The gradient is a lookup's, or the sum of several lookups' of one table."""
-    if node.target is torch.ops.aten.add.Tensor:
-        return all(isinstance(a, Node) and _from_lookups(a) for a in node.args)
-    return node.target in _SPARSE_GRADIENTS

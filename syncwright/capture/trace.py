@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
-from syncwright import ops
 from syncwright.capture import private
 from syncwright.capture.draws import Draws
 from syncwright.capture.functional import NotCovered, without_writes
 from syncwright.capture.initial import BEGUN
 from syncwright.capture.lines import current_line, definition, user_line
+from syncwright.capture.means import Lines, partial_means
+from syncwright.capture.sparse import SparseLookups
+from syncwright.capture.sparse_adam import is_sparse_adam
+from syncwright.capture.sparse_adam import update as sparse_adam_update
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -36,6 +40,7 @@ class Traced:
     module     holds the constants that the graph names
     arguments  one variable per placeholder, in order
     replaced   names of the variables whose new value is a result, in order (others are written by `copy_` nodes)
+    means      what is said of means over something else than all examples (see `means`)
     returned   the structure of what the user's step returns; its leaves are the first results
     symbols    what the guards' symbols stand for: a variable, and of an INPUT the axis
     draws      of every random call, in order: which number of draw it is; a number seen before is the same draw again
@@ -52,6 +57,7 @@ class Traced:
     symbols: Mapping[str, tuple[str, int | None]]
     draws: tuple[int, ...]
     modes: tuple[bool, ...]
+    means: tuple[str, ...] = ()
 
 
 def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
@@ -64,6 +70,14 @@ def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inp
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).run()
     except _BranchOnState:
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).run()
+
+
+def returned_shapes(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs) -> list[tuple[int, ...]]:
+    """The shapes of what `step(model, optimizer, *batch)` returns, leaf by leaf; no graph is made."""
+    try:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).shapes()
+    except _BranchOnState:
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).shapes()
 
 
 class _BranchOnState(Exception):
@@ -92,6 +106,7 @@ class _Trace:
             warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
             first = self._first()
             module, graph = self._without_writes(first)
+        means = self._means(first.graph)
         assert self.returned is not None, "the first trace has run"
         self._refuse_fixed()
         guards = (*private.guards_of(self.mode), *self._least_sizes())
@@ -106,6 +121,7 @@ class _Trace:
             dict(self.symbols),
             tuple(self.draws.numbers),
             self.modes,
+            means,
         )
 
     def _refuse_fixed(self) -> None:
@@ -121,6 +137,17 @@ class _Trace:
     def _least_sizes(self) -> list[tuple[str, tuple[str, ...]]]:
         """A trace takes sizes of 0 and 1 to be others."""
         return [(f"{symbol} >= 2", (symbol,)) for symbol, (_, axis) in self.symbols.items() if axis is not None]
+
+    def _means(self, graph: Graph) -> tuple[str, ...]:
+        names = [v.name for v in self.arguments if v.role is Role.INPUT]
+        leaves = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
+        return partial_means(graph, self.arguments, dict(zip(names, leaves, strict=True)))
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        with self.mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lazy_property|.*non-leaf Tensor")
+            results = self._call(*self.flat)[: self.leaves]
+        return [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in results]
 
     def _fill(self, inputs: tuple[Variable, ...]) -> None:
         values, variables = self.binding.values(), self.binding.variables
@@ -149,12 +176,10 @@ class _Trace:
             if variable.role is Role.PARAM:
                 fake._is_param = True  # type: ignore[attr-defined]
             self.flat.append(fake)
-        elif variable.role is Role.HYPER:
+        else:
             number = private.host_number(self.mode, float(value), variable.name)  # type: ignore[arg-type]
             self.symbols[private.symbol_of(number)] = (variable.name, None)
             self.flat.append(number)
-        else:
-            self.flat.append(self.mode.shape_env.create_unbacked_symfloat())  # type: ignore[union-attr]
 
     def _fake(self, value: torch.Tensor) -> torch.Tensor:
         """State that is one number, expanded, is to be as any other."""
@@ -191,10 +216,11 @@ class _Trace:
         given = {variable.name: value for variable, value in zip(self.arguments, flat, strict=True)}
         hypers = {name: given[name] for name in self.binding.hypers}
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
-            self._place_gradients(given, undo)
+            lookups = self._place_gradients(given, undo)
             undo.enter_context(_refusals())
             self.draws = undo.enter_context(Draws())
-            self._wrap_optimizers(given, undo)
+            undo.enter_context(Lines(current_line))
+            self._wrap_optimizers(lookups, given, undo)
             result = self._run_step(given)
             _check_after(swap, hypers)
             self.draws.check_end()
@@ -213,28 +239,33 @@ class _Trace:
         except Exception as error:
             raise _explain(error, self.step) from error
 
-    def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> None:
-        for name in self.binding.modules:
-            tensor = given[name]
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.grad = given[f"{name}.grad"]  # type: ignore[assignment]
-                handle = tensor.register_post_accumulate_grad_hook(_mark(name))
-                undo.callback(handle.remove)
+    def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> SparseLookups:
+        tensors = {n: t for n in self.binding.modules if isinstance(t := given[n], torch.Tensor) and t.requires_grad}
+        for name, tensor in tensors.items():
+            tensor.grad = given[f"{name}.grad"]  # type: ignore[assignment]
+        lookups = SparseLookups(tensors, self.binding.lazy, current_line)
+        lookups.install(undo)
+        return lookups
 
-    def _wrap_optimizers(self, given: Mapping[str, object], undo: ExitStack) -> None:
+    def _wrap_optimizers(self, lookups: SparseLookups, given: Mapping[str, object], undo: ExitStack) -> None:
         scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
         undo.enter_context(private.symbolic_extremes(scopes))
         for each in self.binding.optimizers.values():
             undo.callback(_restore, each, "step", each.__dict__.get("step"))
-            each.step = self._stepper(each, each.step)  # type: ignore[method-assign]
+            original = each.step
+            if is_sparse_adam(each):
+                names = {id(given[name]): name for name in self.binding.modules}
+                original = partial(sparse_adam_update, each, names, lookups.touched)
+            each.step = self._stepper(each, original, lookups)  # type: ignore[method-assign]
 
-    def _stepper(self, each: torch.optim.Optimizer, original: Callable) -> Callable:
+    def _stepper(self, each: torch.optim.Optimizer, original: Callable, lookups: SparseLookups) -> Callable:
         def step(closure=None):
             if closure is not None:
                 raise CaptureError(
                     f"{current_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
                     "optimizer.step() without a closure. Use an optimizer that needs none."
                 )
+            lookups.check(each)
             with _first_updates(each):
                 if not self.on_tensors:
                     try:
@@ -260,14 +291,6 @@ def _restore(owner: object, key: str, before: object) -> None:
         vars(owner).pop(key, None)
     else:
         setattr(owner, key, before)
-
-
-def _mark(name: str) -> Callable[[torch.Tensor], None]:
-    def hook(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None, "a post-accumulate hook runs after accumulation"
-        parameter.grad = ops.gradient(parameter.grad, name)
-
-    return hook
 
 
 @contextmanager

@@ -9,14 +9,22 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import KEPT, before_first_use, behind, first_call, read_first, read_share, read_weight
+from syncwright.passes.insert import (
+    KEPT,
+    TOTAL,
+    before_first_use,
+    behind,
+    first_call,
+    read_first,
+    read_share,
+    read_weight,
+)
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 from syncwright.update import find_marks, followed
 
 aten = torch.ops.aten
-TOTAL = "batch.total"
 
 
 def average_gradients(program: Program, plan: Plan) -> Program:
@@ -73,15 +81,20 @@ def by_collective(plan: Plan) -> bool:
     return any(isinstance(s.sync, AllReduce) for s in plan.sharings)
 
 
-def is_local(variable: Variable, program: Program) -> bool:
+def is_local(variable: Variable) -> bool:
     """A tensor along the batch axis."""
-    leading = {v.shape[0] for v in program.of_role(Role.INPUT) if v.shape}
-    return bool(variable.shape) and variable.shape[0] in leading
+    return variable.along == "batch"
 
 
 def _returned(program: Program, plan: Plan, variable: Variable, node: Node) -> Program:
-    if is_local(variable, program):
+    if is_local(variable):
         return program
+    if variable.along == "unknown":
+        raise LoweringError(
+            f"the step returns '{variable.name}' of shape {list(variable.shape)}, whose leading size is the batch's; it cannot "
+            "be told whether it has a value per example, as the step does not run on twice as many. Expected a step that "
+            "runs on batches of any size. Return scalars, or give the batch another size than what else is as long."
+        )
     if variable.shape or variable.dtype is torch.bool or variable.dtype.is_complex:
         raise LoweringError(
             f"the step returns '{variable.name}' of shape {list(variable.shape)} and {variable.dtype}; expected float "
@@ -182,6 +195,7 @@ def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:
     with graph.inserting_before(graph.output_node()):
         summed = call(graph, mode, ops.wait, started, TOTAL)
         total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
+        total.meta[TOTAL] = True
     return program, _Mean(read_share(weight, plan.trainers), total)
 
 

@@ -13,6 +13,8 @@ from torch.fx import Graph, Node
 from syncwright.program import Program, Role, Variable, new_placeholder
 
 WEIGHT = "batch.weight"
+TOTAL = "batch.total"
+"""The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
 FIRST = "trainer.first"
 KEPT = "kept"
 """In the meta of trainer 0's contribution to a buffer: the buffer whose old value it is where trainer 0 runs no step."""

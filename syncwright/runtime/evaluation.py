@@ -196,8 +196,3 @@ class Rows:
         everyone = gather(padded, "the outputs of an evaluation")
         parts = [list(rows[: sum(each)].split(each)) for rows, each in zip(everyone, counts, strict=True)]
         return torch.cat([part for batch in zip(*parts, strict=True) for part in batch])
-
-
-def cut(batch: tuple, span: slice) -> tuple:
-    """The examples `span` of a batch."""
-    return pytree.tree_map(lambda leaf: leaf[span] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, batch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -93,7 +94,10 @@ class Prepared:
 
 
 class Programs:
-    """Captured steps. Captures on demand. Changes with every new shape."""
+    """Captured steps. Captures on demand. Changes with every new shape.
+
+    counted  whether the user says how many examples a batch counts as
+    """
 
     def __init__(
         self,
@@ -105,8 +109,9 @@ class Programs:
         compile: bool | str = False,
         busy: Busy = nullcontext,
         dynamic_shapes: object = None,
+        counted: bool = True,
     ):
-        self._dynamic_shapes = dynamic_shapes
+        self._dynamic_shapes, self._counted = dynamic_shapes, counted
         self._axes: Axes = {}
         self._dynamic: Kept[Captured] = Kept()
         self._step, self._binding, self._optimizer = step, binding, optimizer
@@ -141,6 +146,7 @@ class Programs:
             captured = self._captured(given)
             if self._plan is None:
                 self._plan = self._make_plan(captured.program)
+                self._warn(captured, self._plan)
             compiled = self.compiles()
             if compiled and _is_dynamic(captured):
                 captured = replace(captured, program=with_sizes(captured.program, given.sizes))
@@ -160,6 +166,17 @@ class Programs:
         if _is_dynamic(captured):
             self._dynamic.keep(given.key(captured.program), captured)
         return captured
+
+    def _warn(self, captured: Captured, plan: Plan) -> None:
+        """Of means that the number of a trainer's examples is no weight for."""
+        if self._counted or plan.trainers == 1:
+            return
+        for mean in captured.means:
+            warnings.warn(
+                f"{mean}, but trainers are weighted by their numbers of examples, so the result is not that of one device. "
+                "Give distribute(..., examples=) a function of the batch that counts what the mean is over.",
+                stacklevel=2,
+            )
 
     def _check_served(self, job: Job) -> None:
         """Servers go on with the updates that they were started with: a step with others is refused."""

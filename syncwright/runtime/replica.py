@@ -13,12 +13,13 @@ from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, JobError
 from syncwright.job import Job
 from syncwright.passes.flatten import flat_parts
-from syncwright.passes.insert import FIRST, WEIGHT
+from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.programs import Prepared
+from syncwright.runtime.server import no_examples
 
 Examples = Callable[..., float] | float | None
 
@@ -62,6 +63,8 @@ class Replica:
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
+        if phase == "idle" and TOTAL in results and results[TOTAL] == 0:
+            raise no_examples(self.step_count)
         self._keep(results)
         self.binding.set_modes(prepared.captured.modes)
         self.step_count += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from syncwright.errors import Disagreement, JobError
+from syncwright.errors import BatchError, Disagreement, JobError
 from syncwright.job import Channel, Job
 from syncwright.program import Program
 from syncwright.runtime.executor import NO_PORT, Executor
@@ -165,6 +165,8 @@ class Server:
         for (name, step), merging in list(self._merging.items()):
             expected = self._expected(step)
             if merging.given and all(k in merging.given for k in expected):
+                if not any(weight for weight, _ in merging.given.values()):
+                    raise no_examples(step)
                 del self._merging[name, step]
                 channel = self.job.channels[name]
                 self._values[name, step] = merge(channel, merging.given, self.job.plan.trainers)
@@ -250,6 +252,14 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
         if weight not in (0, 1):
             total = total / weight
     return total
+
+
+def no_examples(step: int) -> BatchError:
+    """The error of a step for which no trainer has an example: its mean is 0 / 0."""
+    return BatchError(
+        f"step {step}: no trainer has examples; expected at least one, on some trainer. Leave the step out on all "
+        "trainers for such a batch."
+    )
 
 
 def _sum_of_weights(weights: list[float], dtype: torch.dtype) -> torch.Tensor:

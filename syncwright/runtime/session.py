@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -15,10 +15,11 @@ from syncwright.plan import Plan
 from syncwright.program import Program
 from syncwright.runtime.agreement import check_equal, digest, replicated
 from syncwright.runtime.client import Client
-from syncwright.runtime.evaluation import Evaluations, Rows, cut
+from syncwright.runtime.evaluation import Evaluations, Rows
 from syncwright.runtime.executor import NO_PORT, Blocked
 from syncwright.runtime.programs import Busy, Prepared, Programs
 from syncwright.runtime.replica import Examples, Part, Replica, count_examples
+from syncwright.runtime.sharding import rows_of
 from syncwright.runtime.transport import Outlet
 
 
@@ -88,6 +89,7 @@ class Session:
                 *(given.step, self.binding, given.optimizer, given.plan, given.without, given.compile),
                 busy=self._busy,
                 dynamic_shapes=given.dynamic_shapes,
+                counted=given.examples is not None,
             )
         return self._programs
 
@@ -113,16 +115,16 @@ class Session:
             self._check_replicas(prepared[0].captured.program)
         return returned
 
-    def evaluate(self, fn: Callable, loader: Iterable) -> object:
+    def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
         """`fn(model, *batch)` over all batches of `loader`, each example once; outputs joined in order."""
         if self._evaluations is None:
             compiles, given = self.programs().compiles, self.training
             self._evaluations = Evaluations(self.binding, given.optimizer, compiles, self._busy)
         rows = Rows(self._peers.trainers if self._peers is not None else 1)
         for batch in loader:
-            whole = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            rows.begin(int(count_examples(whole, None)))
-            self._evaluate(self._evaluations, fn, whole, rows)
+            given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            rows.begin(int(count_examples(given, None)))
+            self._evaluate(self._evaluations, fn, given, rows, whole)
         for replica in self.replicas:
             replica.client.release()
         return rows.joined(self._peers.gather if self._peers is not None else None)
@@ -169,13 +171,15 @@ class Session:
                 replica.give(self.binding.values(), replica.step_count)
             replica.take_first()
 
-    def _evaluate(self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows) -> None:
+    def _evaluate(
+        self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows, whole: Collection[str]
+    ) -> None:
         """Every trainer of this process takes its part of a batch; before they have met, this one the whole."""
         ranks = [replica.rank for replica in self.replicas] or [0]
         held, runs = (self.job.held if self.job is not None else {}), []
         for index, rank in enumerate(ranks):
             span = rows.span(rank)
-            part = cut(batch, span if span.start < span.stop else slice(0, 1))
+            part = cast(tuple, rows_of(batch, *((span.start, span.stop) if span.start < span.stop else (0, 1)), whole))
             evaluated = evaluations.for_batch(fn, part, max(1, span.stop - span.start), held)
             rows.structure = evaluated.structure
             if span.start == span.stop:

@@ -1,13 +1,17 @@
-"""Which examples of the global batches are a trainer's: part k of `torch.tensor_split` of every leading axis."""
+"""Which examples of the global batches are a trainer's: part k of `torch.tensor_split` of the batch axis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
+
+from syncwright.capture.examples import leading_size
+from syncwright.capture.step import batch_variables
+from syncwright.errors import BatchError
 
 ShareState = Callable[[torch.Tensor], torch.Tensor]
 T = TypeVar("T")
@@ -20,18 +24,38 @@ def bounds(count: int, trainers: int, rank: int) -> tuple[int, int]:
     return start, start + small + (rank < larger)
 
 
-def part_of(batch: object, trainers: int, rank: int) -> object:
-    """A trainer's part of a batch: every tensor with a leading axis is cut, the rest is given to all."""
+def part_of(batch: object, trainers: int, rank: int, whole: Collection[str] = ()) -> object:
+    """A trainer's part of a batch: tensors as long as the first that has axes are cut; the rest is given to all.
+
+    whole  names of tensors that are given to all though they are as long: "batch.2" is the third, "batch.0.weights" one of
+           a dict; for class weights where there may be as many classes as examples
+
+    Raises `BatchError` for a name that no tensor of the batch has.
+    """
+    count = leading_size(batch)
+    return batch if count is None else rows_of(batch, *bounds(count, trainers, rank), whole)
+
+
+def rows_of(batch: object, start: int, stop: int, whole: Collection[str] = ()) -> object:
+    """Examples [start, stop) of a batch; see `part_of`."""
+    count = leading_size(batch)
+    names = [v.name for v in batch_variables(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})]
+    for name in whole:
+        if name not in names:
+            raise BatchError(
+                f"whole: no tensor of the batch is called '{name}'; expected some of {', '.join(names)}. Correct the name."
+            )
+    names_in_order = iter(names)
 
     def cut(leaf: object) -> object:
-        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+        if not isinstance(leaf, torch.Tensor):
             return leaf
-        return leaf[slice(*bounds(leaf.shape[0], trainers, rank))]
+        return leaf[start:stop] if next(names_in_order) not in whole and leaf.shape[:1] == (count,) else leaf
 
     return pytree.tree_map(cut, batch)
 
 
-def shard(loader: Iterable, trainers: int, rank: int, share: ShareState) -> Iterator:
+def shard(loader: Iterable, trainers: int, rank: int, share: ShareState, whole: Collection[str] = ()) -> Iterator:
     """This trainer's parts of the batches of `loader`, which yields the *global* batch as on one device.
 
     Of a map-style `DataLoader` only a trainer's own examples are loaded: all trainers draw the same indices (from
@@ -42,21 +66,19 @@ def shard(loader: Iterable, trainers: int, rank: int, share: ShareState) -> Iter
     if trainers == 1:
         yield from loader
     elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        yield from _own_examples(loader, trainers, rank, share)
+        yield from _own_examples(loader, trainers, rank, share, whole)
     else:
         for batch in loader:
-            yield part_of(batch, trainers, rank)
+            yield part_of(batch, trainers, rank, whole)
 
 
-def _own_examples(loader: DataLoader, trainers: int, rank: int, share: ShareState) -> Iterator:
+def _own_examples(loader: DataLoader, trainers: int, rank: int, share: ShareState, whole: Collection[str]) -> Iterator:
     source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     state = share(torch.get_rng_state())
     indices = _Indices(source, trainers, rank, state, loader.generator)
     own = _like(loader, indices)
     for batch in own:
-        if indices.was_empty():
-            batch = pytree.tree_map(lambda t: t[:0] if isinstance(t, torch.Tensor) and t.dim() else t, batch)
-        yield batch
+        yield rows_of(batch, 0, 0, whole) if indices.was_empty() else batch
 
 
 def _like(loader: DataLoader, indices: _Indices) -> DataLoader:

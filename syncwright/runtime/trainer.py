@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -148,18 +148,21 @@ class Trainer:
         self._intercepted(batch)
         self._started(self._session.part(batch))
 
-    def shard(self, loader: Iterable) -> Iterator:
-        """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`)."""
-        for batch in shard(loader, self.trainers, self.rank, self._meeting.share_state):
+    def shard(self, loader: Iterable, whole: Collection[str] = ()) -> Iterator:
+        """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`).
+
+        Tensors as long as the first are cut, but for those named in `whole` ("batch.2" is the third): they go to all.
+        """
+        for batch in shard(loader, self.trainers, self.rank, self._meeting.share_state, whole):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
-    def evaluate(self, fn: Callable, loader: Iterable) -> object:
+    def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
         """`fn(model, *batch)` over all batches, each example once over all trainers, outputs in order on every trainer.
 
         Captured without gradients, like the step: values are those of the steps done, pulled from where the plan
         keeps them; nothing is updated, buffers included. Outputs are tensors of one row per example, in any tree;
         they come back joined. A function that needs a tensor's value is refused (`CaptureError`): call `sync()` and
-        run it on the model.
+        run it on the model. `whole` as for `shard`.
         """
         if not self._session.replicas and self.trainers > 1:
             raise JobError(
@@ -167,7 +170,7 @@ class Trainer:
                 "example=batch) to meet at once."
             )
         with self._noting():
-            return self._session.evaluate(fn, loader)
+            return self._session.evaluate(fn, loader, whole)
 
     def sync(self) -> None:
         """Writes the trained values, whole, into the user's model and optimizer."""

@@ -7,12 +7,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from syncwright.program import Guard, Program, Role, Variable
+from syncwright.program import Along, Guard, Program, Role, Variable
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
 
 _NODE = r"%\w+"
 _ROLES = {role.value: role for role in Role}
+_ALONG: dict[str, Along] = {"batch": "batch", "unknown": "unknown"}
 
 
 def parse(text: str) -> Program:
@@ -130,12 +131,13 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     else:
         dtype, shape = _read_sizes(line)
     of = line.string("a parameter") if line.accept("of") else None
-    sparse = line.accept("sparse")
+    sparse, lazy = line.accept("sparse"), line.accept("lazy")
+    along = line.choose(_ALONG, "batch or unknown") if line.accept("along") else ""
     aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
     whole = line.string("a variable") if line.accept("whole") else None
     part = _read_part(line) if line.accept("rows") else None
     dynamic = line.sizes() if line.accept("dynamic") else ()
-    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, dynamic)
+    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, lazy, along, dynamic)
 
 
 def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:

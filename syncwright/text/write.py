@@ -60,6 +60,10 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"of {quote(variable.of)}")
     if variable.sparse:
         facts.append("sparse")
+    if variable.lazy:
+        facts.append("lazy")
+    if variable.along:
+        facts.append(f"along {variable.along}")
     if variable.aliases:
         facts.append(f"aliases [{', '.join(map(quote, variable.aliases))}]")
     if variable.whole is not None:
