@@ -11,6 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from syncwright.selection import Selection
+
 
 class Role(Enum):
     """What a variable is to the training step, recorded at capture and never guessed from a name."""
@@ -29,12 +31,13 @@ class Role(Enum):
 class Variable:
     """A named value that a program reads or writes.
 
-    name     the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
-    shape    sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
-    of       the parameter that a GRAD or STATE belongs to
-    sparse   the gradient touches few rows (every read is an embedding lookup)
-    aliases  further names of the same tensor (tied weights are one variable)
-    part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
+    name       the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
+    shape      sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
+    of         the parameter that a GRAD or STATE belongs to; also of a BUFFER that a server keeps with a parameter
+    sparse     the gradient touches few rows (every read is an embedding lookup)
+    aliases    further names of the same tensor (tied weights are one variable)
+    selection  which part of which whole variable this is, where it is a part of one
+    kept       the parts that servers keep, in order; () where trainers keep the variable
     """
 
     name: str
@@ -44,8 +47,18 @@ class Variable:
     of: str | None = None
     sparse: bool = False
     aliases: tuple[str, ...] = ()
-    whole: str | None = None
-    part: tuple[int, int] | None = None
+    selection: Selection | None = None
+    kept: tuple[Selection, ...] = ()
+
+    @property
+    def whole(self) -> str | None:
+        """The variable that this is a part of."""
+        return None if self.selection is None else self.selection.of
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """[start, stop) within the whole: rows of a piece, elements of a part of a flat variable."""
+        return None if self.selection is None else self.selection.bounds
 
     @property
     def numel(self) -> int:
@@ -127,7 +140,7 @@ class Program:
         before  %g = gradient(...), %new = sub(%w, %g)          results {"w": %new}, stop_at {%g: w.grad}
         after   w.grad = placeholder, w = placeholder, %new = sub(w, w.grad), output({"w": %new})
         """
-        stops = dict(stop_at or {})
+        stops: Mapping[Node, Variable] = stop_at or {}
         wanted = self._ancestors(results.values(), stops)
         kept = sorted(wanted)
         graph, made, read = Graph(), {}, {}

@@ -16,6 +16,7 @@ from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
 from syncwright.job import Job
 from syncwright.lower import lower
+from syncwright.meaning import Scalar
 from syncwright.plan import Plan
 from syncwright.planning import make_plan, plan_variables
 from syncwright.program import Program, Role
@@ -23,7 +24,7 @@ from syncwright.runtime.loopback import Loopback, loopback
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.replica import random_stream
 from syncwright.strategies import named
-from syncwright.update import Scalar, find_updates
+from syncwright.update import find_updates
 from tests import zoo
 
 STEPS = 5

@@ -13,11 +13,13 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
+from syncwright.meaning import is_pointwise
 from syncwright.passes.insert import first_call
+from syncwright.place import is_served
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
+from syncwright.selection import Selection
 from syncwright.shapes import Inference, call, fake, is_host, mode_of, substitute
-from syncwright.update import is_pointwise
 
 aten = torch.ops.aten
 ALIGNMENT_NBYTES = 64
@@ -85,7 +87,11 @@ def _members(program: Program) -> list[Member]:
         packed = _reduced(mark)
         gradient = _divided(packed)
         nodes = tuple(n for n in own.get(name, ()) if _behind(n, gradient))
-        if name in results and _is_elementwise(nodes, gradient, program.variables[name]):
+        if (
+            name in results
+            and not is_served(results[name])
+            and _is_elementwise(nodes, gradient, program.variables[name])
+        ):
             facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)
             member = _member(facts, gradient, packed, nodes)
             found += [member] if member is not None else []
@@ -403,7 +409,8 @@ def _write_flat(
             bounds = None if scalar else (offset, offset + part.numel)
             if part.name != target:
                 results.pop(part.name, None)
-                variables[part.name] = replace(part, whole=target, part=bounds)
+                along = "all" if bounds is None else "elements"
+                variables[part.name] = replace(part, selection=Selection(target, along, *(bounds or (0, 0))))
             if bounds is not None and part.name in before:
                 _redirect(program, part, member, before[part.name], _Slice(new, offset), known)
         results[target] = new
