@@ -99,8 +99,9 @@ class _Reader:
             return Foreign()
         given = [self.found.get(n, Foreign()) for n in node.all_input_nodes]
         meaning = _combine(node, [g for g in given if not isinstance(g, Free)])
-        apart = isinstance(meaning, Cut | Rows) and is_pointwise(node) and not self._meets_rows(node)
-        return Whole(meaning.of) if apart else meaning
+        if isinstance(meaning, Cut | Rows) and is_pointwise(node) and not self._meets_rows(node):
+            return Whole(meaning.of)
+        return meaning
 
     def _meets_rows(self, node: Node) -> bool:
         """Whether row r of the result is made from row r of all that is aligned. A state of as many elements as there

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -59,7 +58,7 @@ class _Crossing:
 
     parts: Split
     places: dict[Node, Place]
-    merges: Mapping[str, Literal["mean", "sum"]]
+    merges: Mapping[str, str]
     share: Node | None
     known: Inference
     made: dict[tuple[Node, Place], Node] = field(default_factory=dict)
