@@ -90,6 +90,7 @@ passes          one rewrite of the whole program per file
     share_globals
     average
     bucket
+    alike
     flatten
     tidy
 idle            the program of a trainer without examples
