@@ -12,26 +12,18 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from syncwright import ops
+from syncwright.cut import cut
 from syncwright.errors import LoweringError
 from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
-from syncwright.job import Channel, Job, ServerPart
+from syncwright.job import Job, ServerPart
 from syncwright.passes import COMPILED, PIPELINE
-from syncwright.passes.average import by_collective, communicates, is_local
-from syncwright.plan import AllReduce, Plan
+from syncwright.passes.average import communicates, is_local
+from syncwright.passes.share_globals import parts_of
+from syncwright.plan import AllReduce, Local, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable
-from syncwright.split import (
-    Split,
-    global_variable,
-    grad_variable,
-    held_by_servers,
-    merges,
-    piece_of,
-    server_parts,
-    split,
-)
-from syncwright.text import target_text
-from syncwright.update import Updates, find_updates, followed
+from syncwright.text import op_name
+from syncwright.update import Join, Updates, find_updates
 from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
@@ -47,26 +39,24 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     """
     with _no_collection():
         verify(program)
-        updates = find_updates(program)
         check_lookups(program, plan)
-        _check_replicated(updates, plan)
+        _check_replicated(find_updates(program), plan)
         step = program
         for each in pipeline(passes, without):
             step = _applied(each, step, plan)
-        job = _job(split(program, updates, plan), plan, step, without)
+        _refuse_without(step, plan, without)
+        job = _job(program, step, plan)
         verify_job(job)
     return job
 
 
-def _job(parts: Split, plan: Plan, step: Program, without: Sequence[str]) -> Job:
-    """The job of a captured program that the passes have turned into a trainer's `step`."""
-    _refuse_without(parts, without)
-    program = parts.program
-    servers = server_parts(parts, plan) if parts.pieces else ()
-    channels, owners = _channels(program, plan, parts, servers)
+def _job(program: Program, step: Program, plan: Plan) -> Job:
+    """The job of a captured program of which the passes have made the whole program `step`."""
+    roles = cut(step, plan.servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
-    phases = {"step": step, "idle": idle(step)}
-    return Job(plan, phases, servers, channels, owners, local, _digest(step, servers))
+    phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
+    digest = _digest(roles.trainer, roles.servers)
+    return Job(plan, phases, roles.servers, roles.channels, roles.owners, local, digest)
 
 
 @contextmanager
@@ -83,6 +73,8 @@ def _no_collection() -> Iterator[None]:
 
 def _check_replicated(updates: Updates, plan: Plan) -> None:
     """Replicas stay equal only where their update reads nothing that differs between trainers."""
+    for join in updates.joins:
+        _check_local(join, plan)
     kinds = updates.kinds()
     for sharing in plan.sharings:
         shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
@@ -92,6 +84,18 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
                 "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
                 "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
             )
+
+
+def _check_local(join: Join, plan: Plan) -> None:
+    """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
+    local = {s.variable for s in plan.sharings if isinstance(s.sync, Local)} & set(join.parameters)
+    shared = set(join.readers) - local
+    if plan.trainers > 1 and shared and local & set(join.partials.values()):
+        raise LoweringError(
+            f"'{sorted(local)[0]}' is local, but its gradient takes part in a global value (at {join.values[0].name}) that the "
+            f"update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared gradients "
+            "only. Clip local and shared parameters apart, or share them all."
+        )
 
 
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
@@ -111,11 +115,12 @@ def pipeline(passes: Sequence[Pass], without: Sequence[str] = ()) -> tuple[Pass,
     return tuple(each for each in passes if each.__name__ not in without)
 
 
-def _refuse_without(parts: Split, without: Sequence[str]) -> None:
-    """Servers' programs wait for what these passes make trainers send."""
-    served = next(iter(parts.pieces), None)
+def _refuse_without(step: Program, plan: Plan, without: Sequence[str]) -> None:
+    """Servers' programs are made of what these passes place on them."""
+    served = next((s.variable for s in plan.sharings if isinstance(s.sync, ParameterServer)), None)
+    sends = step.graph.find_nodes(op="call_function", target=ops.send)
     needed = {"serve_parameters"} if served else set()
-    needed |= {"share_globals"} if parts.joins else set()
+    needed |= {"share_globals"} if any(parts_of(node, step) for node in sends) else set()
     for name in without:
         if name in needed:
             raise LoweringError(
@@ -128,51 +133,6 @@ def _reduced(variable: Variable, program: Program, plan: Plan) -> bool:
     return communicates(plan) and not is_local(variable)
 
 
-def _channels(
-    program: Program, plan: Plan, parts: Split, servers: Sequence[ServerPart]
-) -> tuple[dict[str, Channel], dict[str, int]]:
-    channels: dict[str, Channel] = {}
-    owners = {name: rank for name, (rank, _) in held_by_servers(parts).items()}
-    hypers = {part.rank: _hypers(part) for part in servers}
-    merge = merges(plan)
-    for parameter, pieces in parts.pieces.items():
-        grad = grad_variable(program, parameter)
-        for piece in pieces:
-            variable = piece_of(grad, program.variables[parameter], piece, len(pieces))
-            rank = int(piece.owner or 0)
-            channels[variable.name] = Channel(variable, rank, merge[parameter], hypers[rank])
-    for join in parts.joins:
-        for node, parameter in join.partials.items():
-            if parameter not in parts.pieces:
-                variable = global_variable(node)
-                channels[variable.name] = Channel(variable, parts.reducer, "first", hypers[parts.reducer])
-        owners.update({global_variable(node).name: parts.reducer for node in join.values})
-    if servers and not by_collective(plan) and plan.trainers > 1:
-        _value_channels(program, plan, parts.reducer, channels, owners)
-    return channels, owners
-
-
-def _value_channels(program: Program, plan: Plan, reducer: int, channels: dict[str, Channel], owners: dict) -> None:
-    """A channel for every value that `average_values` sends through the reducer."""
-    policies, follows = dict(plan.buffers), followed(program)
-    for name in program.writes:
-        variable = program.variables[name]
-        match variable.role:
-            case Role.OUTPUT if not is_local(variable):
-                mean = variable.dtype.is_floating_point
-            case Role.BUFFER if name not in follows and policies.get(name) != "local":
-                mean = policies.get(name, "mean") == "mean"
-            case _:
-                continue
-        channels[name] = Channel(variable, reducer, "mean" if mean else "sum")
-        owners[name] = reducer
-
-
-def _hypers(part: ServerPart) -> tuple[str, ...]:
-    found = {n for p in part.programs for n in p.reads if p.variables[n].role is Role.HYPER}
-    return tuple(sorted(found))
-
-
 def communications(program: Program) -> list[Node]:
     """A trainer's communications in order: the n-th is the same on every trainer."""
     return [n for n in program.graph.nodes if n.target in ops.COMMUNICATION]
@@ -180,7 +140,7 @@ def communications(program: Program) -> list[Node]:
 
 def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     """Equal on all roles that derived the same job. Batch shapes are left out."""
-    lines = [f"{n.target} {_channel(n)}" for n in communications(step)]
+    lines = [f"{n.target} {n.args[1]}" for n in communications(step)]
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     for part in servers:
         lines += [repr(v) for v in part.holds]
@@ -188,15 +148,11 @@ def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
-def _channel(node: Node) -> str:
-    return str(next(a for a in node.args if isinstance(a, str)))
-
-
 def _lines(program: Program) -> list[str]:
     """A program's nodes by their numbers: names differ where the forward does."""
     number = {node: f"%{index}" for index, node in enumerate(program.graph.nodes)}
     return [
-        f"{n.op} {target_text(n.target) if n.op == 'call_function' else n.meta.get('variable')} "
+        f"{n.op} {op_name(n.target) if n.op == 'call_function' else n.meta.get('variable')} "
         f"{map_arg((n.args, n.kwargs), number.__getitem__)}"
         for n in program.graph.nodes
     ]

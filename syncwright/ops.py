@@ -1,10 +1,21 @@
 """Our operations in a graph: signature and shape rule of each. How they act is the executor's business.
 
-gradient(x, name)                      identity; here the gradient of parameter `name` is complete
-all_reduce(x, channel)                 starts the sum of x over all trainers
-wait(x)                                its result
-push(x, weight, channel, hypers)       sends x to the owner of `channel`; a token (an empty tensor) that orders
-pull(after, channel, shape, dtype)     the owner's present value of `channel`, once what `after` sent is in it
+    gradient(x, name)                      identity; here the gradient of parameter `name` is complete
+
+In a whole program, which holds what every role does (see `place`); each names its channel, runs where its result is
+read, and its result is what is read there:
+
+    push.merged(x, channel, merge)         from trainers to servers: the trainers' contributions, merged
+    pull.value(x, channel)                 from a server to every trainer
+    send(x, channel)                       from a server to another: of several owners' values, the first
+    gather(x, channel, parts)              from the owners of the pieces of a variable to a server: their values, stacked
+
+In the program of a trainer:
+
+    all_reduce(x, channel)                 starts the sum of x over all trainers
+    wait(x, channel)                       its result
+    push(x, channel)                       sends x to the owner of `channel`; a token (an empty tensor) that orders
+    pull(after, channel, shape, dtype)     the owner's present value of `channel`, once what `after` sent is in it
 """
 
 from __future__ import annotations
@@ -18,6 +29,10 @@ _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
 _library.define("push(Tensor x, str channel) -> Tensor")
+_library.define("push.merged(Tensor x, str channel, str merge) -> Tensor")
+_library.define("pull.value(Tensor x, str channel) -> Tensor")
+_library.define("send(Tensor x, str channel) -> Tensor")
+_library.define("gather(Tensor x, str channel, int parts) -> Tensor")
 _library.define("pull(Tensor[] after, str channel, int[] shape, ScalarType dtype) -> Tensor")
 
 
@@ -28,6 +43,14 @@ def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
 torch.library.register_fake(f"{NAMESPACE}::gradient", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::all_reduce", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::wait", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::push.merged", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::pull.value", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::send", _same, lib=_library)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather", lib=_library)
+def _gather(x: torch.Tensor, channel: str, parts: int) -> torch.Tensor:
+    return x.new_empty([parts, *x.shape])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push", lib=_library)
@@ -47,6 +70,11 @@ all_reduce = torch.ops.syncwright.all_reduce.default
 wait = torch.ops.syncwright.wait.default
 push = torch.ops.syncwright.push.default
 pull = torch.ops.syncwright.pull.default
+push_merged = torch.ops.syncwright.push.merged
+pull_value = torch.ops.syncwright.pull.value
+send = torch.ops.syncwright.send.default
+gather = torch.ops.syncwright.gather.default
 
 COMMUNICATION = frozenset({all_reduce, wait, push, pull})
 SENDS = frozenset({all_reduce, push})
+CROSSINGS = frozenset({push_merged, pull_value, send, gather})

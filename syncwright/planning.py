@@ -8,11 +8,12 @@ from pathlib import Path
 
 from syncwright.document import read
 from syncwright.errors import PlanError
+from syncwright.meaning import followed
 from syncwright.plan import Plan, Rules, check, resolve
 from syncwright.program import Program, Role, Variable
 from syncwright.strategies import named
-from syncwright.text import target_text
-from syncwright.update import Updates, find_updates, followed
+from syncwright.text import op_name
+from syncwright.update import Updates, find_updates
 
 PlanSource = str | Path | Rules | Plan
 
@@ -65,7 +66,7 @@ def program_digest(program: Program, updates: Updates) -> str:
     """Equal for programs with the same variables and updates; batch shapes are left out."""
     kept = (Role.PARAM, Role.BUFFER, Role.STATE, Role.HYPER)
     lines = [repr(v) for v in program.variables.values() if v.role in kept]
-    lines += [f"{target_text(n.target)} {type(m).__name__}" for n, m in updates.meanings.items()]
+    lines += [f"{op_name(n.target) or n.target} {type(m).__name__}" for n, m in updates.meanings.items()]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 

@@ -12,6 +12,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from syncwright.selection import Selection
+
 Along = Literal["", "batch", "unknown"]
 
 
@@ -32,15 +34,16 @@ class Role(Enum):
 class Variable:
     """A named value that a program reads or writes.
 
-    name     the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
-    shape    sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
-    of       the parameter that a GRAD or STATE belongs to
-    sparse   the gradient touches few rows (trainers read the table by lookups alone)
-    aliases  further names of the same tensor (tied weights are one variable)
-    part     rows [start, stop) of axis 0 of the whole variable `whole`, where this is a piece of one
-    dynamic  axes of an INPUT along which a program takes any size; `shape` has the example's there
-    along    "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
-    lazy     rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
+    name       the user's own fully qualified name ("fc.weight"); state and gradients extend it ("fc.weight.exp_avg")
+    shape      sizes, whole tensor; () for scalars and for host numbers (HYPER: a Python float)
+    of         the parameter that a GRAD or STATE belongs to; also of a BUFFER that a server keeps with a parameter
+    sparse     the gradient touches few rows (trainers read the table by lookups alone)
+    aliases    further names of the same tensor (tied weights are one variable)
+    selection  which part of which whole variable this is, where it is a part of one
+    kept       the parts that servers keep, in order; () where trainers keep the variable
+    lazy       rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
+    along      "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
+    dynamic    axes of an INPUT along which a program takes any size; `shape` has the example's there
     """
 
     name: str
@@ -50,11 +53,21 @@ class Variable:
     of: str | None = None
     sparse: bool = False
     aliases: tuple[str, ...] = ()
-    whole: str | None = None
-    part: tuple[int, int] | None = None
+    selection: Selection | None = None
+    kept: tuple[Selection, ...] = ()
     lazy: bool = False
     along: Along = ""
     dynamic: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def whole(self) -> str | None:
+        """The variable that this is a part of."""
+        return None if self.selection is None else self.selection.of
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """[start, stop) within the whole: rows of a piece, elements of a part of a flat variable."""
+        return None if self.selection is None else self.selection.bounds
 
     @property
     def numel(self) -> int:
@@ -142,7 +155,7 @@ class Program:
         before  %g = gradient(...), %new = sub(%w, %g)          results {"w": %new}, stop_at {%g: w.grad}
         after   w.grad = placeholder, w = placeholder, %new = sub(w, w.grad), output({"w": %new})
         """
-        stops = dict(stop_at or {})
+        stops: Mapping[Node, Variable] = stop_at or {}
         wanted = self._ancestors(results.values(), stops)
         kept = sorted(wanted)
         graph, made, read = Graph(), {}, {}

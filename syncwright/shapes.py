@@ -78,7 +78,7 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[misc]
 
 
-_LIKE_FIRST = frozenset({ops.gradient, ops.all_reduce, ops.wait})
+_LIKE_FIRST = frozenset({ops.gradient, ops.all_reduce, ops.wait, ops.push_merged, ops.pull_value, ops.send})
 _SCALE = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 
 
@@ -161,7 +161,7 @@ class Inference:
 
 def _shaping(node: Node) -> object:
     """The arguments on which what a node looks like depends: not on a channel's name, nor on where a slice begins."""
-    if node.target in ops.COMMUNICATION:
+    if node.target in ops.COMMUNICATION or node.target in ops.CROSSINGS:
         return [a for a in node.args if not isinstance(a, str)]
     if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
         source, axis, start, stop = node.args

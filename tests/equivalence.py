@@ -16,14 +16,16 @@ from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
 from syncwright.job import Job
 from syncwright.lower import lower
+from syncwright.meaning import Scalar
 from syncwright.plan import Plan
 from syncwright.planning import make_plan, plan_variables
 from syncwright.program import Program, Role
+from syncwright.runtime.kept import Given
 from syncwright.runtime.loopback import Loopback, loopback
 from syncwright.runtime.programs import Prepared, Programs
 from syncwright.runtime.replica import random_stream
 from syncwright.strategies import named
-from syncwright.update import Scalar, find_updates
+from syncwright.update import find_updates
 from tests import zoo
 
 STEPS = 5
@@ -244,8 +246,8 @@ class _SharedPrograms(Programs):
         super().__init__(step, binding, optimizer, lambda _: laboratory._plan(case))
         self._laboratory, self._case = laboratory, case
 
-    def _prepare(self, batch: tuple) -> Prepared:
-        return self._laboratory.prepare(self._case, batch, self._binding.hyper_values())
+    def _prepare(self, given: Given) -> Prepared:
+        return self._laboratory.prepare(self._case, given.batch, self._binding.hyper_values())
 
 
 class SplitTrainer:

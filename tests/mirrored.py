@@ -18,6 +18,9 @@ Truth = Mapping[tuple[str, bool], torch.Tensor]
 class Mirrored(Interpreter):
     """Sums are `trainers` times one's own, or one's own and what `peers` sent; `truth` has what is pulled.
 
+    A whole program computes what one device computes: the first owner of a piece has all of it, the others nothing.
+
+
     truth  by name, and whether it is a later value
     sent   what was pushed or reduced, by channel, in order
     seen   the value of every node, by name
@@ -38,6 +41,13 @@ class Mirrored(Interpreter):
             case ops.push:
                 self.sent[args[1]] = args[0]
                 return torch.empty(0)
+            case ops.push_merged:
+                self.sent[args[1]] = args[0]
+                return args[0] if args[2] == "first" else args[0] * self.trainers
+            case ops.pull_value | ops.send:
+                return args[0]
+            case ops.gather:
+                return torch.stack([args[0], *[torch.zeros_like(args[0])] * (args[2] - 1)])
             case ops.all_reduce:
                 self.sent[args[1]] = args[0]
                 return args[0]

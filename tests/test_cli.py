@@ -57,14 +57,14 @@ def test_show_prints_the_program_of_a_role(role):
 
 def test_show_prints_the_program_after_a_pass():
     text = shown("show", "mixed.py", *ONE_SERVER, "--after", "serve_parameters")
-    assert 'syncwright.push.default(%mul_tensor, "table.weight.grad")' in text
+    assert 'syncwright.push.merged(%mul_tensor, "table.weight.grad", "mean") at owners "table.weight"' in text
     assert "all_reduce" not in text
 
 
 def test_show_prints_what_a_pass_changed():
     text = shown("show", "mixed.py", *ONE_SERVER, "--diff", "serve_parameters")
     check_golden("cli/diff", text)
-    assert text == shown("show", "mixed.py", *ONE_SERVER, "--diff", "share_globals..serve_parameters")
+    assert text == shown("show", "mixed.py", *ONE_SERVER, "--diff", "captured..serve_parameters")
     assert shown("show", "mixed.py", "--plan", "all_reduce", "--diff", "serve_parameters").startswith("no difference")
 
 

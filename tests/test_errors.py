@@ -283,5 +283,5 @@ def messages(text: str) -> list[str]:
 def _steady(message: str) -> str:
     """Line numbers of the misused steps may move, digests are of the installed torch, and passes come and go."""
     message = re.sub(r"(misuse_steps\.py):\d+", r"\1:N", message)
-    message = re.sub(r"expected one of share_globals, .*?\.", "expected one of <passes>.", message)
+    message = re.sub(r"expected one of serve_parameters, .*?\.", "expected one of <passes>.", message)
     return re.sub(r"\b[0-9a-f]{16}\b", "<digest>", message)

@@ -34,6 +34,8 @@ near            did you mean ...?
 document        YAML that knows its lines
 typed           dataclasses that hold what their annotations say, in Python and in YAML
 cluster         facts about machines
+selection       a part of a variable, and who owns it
+place           where each node of a whole program runs
 program         Program, Variable, Role
 ops             communication, as operators of a graph
 dead            dead nodes
@@ -56,13 +58,21 @@ job             programs by role and phase, and what crosses between them
 verify          legal programs, one error class per rule
     causes
     arguments
+    placed
     program
     passes
     running
     server
     job
-update          how each update may be split, from graph edges
-split           the cut at the gradients: programs of servers
+meaning         what each node of an update is made from, from graph edges
+update          how each update may be split, and which global values it reads
+split           who owns what, and where each node of an update runs
+cut             from a whole program to a program for each role
+    crossing
+    piece
+    servers
+    trainer
+    roles
 strategies      a name to rules
     fixed
 planning        what a user gives as plan= to the complete plan
@@ -83,12 +93,13 @@ capture         a step, a model and optimizers to a Program; the only part that 
     examples
     lookups
     step
-passes          one rewrite of a trainer's program per file
+passes          one rewrite of the whole program per file
     insert
-    share_globals
     serve_parameters
+    share_globals
     average
     bucket
+    alike
     flatten
     tidy
 global_batch    lookups that only the whole batch can tell

@@ -16,19 +16,18 @@ from golden_files import GOLDEN, check_golden
 from syncwright import ops, passes
 from syncwright.idle import idle
 from syncwright.job import ServerPart
+from syncwright.lower import lower
 from syncwright.passes.flatten import flat_parts
 from syncwright.plan import Plan
 from syncwright.program import Program
-from syncwright.split import server_parts, split
 from syncwright.text import parse, to_text
-from syncwright.update import find_updates
 from syncwright.verify import verify, verify_after
 from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
 
 PASSES: dict[str, Callable[[Program, Plan], Program]] = {each.__name__: each for each in passes.COMPILED}
 CASES = sorted(path.parent for name in PASSES for path in (GOLDEN / name).glob("*/before.txt"))
 IDLE_CASES = sorted(path.parent for path in (GOLDEN / "idle").glob("*/before.txt"))
-SPLIT_CASES = sorted(path.parent for path in (GOLDEN / "split").glob("*/before.txt"))
+CUT_CASES = sorted(path.parent for path in (GOLDEN / "cut").glob("*/before.txt"))
 
 
 def case_name(case: Path) -> str:
@@ -58,7 +57,7 @@ def test_golden_pass(case):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_does_nothing_for_one_device(name):
-    before, _ = given(GOLDEN / "split" / "clip")
+    before, _ = given(GOLDEN / "cut" / "clip")
     alone = Plan("", trainers=1, servers=0, reducer=None, sharings=())
     after = PASSES[name](before, alone)
     if name not in ("tidy", "flatten"):
@@ -132,11 +131,11 @@ def test_golden_idle(case):
     assert all(torch.equal(run.sent[channel], busy.sent[channel]) for channel in shared), "it knows what all know"
 
 
-@pytest.mark.parametrize("case", SPLIT_CASES, ids=case_name)
-def test_golden_split(case):
+@pytest.mark.parametrize("case", CUT_CASES, ids=case_name)
+def test_golden_cut(case):
     """Servers' programs, run on pieces of what one device has, give pieces of what it writes."""
     before, plan = given(case)
-    parts = server_parts(split(before, find_updates(before), plan), plan)
+    parts = lower(before, plan).servers
     check_golden(f"{case_name(case)}/after", "\n".join(part_text(part) for part in parts))
     values = some_values(before)
     written, run = run_mirrored(before, values, plan.trainers, {})

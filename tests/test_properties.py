@@ -130,7 +130,7 @@ def test_any_plan_trains_like_one_device(drawn: Drawn):
     check_communications(job)
     found = dict(model.state_dict()) | {f"loss {n}": loss for n, (loss, _) in enumerate(losses)}
     expected = dict(alone.state_dict()) | {f"loss {n}": loss for n, (_, loss) in enumerate(losses)}
-    program = next(iter(job.programs._kept.values())).captured.program
+    program = next(iter(job.session.programs()._kept)).captured.program
     assert job.job is not None
     limit = (1e-9 if drawn.wide else 1e-4) if combines_pieces(program, job.job) else 0.0
     worst = max(differences(found, expected).items(), key=lambda item: item[1])
@@ -140,7 +140,7 @@ def test_any_plan_trains_like_one_device(drawn: Drawn):
 def check_communications(job: Loopback) -> None:
     """Steps captured for other shapes of batch send and wait in one order, and so does an idle trainer."""
     kinds = set()
-    for prepared in job.programs._kept.values():
+    for prepared in job.session.programs()._kept:
         assert job.job is not None
         assert prepared.job.digest == job.job.digest
         kinds.add(tuple((str(n.target), *map(str, n.args[1:2])) for n in communications(prepared.job.trainer["step"])))

@@ -151,9 +151,9 @@ def test_a_step_without_any_examples_is_refused(plan: str, servers: int) -> None
     job = start(mean_step, model, plan, 2, servers, momentum=0.9)
     x = torch.tensor([2.0, 4.0])
     job.step([(x[:1],), (x[1:],)])
-    prepared, empty = job.programs.for_batch((x[:1],)), Part((x[:0],), 0.0)
+    prepared, empty = job.session.programs().for_batch((x[:1],)), Part((x[:0],), 0.0)
     with pytest.raises(BatchError, match="step 1: no trainer has examples"):
-        job._drive([replica.step(prepared, empty) for replica in job.replicas])
+        job.drive([replica.step(prepared, empty) for replica in job.replicas])
     if not servers:
         job.sync()
         assert model.w.item() == -2.0

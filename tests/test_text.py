@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx import Graph
 
+from syncwright.place import EVERYWHERE, TRAINERS, Owners, Server, place_of, put
 from syncwright.program import Guard, Program, Role, Variable, new_placeholder
+from syncwright.selection import Selection
 from syncwright.text import TextError, diff, parse, to_text
 
 aten = torch.ops.aten
@@ -58,16 +60,16 @@ def check_same_results(program: Program, values: dict[str, object]) -> None:
 def every_argument() -> Program:
     """Every kind of variable, type and argument once (it is never run)."""
     graph, mode = Graph(), torch._subclasses.fake_tensor.FakeTensorMode()
-    table = Variable(
-        'emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), "emb", (0, 2), True
-    )
+    rows = Selection("emb", "rows", 0, 2)
+    table = Variable('emb "é".weight/0', Role.PARAM, (2, 4), torch.bfloat16, None, True, ("a", "b"), rows, lazy=True)
+    cut = (Selection("g", "rows", 0, 2, 0), Selection("g", "rows", 2, 4, 1))
     others = [
         Variable("x", Role.INPUT, (0, 3), torch.float16),
         Variable("momentum", Role.HYPER, (), torch.float64),
         Variable("warmup", Role.HYPER, (), torch.int64),
         Variable("nesterov", Role.HYPER, (), torch.bool),
         Variable("as tensor", Role.HYPER, (), torch.float32),
-        Variable("g", Role.GRAD, (2, 4), torch.float32, of="emb"),
+        Variable("g", Role.GRAD, (4, 4), torch.float32, of="emb", kept=cut),
         Variable("rare", Role.BUFFER, (1,), torch.float8_e4m3fn),
         Variable("coefficient", Role.GLOBAL, (), torch.float32),
         Variable("loss", Role.OUTPUT, (), torch.float32),
@@ -95,6 +97,8 @@ def every_argument() -> Program:
     handmade.call(graph, math.trunc, int, m)
     handmade.call(graph, aten._assert_async.msg, None, w, 'say "%w" \n\t\\ \u2028 # (')
     last = graph.call_function(aten.detach.default, (w,))
+    for node, place in ((w, Owners("emb")), (m, EVERYWHERE), (made, Server(2)), (last, TRAINERS)):
+        put(node, place)
     graph.output({"g": last, "loss": m})
     guards = (Guard('m != 0 and s == "x"', ("m", "s"), ("momentum", "warmup")), Guard("True", (), ()))
     return Program(graph, {v.name: v for v in [table, *others]}, guards)
@@ -117,6 +121,7 @@ def test_values_come_back():
     modes = set()
     for old, new in zip(program.graph.nodes, parse(to_text(program)).graph.nodes, strict=True):
         assert ("val" in old.meta) == ("val" in new.meta)
+        assert place_of(old) == place_of(new)
         tensors = zip(*(torch.utils._pytree.tree_leaves(n.meta.get("val")) for n in (old, new)), strict=True)
         for before, after in tensors:
             if not isinstance(before, torch.Tensor):
@@ -139,7 +144,8 @@ def test_arguments_come_back():
 def test_every_field_of_a_variable_is_written():
     """A field that is added to Variable must be added to the text: each, changed alone, changes the text."""
     plain = Variable("w", Role.PARAM, (2,), torch.float32)
-    other = Variable("v", Role.BUFFER, (3,), torch.int8, "p", True, ("q",), "r", (1, 4))
+    part = Selection("r", "elements", 1, 4, 1)
+    other = Variable("v", Role.BUFFER, (3,), torch.int8, "p", True, ("q",), part, (Selection("w", server=2),))
     for field in dataclasses.fields(Variable):
         changed = dataclasses.replace(plain, **{field.name: getattr(other, field.name)})
         graph = Graph()

@@ -101,6 +101,53 @@ BROKEN = [
 ]
 
 
+SERVED = (
+    'param "w": f32[2] kept [on server 0]', 'param "v": f32[2]', 'hyper "lr": host float', 'global "n": f32[]',
+    'grad "w.grad": f32[2] of "w" kept [on server 0]',
+)  # fmt: skip
+HERE = '%w: f32[2] = read "w" at owners "w"'
+PUSH = '%g: f32[2] = syncwright.push.merged(%v, "w.grad", "mean") at owners "w"'
+NORM = '%n: f32[] = aten.linalg_vector_norm.default(%g, 2.0) at owners "w"'
+
+
+def whole_with(*lines: str) -> Program:
+    """A whole program: server 0 keeps w, trainers keep v."""
+    return program_of(*SERVED, '%v: f32[2] = read "v"', '%lr: host float = read "lr" at everyone', *lines)
+
+
+MISPLACED = [
+    (rules.ReadElsewhere, lambda: whole_with('%w: f32[2] = read "w"', PUSH)),
+    (rules.ReadElsewhere, lambda: program_of(*SERVED, '%v: f32[2] = read "v" at everyone')),
+    (rules.ReadElsewhere, lambda: whole_with(HERE, "%x: f32[2] = aten.neg.default(%w)")),
+    (rules.ReadElsewhere, lambda: whole_with(HERE, '%x: f32[2] = aten.mul.Tensor(%w, %v) at owners "w"')),
+    (rules.ReadElsewhere, lambda: whole_with(HERE, "%x: f32[2] = aten.neg.default(%v) at everyone")),
+    (rules.WrittenElsewhere, lambda: whole_with(HERE, 'write "w" = %v')),
+    (rules.WrittenElsewhere, lambda: whole_with(HERE, 'write "v" = %w')),
+    (rules.UnknownOwners, lambda: whole_with('%x: f32[2] = syncwright.push.merged(%v, "n", "sum") at owners "v"')),
+    (rules.UnknownVariable, lambda: whole_with(PUSH.replace('"w.grad"', '"u"'))),
+    (rules.WrongCrossing, lambda: whole_with(HERE, PUSH.replace("%v", "%w"))),
+    (rules.WrongCrossing, lambda: whole_with('%p: f32[2] = syncwright.pull.value(%v, "v")', PUSH)),
+    (rules.WrongCrossing, lambda: whole_with(PUSH, NORM, '%s: f32[] = syncwright.send.default(%n, "n")')),
+    (
+        rules.WrongCrossing,
+        lambda: whole_with(PUSH, NORM, '%s: f32[2] = syncwright.gather.default(%n, "n", 2) at server 0'),
+    ),
+]
+
+
+def test_golden_misplaced():
+    check_golden("verify/places", messages_of(MISPLACED, lambda make: verify(make())))
+
+
+def test_a_legal_whole_program():
+    verify(whole_with(
+        HERE, '%p: f32[2] = syncwright.pull.value(%w, "w")', "%y: f32[2] = aten.mul.Tensor(%p, %v)",
+        PUSH.replace("%v", "%y"), NORM, '%s: f32[] = syncwright.send.default(%n, "n") at server 1',
+        '%b: f32[] = syncwright.send.default(%s, "n") at owners "w"', '%c: f32[2] = aten.mul.Tensor(%g, %b) at owners "w"',
+        '%d: f32[2] = aten.mul.Tensor(%c, %lr) at owners "w"', 'write "w" = %d', 'write "v" = %y',
+    ))  # fmt: skip
+
+
 def messages_of(cases: list, check: Callable) -> str:
     """The message of every case, under the name of the error that it must raise."""
     lines = []
@@ -117,9 +164,9 @@ def test_golden_broken_programs():
 
 
 def test_every_cause_has_a_test():
-    tested = {error for error, _ in BROKEN} | {error for error, _ in BROKEN_SERVERS}
+    tested = {error for error, _ in [*BROKEN, *MISPLACED, *BROKEN_SERVERS]}
     tested |= {rules.InputChanged, rules.RandomOpsChanged, rules.BrokenByPass}
-    above = {rules.BrokenRule, rules.NotForServers}
+    above = {rules.BrokenRule, rules.NotForServers, rules.Misplaced}
     causes = {c for c in vars(rules).values() if isinstance(c, type) and issubclass(c, Exception)}
     of_jobs = {cause for cause in causes if issubclass(cause, rules.IllegalJob)}  # see test_verify_job
     assert causes - of_jobs == tested | above

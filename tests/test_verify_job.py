@@ -94,10 +94,13 @@ def circle() -> Job:
 
 
 WAIT = 'f32[4] = syncwright.wait.default(%all_reduce_default_3, "bucket.0")'
-PULL = '= syncwright.pull.default([%push_default, %push_default_2], "global.clamp", [], f32)'
+PULL = '= syncwright.pull.default([%push_default_2, %push_default_1], "global.clamp", [], f32)'
 LATE = (
-    ("%pull_default: f32[] " + PULL + "\n", ""),
-    ("%linalg_vector_norm_1:", f"%pull_default: f32[] {PULL.replace('%push_default, ', '')}\n%linalg_vector_norm_1:"),
+    ("%pull_default_2: f32[] " + PULL + "\n", ""),
+    (
+        "%linalg_vector_norm_1:",
+        f"%pull_default_2: f32[] {PULL.replace('%push_default_2, ', '')}\n%linalg_vector_norm_1:",
+    ),
 )
 
 BROKEN = [
@@ -134,9 +137,9 @@ BROKEN = [
     (rules.PulledFromNobody, lambda: changed(owners=without(legal().owners, "weight[1]"))),
     (rules.PulledFromNobody, lambda: changed(owners={**legal().owners, "weight[1]": 0})),
     (rules.WrongPull, lambda: trainer_with(
-        ('%pull_default: f32[] ', '%pull_default: f64[] '), ('"global.clamp", [], f32', '"global.clamp", [], f64')
+        ('%pull_default_2: f32[] ', '%pull_default_2: f64[] '), ('"global.clamp", [], f32', '"global.clamp", [], f64')
     )),
-    (rules.PulledTooEarly, lambda: trainer_with(("[%push_default, %push_default_2]", "[]"))),
+    (rules.PulledTooEarly, lambda: trainer_with(("[%push_default_2, %push_default_1]", "[]"))),
     (rules.Deadlock, lambda: trainer_with(*LATE)),
     (rules.Deadlock, circle),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The passes that turn a captured program into a trainer's, in the order in which they run.
+"""The passes that turn a captured program into a whole program of what every role does, in the order in which they run.
 
 A pass is one public function `name(program, plan) -> Program`, alone in its file.
 """
@@ -10,5 +10,5 @@ from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
-PIPELINE = (share_globals, serve_parameters, average_gradients, average_values, bucket, tidy)
-COMPILED = (share_globals, serve_parameters, average_gradients, average_values, bucket, flatten, tidy)
+PIPELINE = (serve_parameters, share_globals, average_gradients, average_values, bucket, tidy)
+COMPILED = (serve_parameters, share_globals, average_gradients, average_values, bucket, flatten, tidy)

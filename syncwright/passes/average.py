@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
+from syncwright.meaning import find_marks, followed
 from syncwright.passes.insert import (
     KEPT,
     TOTAL,
@@ -19,10 +20,10 @@ from syncwright.passes.insert import (
     read_share,
     read_weight,
 )
+from syncwright.place import Server, put
 from syncwright.plan import AllReduce, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
-from syncwright.update import find_marks, followed
 
 aten = torch.ops.aten
 
@@ -175,10 +176,10 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
         with behind(node):
             sent = call(program.graph, mode, aten.mul.Tensor, node, read_share(weight, plan.trainers))
     with behind(sent):
-        token = call(program.graph, mode, ops.push, sent, name)
-    val = sent.meta["val"]
+        merged = call(program.graph, mode, ops.push_merged, sent, name, how)
+    put(merged, Server(plan.reducer or 0))
     with program.graph.inserting_before(program.output):
-        return program, call(program.graph, mode, ops.pull, [token], name, list(val.shape), val.dtype)
+        return program, call(program.graph, mode, ops.pull_value, merged, name)
 
 
 def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from syncwright import ops
 from syncwright.dead import remove_dead
+from syncwright.passes.alike import Member, bucket_of, members, runs
 from syncwright.passes.insert import first_call
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
+from syncwright.selection import Selection
 from syncwright.shapes import Inference, call, fake, mode_of, substitute
-from syncwright.update import is_pointwise
 
 aten = torch.ops.aten
 ALIGNMENT_NBYTES = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """A parameter whose update may be joined with others.
-
-    gradient   where its reduced gradient is, as its update reads it
-    packed     the part of a waited bucket that it was; the gradient itself where there is no bucket
-    state      its state variables by their place in the update
-    nodes      the update's own nodes, in order
-    signature  equal for updates that do the same
-    """
-
-    parameter: Variable
-    gradient: Node
-    packed: Node
-    state: Mapping[str, Variable]
-    nodes: tuple[Node, ...]
-    signature: tuple
 
 
 def flatten(program: Program, plan: Plan) -> Program:
@@ -53,10 +33,9 @@ def flatten(program: Program, plan: Plan) -> Program:
     bytes. Results are the same, bit for bit. Only compiled programs gain (interpreted, flat is slower).
     """
     program = program.edit()
-    members = _members(program)
-    runs = [run for run in _runs(members) if len(run) > 1 and _is_together(run)]
+    joined = [run for run in runs(members(program)) if len(run) > 1 and _is_together(run)]
     known = Inference(mode_of(program.graph))
-    for index, run in enumerate(runs):
+    for index, run in enumerate(joined):
         program = _join(program, run, f"flat.{index}", known)
     remove_dead(program.graph)
     return program
@@ -71,170 +50,6 @@ def flat_parts(program: Program) -> dict[str, list[Variable]]:
     return found
 
 
-def _members(program: Program) -> list[Member]:
-    owners, results, placeholders = _owners(program), program.results, program.placeholders
-    state: dict[str, list[Variable]] = {}
-    for variable in program.of_role(Role.STATE):
-        state.setdefault(str(variable.of), []).append(variable)
-    marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
-    own: dict[str, list[Node]] = {}
-    for node, owner in owners.items():
-        own.setdefault(str(owner), []).append(node)
-    found = []
-    for name, mark in marks.items():
-        packed = _reduced(mark)
-        gradient = _divided(packed)
-        nodes = _update_nodes(own.get(name, ()), mark, gradient)
-        if name in results and _is_elementwise(nodes, gradient, program.variables[name]):
-            facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)
-            member = _member(facts, gradient, packed, nodes)
-            found += [member] if member is not None else []
-    return sorted(found, key=lambda m: m.packed)
-
-
-def _is_elementwise(nodes: tuple[Node, ...], gradient: Node, parameter: Variable) -> bool:
-    """Every tensor of the update has the parameter's shape or none, and every op on them is pointwise."""
-    for node in nodes:
-        for value in (node, *node.all_input_nodes):
-            val = value.meta["val"]
-            if isinstance(val, tuple | list) or (
-                isinstance(val, torch.Tensor) and val.shape not in ((), parameter.shape)
-            ):
-                return False
-        if isinstance(val := node.meta["val"], torch.Tensor) and val.dim() and not is_pointwise(node):
-            return False
-    return bool(nodes)
-
-
-def _update_nodes(own: Sequence[Node], mark: Node, gradient: Node) -> tuple[Node, ...]:
-    """What belongs to the update: of the nodes that serve one parameter alone, those that its gradient is not made of.
-
-    Some may stand in front of the gradient: AdamW's decay, the `momentum * buffer` of SGD.
-    """
-    mine, behind = set(own), set()
-    stack = [gradient, mark]
-    while stack:
-        node = stack.pop()
-        if node not in behind:
-            behind.add(node)
-            stack += [n for n in node.all_input_nodes if n in mine]
-    return tuple(n for n in own if n not in behind)
-
-
-def _owners(program: Program) -> dict[Node, str | None]:
-    """For every node that only one parameter's update uses, that parameter; in graph order."""
-    variables, results = program.variables, program.results
-    owners: dict[Node, str | None] = {}
-    for name, node in results.items():
-        variable = variables[name]
-        owner = name if variable.role is Role.PARAM else variable.of if variable.role is Role.STATE else None
-        owners[node] = owner if owners.get(node, owner) == owner else None
-    for node in reversed(program.graph.nodes):
-        if node.op != "call_function":
-            continue
-        mine = {owners.get(u) for u in node.users if u.op != "output"}
-        mine |= {owners[node]} if node in owners else set()
-        owners[node] = mine.pop() if len(mine) == 1 else None
-    return {n: owners[n] for n in program.graph.nodes if owners.get(n) is not None and n.op == "call_function"}
-
-
-def _reduced(mark: Node) -> Node:
-    """Where the gradient that is complete at `mark` is, after its reduction."""
-    node = mark
-    while True:
-        if node.target is ops.wait:
-            return _unpacked(node, mark)
-        step = [u for u in node.users if u.target in _WAY]
-        if len(step) != 1:
-            return mark
-        node = step[0]
-
-
-_WAY = frozenset({aten.mul.Tensor, aten.reshape.default, aten.cat.default, ops.all_reduce, ops.wait})
-
-
-def _unpacked(wait: Node, mark: Node) -> Node:
-    """The part of a waited bucket that is this gradient's: by its place in the `cat`."""
-    joined = wait.args[0].args[0]  # type: ignore[union-attr]
-    if joined.target is not aten.cat.default:  # type: ignore[union-attr]
-        return wait
-    place = next(i for i, n in enumerate(joined.args[0]) if mark in _sources(n))  # type: ignore[arg-type, union-attr]
-    (split,) = wait.users
-    picked = next(u for u in split.users if u.args[1] == place)
-    (view,) = picked.users
-    return view
-
-
-def _divided(packed: Node) -> Node:
-    """Behind the division by the sum of weights, where there is one."""
-    users = list(packed.users)
-    return users[0] if len(users) == 1 and users[0].target is aten.div.Tensor and packed.op != "placeholder" else packed
-
-
-def _sources(node: Node) -> set[Node]:
-    """The gradient behind a reshape and a scale."""
-    found = {node}
-    while node.target in (aten.reshape.default, aten.mul.Tensor):
-        node = node.args[0]  # type: ignore[assignment]
-        found.add(node)
-    return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Facts:
-    """A parameter, its state, and what all parameters share: the program's placeholders and results."""
-
-    parameter: Variable
-    state: list[Variable]
-    placeholders: Mapping[str, Node]
-    results: Mapping[str, Node]
-
-
-def _member(facts: _Facts, gradient: Node, packed: Node, nodes: tuple[Node, ...]) -> Member | None:
-    parameter, results = facts.parameter, facts.results
-    state = {v.name[len(parameter.name) :]: v for v in facts.state}
-    places = {facts.placeholders[v.name]: key for key, v in state.items() if v.name in facts.placeholders}
-    if any(v.shape not in ((), parameter.shape) for v in state.values()):
-        return None
-    places[facts.placeholders[parameter.name]] = ""
-    index = {node: i for i, node in enumerate(nodes)}
-
-    def known(node: Node) -> object:
-        if node is gradient:
-            return "gradient"
-        return ("own", index[node]) if node in index else ("state", places[node]) if node in places else node
-
-    lines = tuple((n.target, _frozen(substitute(n.args, known)), _frozen(substitute(n.kwargs, known))) for n in nodes)
-    written = tuple(
-        (key, index.get(results[v.name])) for key, v in {"": parameter, **state}.items() if v.name in results
-    )
-    return Member(parameter, gradient, packed, state, nodes, (parameter.dtype, lines, written))
-
-
-def _frozen(value: object) -> object:
-    if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(v) for v in value)
-    return value
-
-
-def _runs(members: Iterable[Member]) -> list[list[Member]]:
-    """Neighbours in one bucket with the same update."""
-    return [list(run) for _, run in groupby(members, key=lambda m: (_bucket(m.packed), _divisor(m), m.signature))]
-
-
-def _divisor(member: Member) -> object:
-    return member.gradient.args[1] if member.gradient is not member.packed else None
-
-
-def _bucket(gradient: Node) -> Node | None:
-    """The split that a gradient is a part of; None where it is on its own."""
-    if gradient.target is aten.view.default and gradient.args[0].target is getitem:  # type: ignore[union-attr]
-        return gradient.args[0].args[0]  # type: ignore[union-attr]
-    return None
-
-
 def _join(program: Program, run: list[Member], name: str, known: Inference) -> Program:
     offsets, numel = _offsets(run)
     flat_gradient, own = _flat_gradient(program, run, offsets, numel, known)
@@ -245,7 +60,7 @@ def _join(program: Program, run: list[Member], name: str, known: Inference) -> P
 
 def _is_together(run: list[Member]) -> bool:
     """All gradients are there before the first of the updates begins; always so behind one bucket."""
-    if _bucket(run[0].packed) is not None:
+    if bucket_of(run[0].packed) is not None:
         return True
     begun = min(n for m in run for n in m.nodes if m.gradient in n.all_input_nodes)
     return max(m.gradient for m in run) < begun
@@ -265,7 +80,7 @@ def _flat_gradient(
 ) -> tuple[Node, Node]:
     """The gradients of the run as one tensor (a part of the bucket, padded so that every part is aligned), and the
     first member's own gradient."""
-    graph, mode, split = program.graph, mode_of(program.graph), _bucket(run[0].packed)
+    graph, mode, split = program.graph, mode_of(program.graph), bucket_of(run[0].packed)
     dtype = run[0].parameter.dtype
     if split is None:
         with graph.inserting_after(max(m.gradient for m in run)):
@@ -415,7 +230,8 @@ def _write_flat(
             bounds = None if scalar else (offset, offset + part.numel)
             if part.name != target:
                 results.pop(part.name, None)
-                variables[part.name] = replace(part, whole=target, part=bounds)
+                along = "all" if bounds is None else "elements"
+                variables[part.name] = replace(part, selection=Selection(target, along, *(bounds or (0, 0))))
             if bounds is not None and part.name in before:
                 _redirect(program, part, member, before[part.name], _Slice(new, offset), known)
         results[target] = new

@@ -1,112 +1,193 @@
-"""Parameters on servers: pulled before their first use, gradients pushed as soon as they are complete."""
+"""Parameters on servers: their updates run there; what crosses between roles is pushed, pulled and sent."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
-from syncwright.passes.insert import before_first_use, behind, read_share, read_weight
+from syncwright.meaning import Joined, Scalar
+from syncwright.passes.insert import behind, read_share, read_weight
+from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.plan import ParameterServer, Plan
-from syncwright.program import Program, set_results
-from syncwright.shapes import Inference, mode_of
-from syncwright.split import Split, grad_variable, merges, owned, piece_name, split
+from syncwright.program import Program, Variable, set_results
+from syncwright.shapes import Inference, is_host, mode_of
+from syncwright.split import Split, global_variable, grad_variable, kept, places, split
 from syncwright.update import find_updates
 
 aten = torch.ops.aten
 
 
 def serve_parameters(program: Program, plan: Plan) -> Program:
-    """Takes the updates that servers run out of the trainer's program.
+    """Says which servers run which updates, and lets what crosses between roles cross.
 
     before  w = placeholder, %y = mm(%x, w), %g = gradient(%mm, "w"), %new = sub(w, %g), output({"w": %new})
-    after   %w = pull([], "w", ...), %y = mm(%x, %w), %g = gradient(%mm, "w"), push(mul(%g, share), "w.grad")
+    after   w = placeholder at owners "w", %p = pull.value(w, "w"), %y = mm(%x, %p), %g = gradient(%mm, "w"),
+            %m = push.merged(mul(%g, share), "w.grad", "mean") at owners "w", %new = sub(w, %m) at owners "w"
 
-    Where the step itself reads the new value, it is pulled again behind the push. See ParameterServer in
-    `SEMANTICS`: one update per step, when all live trainers have pushed.
+    Global values that several owners have a part in are made at the reducer:
+    %s = send(norm(%m), "global.norm") at server 0, %c = clamp(...) at server 0, send(%c, "global.clamp") at owners "w".
+    See ParameterServer in `SEMANTICS`: one update per step, when all live trainers have pushed.
     """
-    if not any(isinstance(s.sync, ParameterServer) for s in plan.sharings):
+    merges = {s.variable: s.sync.reduce for s in plan.sharings if isinstance(s.sync, ParameterServer)}
+    if not merges:
         return program
     program, weight = program.edit(), None
-    parts, merge = split(program, find_updates(program), plan), merges(plan)
-    if plan.trainers > 1 and any(merge[parameter] == "mean" for parameter in parts.pieces):
+    parts = split(program, find_updates(program), plan)
+    if plan.trainers > 1 and "mean" in merges.values():
         program, weight = read_weight(program)
-    known, tokens = Inference(mode_of(program.graph)), {}
-    for parameter in parts.pieces:
-        share = read_share(weight, plan.trainers) if weight is not None and merge[parameter] == "mean" else None
-        tokens[parameter] = _push(program, parts, parameter, share, known)
-    return _pull(program, parts, tokens, known)
+    share = read_share(weight, plan.trainers) if weight is not None else None
+    crossing = _Crossing(parts, places(parts), merges, share, Inference(mode_of(program.graph)))
+    return crossing.rewrite(program)
 
 
-def _push(program: Program, parts: Split, parameter: str, share: Node | None, known: Inference) -> list[Node]:
-    """Pushes the pieces of a parameter's gradient, scaled where they are averaged; the tokens of the pushes."""
-    mark = parts.updates.marks.get(parameter)
-    if mark is None or parameter not in parts.updates.by_parameter:
-        return []
-    pieces, graph, tokens = parts.pieces[parameter], program.graph, []
-    last = mark
-    if share is not None:
-        with behind(last):
-            last = known.call(graph, aten.mul.Tensor, mark, share)
-    whole, grad = last, grad_variable(program, parameter).name
-    for piece in pieces:
-        name = piece_name(grad, piece, len(pieces))
-        with behind(last):
-            rows = (
-                whole if len(pieces) == 1 else known.call(graph, aten.slice.Tensor, whole, 0, piece.start, piece.stop)
+@dataclass(slots=True, eq=False)
+class _Crossing:
+    """Carries values to where they are read. Changes with every value that it carries.
+
+    share     what a trainer's contribution to a mean is multiplied by; None on one trainer
+    marks     of gradients that servers need, with their parameters
+    named     nodes that are the value of a variable that servers keep
+    partials  reductions that each owner of a piece makes of its piece
+    origin    the node that a crossing brings, also over two crossings
+    """
+
+    parts: Split
+    places: dict[Node, Place]
+    merges: Mapping[str, str]
+    share: Node | None
+    known: Inference
+    made: dict[tuple[Node, Place], Node] = field(default_factory=dict)
+    channels: dict[str, Variable] = field(default_factory=dict)
+    marks: dict[Node, str] = field(init=False)
+    named: dict[Node, str] = field(init=False)
+    partials: set[Node] = field(init=False)
+    origin: dict[Node, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        program = self.parts.program
+        names = {name for names in self.parts.owned.values() for name in names}
+        self.marks = {mark: name for name, mark in self.parts.updates.marks.items() if name in self.parts.pieces}
+        values = [*program.placeholders.items(), *program.results.items()]
+        self.named = {node: name for name, node in reversed(values) if name in names}
+        partials = [pair for join in self.parts.updates.joins for pair in join.partials.items()]
+        meanings, pieces = self.parts.updates.meanings, self.parts.pieces
+        self.partials = {n for n, p in partials if len(pieces.get(p, ())) > 1 and isinstance(meanings[n], Joined)}
+
+    def rewrite(self, program: Program) -> Program:
+        """Gives every node what it reads where it runs, and says where that is."""
+        for node in list(program.graph.nodes):
+            if node.op == "call_function":
+                place = self.places.get(node, TRAINERS)
+                for source in node.all_input_nodes:
+                    if (carried := self._carry(source, place, node)) is not source:
+                        node.replace_input_with(source, carried)
+        owners = {name: Owners(parameter) for parameter, names in self.parts.owned.items() for name in names}
+        results = {n: self._carry(r, owners.get(n, TRAINERS), program.output) for n, r in program.results.items()}
+        set_results(program, results)
+        for node, place in self.places.items():
+            put(node, place)
+        return replace(program, variables={**program.variables, **self._kept(program), **self.channels})
+
+    def _kept(self, program: Program) -> dict[str, Variable]:
+        """The variables that servers keep, with their parts."""
+        found = {}
+        for parameter, names in self.parts.owned.items():
+            for name in names:
+                of = None if name == parameter else parameter
+                found[name] = replace(program.variables[name], of=of, kept=kept(self.parts, name, parameter))
+        return found
+
+    def _carry(self, node: Node, place: Place, reader: Node) -> Node:
+        """What stands for `node` at `place`, made in front of its first reader where it crosses."""
+        source = self.places.get(node, TRAINERS)
+        if source == EVERYWHERE or (source == place and node not in self.partials):
+            return node
+        if (node, place) not in self.made:
+            self.made[node, place] = self._cross(node, source, place, reader)
+        return self.made[node, place]
+
+    def _cross(self, node: Node, source: Place, place: Place, reader: Node) -> Node:
+        over = self._stop_over(node, source, place)
+        if over is not None:
+            return self._carry(self._carry(node, over, reader), place, reader)
+        if node in self.marks:
+            return self._push_gradient(node, self.marks[node])
+        if source == TRAINERS:
+            with behind(node):
+                sent = self._as_tensor(node, source)
+            with behind(sent):
+                crossed = self._call(place, ops.push_merged, sent, self._channel(node), "first")
+            self.origin[crossed] = node
+            return self._as_it_was(node, crossed, place)
+        with node.graph.inserting_before(reader):
+            if place == TRAINERS and node in self.named:
+                return self._call(place, ops.pull_value, node, self.named[node])
+            op = ops.pull_value if place == TRAINERS else ops.send
+            if op is ops.pull_value:
+                self._check_whole(node, source, reader)
+            crossed = self._call(place, op, self._as_tensor(node, source), self._channel(node))
+            self.origin[crossed] = self.origin.get(node, node)
+            return self._as_it_was(node, crossed, place)
+
+    def _stop_over(self, node: Node, source: Place, place: Place) -> Place | None:
+        """Gradients are merged at their owners before anything is made of them; what several roles make, or trainers
+        make for servers, is put together at the reducer."""
+        if node in self.marks:
+            owners = Owners(self.marks[node])
+            return None if place == owners else owners
+        reducer = Server(self.parts.reducer)
+        through = node in self.partials or (source == TRAINERS and isinstance(place, Owners))
+        return reducer if through and place != reducer else None
+
+    def _push_gradient(self, mark: Node, parameter: str) -> Node:
+        """The trainers' gradients, scaled where they are averaged, and merged at the parameter's owners."""
+        merge, sent = self.merges[parameter], mark
+        grad = grad_variable(self.parts.program, parameter)
+        parts = tuple(replace(s, of=grad.name) for s in kept(self.parts, parameter, parameter))
+        self.channels[grad.name] = replace(grad, kept=parts)
+        if self.share is not None and merge == "mean":
+            with behind(mark):
+                sent = self._call(TRAINERS, aten.mul.Tensor, mark, self.share)
+        with behind(sent):
+            return self._call(Owners(parameter), ops.push_merged, sent, grad.name, merge)
+
+    def _check_whole(self, node: Node, source: Place, reader: Node) -> None:
+        """A trainer cannot read what is made piece by piece, but for variables and numbers that every piece knows."""
+        meaning = self.parts.updates.meanings[node]
+        if (
+            isinstance(source, Owners)
+            and len(self.parts.pieces[source.variable]) > 1
+            and not isinstance(meaning, Scalar)
+        ):
+            raise LoweringError(
+                f"'{source.variable}' is cut into {len(self.parts.pieces[source.variable])} pieces, and {reader.name} reads "
+                f"{node.name}, a value on the way to its update, outside of that update. Expected the step to read the "
+                "parameter, its state or global values. Keep the variable whole: partition: whole."
             )
-        with behind(rows if rows is not whole else last):
-            last = known.call(graph, ops.push, rows, name)
-        tokens.append(last)
-    for pull in [user for user in mark.users if user.target is ops.pull]:
-        pull.replace_input_with(mark, last)
-    return tokens
 
+    def _channel(self, node: Node) -> str:
+        variable = global_variable(self.origin.get(node, node))
+        self.channels[variable.name] = variable
+        return variable.name
 
-def _pull(program: Program, parts: Split, tokens: dict[str, list[Node]], known: Inference) -> Program:
-    results, placeholders = program.results, program.placeholders
-    served = {name for parameter in parts.pieces for name in owned(parts, parameter)}
-    set_results(program, {name: node for name, node in results.items() if name not in served})
-    remove_dead(program.graph)
-    alive = set(program.graph.nodes)
-    for parameter, pieces in parts.pieces.items():
-        for name in owned(parts, parameter):
-            node = placeholders.get(name)
-            if node is not None:
-                _replace(program, node, name, parameter, pieces, [], parts, known)
-            new = results.get(name)
-            if new is not None and new in alive and new.users:
-                _replace(program, new, name, parameter, pieces, tokens[parameter], parts, known)
-    remove_dead(program.graph)
-    return program
+    def _call(self, place: Place, target, *args, **kwargs) -> Node:
+        node = self.known.call(self.parts.program.graph, target, *args, **kwargs)
+        self.places[node] = place
+        return node
 
+    def _as_tensor(self, node: Node, place: Place) -> Node:
+        """Numbers of the host travel as tensors, in doubles."""
+        if not is_host(node.meta["val"]):
+            return node
+        return self._call(place, aten.scalar_tensor.default, node, dtype=torch.float64)
 
-def _replace(program, node: Node, name: str, parameter: str, pieces, after: list[Node], parts: Split, known) -> None:
-    """All uses of `node` read the server's value instead."""
-    users = [u for u in node.users if u not in after]
-    if not users:
-        return
-    variable, graph = program.variables[name], program.graph
-    rows = bool(variable.shape) and variable.shape[:1] == program.variables[parameter].shape[:1]
-    taken = pieces if rows else pieces[:1]
-    point = min(users)
-    if after and point < max(after):
-        raise LoweringError(
-            f"'{name}' is planned for a server, but {point.name} reads its new value before the gradient is pushed. "
-            "Expected reads of the new value behind backward(). Share it by all_reduce."
-        )
-    with before_first_use(users):
-        pulled = []
-        for piece in taken:
-            shape = (
-                [piece.stop - piece.start, *variable.shape[1:]] if len(pieces) > 1 and rows else list(variable.shape)
-            )
-            channel = piece_name(name, piece, len(pieces))
-            pulled.append(known.call(graph, ops.pull, after, channel, shape, variable.dtype))
-        whole = pulled[0] if len(pulled) == 1 else known.call(graph, aten.cat.default, pulled)
-    for user in users:
-        user.replace_input_with(node, whole)
-    if node.op == "placeholder" and not node.users:
-        program.graph.erase_node(node)
+    def _as_it_was(self, node: Node, crossed: Node, place: Place) -> Node:
+        if not is_host(node.meta["val"]):
+            return crossed
+        with behind(crossed):
+            return self._call(place, aten._local_scalar_dense.default, crossed)

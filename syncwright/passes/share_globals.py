@@ -1,4 +1,4 @@
-"""Global values (a clip coefficient) whose parts lie with servers as well as trainers."""
+"""Global values (a norm) of a variable that is cut are put together from what the owners of its pieces compute."""
 
 from __future__ import annotations
 
@@ -6,53 +6,60 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.passes.insert import before_first_use, behind
-from syncwright.plan import ParameterServer, Plan
+from syncwright.place import Owners, place_of, put
+from syncwright.plan import Plan
 from syncwright.program import Program
-from syncwright.shapes import Inference, call, mode_of
-from syncwright.split import Split, global_variable, split
-from syncwright.update import Join, find_updates
+from syncwright.shapes import Inference, mode_of
+
+aten = torch.ops.aten
+_COMBINE = {
+    aten.linalg_vector_norm.default: lambda node: (aten.linalg_vector_norm.default, *node.args[1:2]),
+    aten.sum.default: lambda node: (aten.sum.default,),
+    aten.amax.default: lambda node: (aten.amax.default,),
+    aten.amin.default: lambda node: (aten.amin.default,),
+}
 
 
 def share_globals(program: Program, plan: Plan) -> Program:
-    """Trainers push their parts to the reducer and pull the value; servers do the same in their own programs.
+    """Reductions are sent piece by piece and combined as their op combines: a norm of norms, a sum of sums.
 
-    before  %n0 = vector_norm(%g0), %n1 = vector_norm(%g1), %c = clamp(...), %s = mul(%g0, %c)        (w1 on a server)
-    after   %n0 = vector_norm(%g0), %t = push(%n0, "global.n0"), %c = pull([%t, %g1], "global.c"), %s = mul(%g0, %c)
+    before  %n = vector_norm(%g, 2.0) at owners "w", %s = send(%n, "global.n") at server 0                  (w in 2 pieces)
+    after   %n = vector_norm(%g, 2.0) at owners "w", %p = gather(%n, "global.n", 2) at server 0,
+            %s = vector_norm(%p, 2.0) at server 0
 
-    A pull waits for what its value is made of: parts of trainers, and gradients that `serve_parameters` will push.
+    Numbers that every piece knows (a step count) are sent by the owner of the first.
     """
-    if not any(isinstance(s.sync, ParameterServer) for s in plan.sharings):
+    if not any(parts_of(node, program) for node in program.graph.find_nodes(op="call_function", target=ops.send)):
         return program
     program = program.edit()
-    parts = split(program, find_updates(program), plan)
-    for join in parts.joins:
-        tokens = _push_partials(program, parts, join)
-        for value in join.values:
-            _pull_value(program, value, tokens, set(join.nodes) | set(join.partials))
+    known = Inference(mode_of(program.graph))
+    for node in program.graph.find_nodes(op="call_function", target=ops.send):
+        if parts := parts_of(node, program):
+            _gather(node, parts, known)
     return program
 
 
-def _push_partials(program: Program, parts: Split, join: Join) -> list[Node]:
-    """Pushes the trainers' parts; what a pull of the value has to wait for."""
-    tokens, known = [], Inference(mode_of(program.graph))
-    for node, parameter in join.partials.items():
-        if parameter not in parts.pieces:
-            with behind(node):
-                tokens.append(known.call(program.graph, ops.push, node, global_variable(node).name))
-    marks = [parts.updates.marks.get(p) for p in dict.fromkeys(join.partials.values()) if p in parts.pieces]
-    return [*tokens, *(mark for mark in marks if mark is not None)]
+def parts_of(send: Node, program: Program) -> int:
+    """How many owners have a part of what is sent; 0 where one has it whole, or each of them has."""
+    source = send.args[0]
+    place = place_of(source)  # type: ignore[arg-type]
+    pieces = len(program.variables[place.variable].kept) if isinstance(place, Owners) else 1
+    return pieces if pieces > 1 and source.target in _COMBINE and _reduces(source) else 0  # type: ignore[arg-type, union-attr]
 
 
-def _pull_value(program: Program, value: Node, tokens: list[Node], inside: set[Node]) -> None:
-    users = [u for u in value.users if u not in inside]
-    if not users:
-        return
-    variable = global_variable(value)
-    with before_first_use(users):
-        mode = mode_of(program.graph)
-        pulled = call(program.graph, mode, ops.pull, tokens, variable.name, list(variable.shape), variable.dtype)
-        if isinstance(value.meta["val"], type):
-            pulled = call(program.graph, mode, torch.ops.aten._local_scalar_dense.default, pulled)
-    for user in users:
-        user.replace_input_with(value, pulled)
+def _reduces(node: Node) -> bool:
+    val = node.all_input_nodes[0].meta["val"]
+    return isinstance(val, torch.Tensor) and val.dim() > 0
+
+
+def _gather(send: Node, parts: int, known: Inference) -> None:
+    source, channel = send.args
+    graph, place = send.graph, place_of(send)
+    with graph.inserting_before(send):
+        gathered = known.call(graph, ops.gather, source, channel, parts)
+        target, *args = _COMBINE[source.target](source)  # type: ignore[index, union-attr]
+        combined = known.call(graph, target, gathered, *args)
+    put(gathered, place)
+    put(combined, place)
+    send.replace_all_uses_with(combined)
+    graph.erase_node(send)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from syncwright import ops
-from syncwright.dead import remove_dead
+from syncwright.dead import trim
 from syncwright.plan import Plan
 from syncwright.program import Program
 
@@ -19,10 +19,5 @@ def tidy(program: Program, plan: Plan) -> Program:
         if node.target is ops.gradient:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-    remove_dead(program.graph)
-    for node in program.placeholders.values():
-        if not node.users:
-            program.graph.erase_node(node)
-    named = {*program.reads, *program.writes}
-    variables = {name: v for name, v in program.variables.items() if name in named or v.whole in named}
-    return Program(program.graph, variables, tuple(g for g in program.guards if set(g.reads) <= named))
+    channels = {str(n.args[1]) for t in ops.CROSSINGS for n in program.graph.find_nodes(op="call_function", target=t)}
+    return trim(program, channels | {name for name, variable in program.variables.items() if variable.kept})

@@ -17,20 +17,23 @@
 
 One line is one variable, guard, node or result, in the program's order; names are the graph's own. Strides
 are shown where they are not those of a contiguous tensor, a device where it is not the CPU, `as` where a
-placeholder's target is not its name. Empty lines and lines that begin with `#` mean nothing. Of a
-node's meta, "val" and "variable" are kept.
+placeholder's target is not its name. In a whole program, `at` says which role runs a line, where that is not
+every trainer (`at owners "fc.weight"`, `at server 0`, `at everyone`), and `kept` which parts of a variable
+servers keep. Empty lines and lines that begin with `#` mean nothing. Of a node's meta, "val", "variable" and "at"
+are kept.
 """
 
 from syncwright.text.diff import diff
 from syncwright.text.read import parse
 from syncwright.text.words import TextError, op_name, quote, target_text
-from syncwright.text.write import to_text, type_text, variable_type_text
+from syncwright.text.write import place_text, to_text, type_text, variable_type_text
 
 __all__ = [
     "TextError",
     "diff",
     "op_name",
     "parse",
+    "place_text",
     "quote",
     "target_text",
     "to_text",

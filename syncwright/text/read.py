@@ -7,7 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.program import Along, Guard, Program, Role, Variable
+from syncwright.selection import Along as Cut
+from syncwright.selection import Selection
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
 
@@ -79,6 +82,7 @@ class _Reader:
             line.at = 0
             line.fail(f"a name that Python leaves free, such as %{node.name}")
         node.meta = meta
+        put(node, _read_place(line))
         self.nodes[name] = node
 
     def _read_arguments(self, line: Line) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
@@ -134,22 +138,47 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     sparse, lazy = line.accept("sparse"), line.accept("lazy")
     along = line.choose(_ALONG, "batch or unknown") if line.accept("along") else ""
     aliases = tuple(line.sequence(lambda: line.string("an alias"))) if line.accept("aliases") else ()
-    whole = line.string("a variable") if line.accept("whole") else None
-    part = _read_part(line) if line.accept("rows") else None
+    selection = _read_selection(line, line.string("a variable")) if line.accept("whole") else None
+    kept = tuple(line.sequence(lambda: _read_selection(line, name))) if line.accept("kept") else ()
     dynamic = line.sizes() if line.accept("dynamic") else ()
-    return Variable(name, role, shape, dtype, of, sparse, aliases, whole, part, lazy, along, dynamic)
+    return Variable(name, role, shape, dtype, of, sparse, aliases, selection, kept, lazy, along, dynamic)
+
+
+def _read_selection(line: Line, of: str) -> Selection:
+    """`rows [0,2] on server 1`, `elements [0,64]`, `on server 0`"""
+    along: Cut = "rows" if line.accept("rows") else "elements" if line.accept("elements") else "all"
+    start, stop = _read_bounds(line) if along != "all" else (0, 0)
+    return Selection(of, along, start, stop, _read_rank(line) if line.accept("on") else None)
+
+
+def _read_rank(line: Line) -> int:
+    line.take("server")
+    return int(line.match(r"\d+", "the number of a server"))
+
+
+def _read_place(line: Line) -> Place:
+    """`at owners "fc.weight"`, `at server 0`, `at everyone`; nothing for trainers."""
+    if not line.accept("at"):
+        return TRAINERS
+    if line.accept("owners"):
+        return Owners(line.string("a variable"))
+    if line.accept("everyone"):
+        return EVERYWHERE
+    if line.peek() != "server":
+        line.fail("`owners`, `server` or `everyone`")
+    return Server(_read_rank(line))
 
 
 def _read_sizes(line: Line) -> tuple[torch.dtype, tuple[int, ...]]:
     return line.choose(DTYPES, "a type (f32[3,4], i64[], host float)"), line.sizes()
 
 
-def _read_part(line: Line) -> tuple[int, int]:
+def _read_bounds(line: Line) -> tuple[int, int]:
     start = line.at
     rows = line.sizes()
     if len(rows) != 2:
         line.at = start
-        line.fail("the first row and the row behind the last, such as [0,128]")
+        line.fail("the first and the one behind the last, such as [0,128]")
     return rows[0], rows[1]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from syncwright.place import Everywhere, Owners, Place, Server, Trainers, place_of
 from syncwright.program import Guard, Program, Role, Variable
+from syncwright.selection import Selection
 from syncwright.text.words import (
     HOST_DTYPES,
     HOST_TYPES,
@@ -66,13 +68,33 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"along {variable.along}")
     if variable.aliases:
         facts.append(f"aliases [{', '.join(map(quote, variable.aliases))}]")
-    if variable.whole is not None:
-        facts.append(f"whole {quote(variable.whole)}")
-    if variable.part is not None:
-        facts.append(f"rows {_sizes_text(variable.part)}")
+    if variable.selection is not None:
+        facts.append(f"whole {quote(variable.selection.of)} {_selection_text(variable.selection)}".rstrip())
+    if variable.kept:
+        facts.append(f"kept [{', '.join(_selection_text(s) for s in variable.kept)}]")
     if variable.dynamic:
         facts.append(f"dynamic {_sizes_text(variable.dynamic)}")
     return " ".join(facts)
+
+
+def _selection_text(selection: Selection) -> str:
+    """`rows [0,2] on server 1`; nothing for all of what trainers keep."""
+    bounds = "" if selection.bounds is None else f"{selection.along} {_sizes_text(selection.bounds)}"
+    server = "" if selection.server is None else f"on server {selection.server}"
+    return f"{bounds} {server}".strip()
+
+
+def place_text(place: Place) -> str:
+    """`at server 0`, `at owners "fc.weight"`, `at everyone`; nothing for trainers."""
+    match place:
+        case Trainers():
+            return ""
+        case Owners(variable):
+            return f"at owners {quote(variable)}"
+        case Server(rank):
+            return f"at server {rank}"
+        case Everywhere():
+            return "at everyone"
 
 
 def _guard_text(guard: Guard) -> str:
@@ -90,7 +112,7 @@ def _node_text(node: Node) -> str:
         source = _read_text(node) if node.op == "placeholder" else _call_text(node)
     except TextError as error:
         raise TextError(f"%{node.name}: {error}") from None
-    return f"%{node.name}{type_} = {source}"
+    return f"%{node.name}{type_} = {source} {place_text(place_of(node))}".rstrip()
 
 
 def _write_text(name: str, result: object) -> str:

@@ -1,7 +1,8 @@
 """What is checked before anything runs: programs, what passes make of them, and the programs of servers.
 
-`causes` draws the errors. Rules of one program stand in `program` and `arguments`, of a run in `running`, of
-a pass in `passes`, of a server in `server`, of a whole job (every push has its pull) in `job`.
+`causes` draws the errors. Rules of one program stand in `program` and `arguments`, of where its nodes run in
+`placed`, of a run in `running`, of a pass in `passes`, of a server in `server`, of a whole job (every push has its
+pull) in `job`.
 """
 
 from syncwright.verify.causes import (
@@ -14,6 +15,7 @@ from syncwright.verify.causes import (
     HeldTwice,
     IllegalJob,
     InputChanged,
+    Misplaced,
     MissingValue,
     MutatingOp,
     NeverPushed,
@@ -24,6 +26,7 @@ from syncwright.verify.causes import (
     PulledTooEarly,
     PushedTwice,
     RandomOpsChanged,
+    ReadElsewhere,
     ReadTooLate,
     ReadTwice,
     ReducedTwice,
@@ -35,11 +38,14 @@ from syncwright.verify.causes import (
     UnfedRead,
     UnknownChannel,
     UnknownOp,
+    UnknownOwners,
     UnknownVariable,
     UnreadableRole,
     UsedTooEarly,
+    WrittenElsewhere,
     WrittenTwice,
     WrongArgument,
+    WrongCrossing,
     WrongPull,
     WrongPush,
     WrongRead,
@@ -61,6 +67,7 @@ __all__ = [
     "HeldTwice",
     "IllegalJob",
     "InputChanged",
+    "Misplaced",
     "MissingValue",
     "MutatingOp",
     "NeverPushed",
@@ -71,6 +78,7 @@ __all__ = [
     "PulledTooEarly",
     "PushedTwice",
     "RandomOpsChanged",
+    "ReadElsewhere",
     "ReadTooLate",
     "ReadTwice",
     "ReducedTwice",
@@ -82,11 +90,14 @@ __all__ = [
     "UnfedRead",
     "UnknownChannel",
     "UnknownOp",
+    "UnknownOwners",
     "UnknownVariable",
     "UnreadableRole",
     "UsedTooEarly",
+    "WrittenElsewhere",
     "WrittenTwice",
     "WrongArgument",
+    "WrongCrossing",
     "WrongPull",
     "WrongPush",
     "WrongRead",

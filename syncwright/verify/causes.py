@@ -6,7 +6,7 @@
         ├── BrokenGraph          the fx graph is not well formed
         │   ├── UsedTooEarly         a node is used above the line that defines it
         │   └── BadOutput            there is not one output, last, from names to nodes
-        ├── UnknownVariable      a placeholder, result or guard names no variable of the program
+        ├── UnknownVariable      a placeholder, result, guard or channel names no variable of the program
         ├── ReadTwice            two placeholders read one variable
         ├── ReadTooLate          a placeholder stands behind a computing node
         ├── UnreadableRole       a variable of this role can only be written
@@ -17,6 +17,11 @@
         ├── MutatingOp           an op that writes to what it is given
         ├── WrongArgument        an argument that the op cannot take: a number for a tensor, or the reverse
         ├── InputChanged         a run changed a value that the program was given
+        ├── Misplaced            places in a whole program do not fit together
+        │   ├── ReadElsewhere        a node reads what runs in another place, and no communication brings it
+        │   ├── WrittenElsewhere     a variable is written where it is not kept
+        │   ├── UnknownOwners        a node runs at the owners of what no server keeps
+        │   └── WrongCrossing        a communication between other roles than its op is for
         ├── RandomOpsChanged     a pass dropped, copied or reordered ops that draw random numbers
         ├── NotForServers        a server's program reaches beyond the updates of what the server owns
         │   ├── ServerReadsBatch     it reads a batch
@@ -71,7 +76,7 @@ class BadOutput(BrokenGraph):
 
 
 class UnknownVariable(BrokenRule):
-    """A placeholder, result or guard must name a variable of the program."""
+    """A placeholder, result, guard or channel of a whole program must name a variable of the program."""
 
 
 class ReadTwice(BrokenRule):
@@ -112,6 +117,26 @@ class WrongArgument(BrokenRule):
 
 class InputChanged(BrokenRule):
     """A run must leave the values that it is given as they are, to the bit."""
+
+
+class Misplaced(BrokenRule):
+    """The places in a whole program must fit together."""
+
+
+class ReadElsewhere(Misplaced):
+    """A node must read what runs where it runs, or what a communication brings there."""
+
+
+class WrittenElsewhere(Misplaced):
+    """A variable must be written where it is kept."""
+
+
+class UnknownOwners(Misplaced):
+    """A node may run at the owners of a variable only if servers keep that variable."""
+
+
+class WrongCrossing(Misplaced):
+    """Trainers push to servers and pull from them; servers send to one another, or gather from all owners."""
 
 
 class RandomOpsChanged(BrokenRule):

@@ -25,6 +25,7 @@ from syncwright.verify.causes import (
     WrongRead,
     WrongResult,
 )
+from syncwright.verify.placed import check_places
 
 HOST_ROLES = (Role.HYPER, Role.INPUT, Role.OUTPUT, Role.GLOBAL)
 
@@ -48,6 +49,7 @@ def verify(program: Program, may_write: Callable[[Node], bool] = never) -> None:
     for node in program.graph.nodes:
         if node.op not in ("placeholder", "output"):
             _check_call(node, may_write)
+    check_places(program)
 
 
 def _check_output(program: Program) -> None:

@@ -10,13 +10,13 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
+from syncwright.meaning import followed
 from syncwright.plan import Plan, Sharing
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
 from syncwright.split import grad_variable
 from syncwright.text import variable_type_text
 from syncwright.typed import tag
-from syncwright.update import followed
 from syncwright.view.tables import Table, counted, roles_text, size_text
 
 _COLUMNS = ("variable", "role", "type", "size", "sharing", "owner", "sent", "received")

@@ -1,4 +1,4 @@
-"""The program of a role as text, after any pass, and what a pass changed."""
+"""The program of a role as text; the whole program after any pass, and what a pass changed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def program_text(role: str, program: Program, job: Job) -> str:
 
 
 def text_after(name: str, program: Program, plan: Plan, without: Sequence[str] = ()) -> str:
-    """The trainer's program once the pass `name` has run; `captured`: before any."""
+    """The whole program once the pass `name` has run; `captured`: before any."""
     return to_text(_stages([name], program, plan, without)[name])
 
 
 def text_of_difference(span: str, program: Program, plan: Plan, without: Sequence[str] = ()) -> str:
-    """What the pass `span` changed in the trainer's program; of `A..B`, what changed from after A to after B."""
+    """What the pass `span` changed in the whole program; of `A..B`, what changed from after A to after B."""
     first, dots, last = span.partition("..")
     if not dots:
         first, last = _before(span, without), span
