@@ -19,7 +19,7 @@ from syncwright.program import Program, Role
 from syncwright.runtime import compiled
 from syncwright.runtime.compiled import Compiled, CompiledExecutor
 from syncwright.runtime.executor import Executor
-from syncwright.runtime.inductor import is_available
+from syncwright.runtime.inductor import is_available, obstacle
 from syncwright.runtime.segments import Segment, cut
 
 OPTIMIZERS = {
@@ -162,7 +162,7 @@ def test_every_node_is_in_one_segment_or_runs_alone():
     assert set(placed) | pieces.views == calls
 
 
-@pytest.mark.skipif(not is_available(), reason="no C++ compiler")
+@pytest.mark.skipif(not is_available(), reason=str(obstacle()))
 @pytest.mark.parametrize("build", [Model, Checkpointed])
 def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build):
     program, values = lowered("adam", 2, COMPILED, build)

@@ -18,7 +18,7 @@ from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError
 from syncwright.program import Program, Role
-from syncwright.runtime.inductor import is_available
+from syncwright.runtime.inductor import is_available, obstacle
 from syncwright.text import parse, to_text
 from syncwright.verify import verify
 from tests import zoo
@@ -125,7 +125,7 @@ def descend(model, optimizer, batch):
 
 
 @pytest.mark.parametrize(
-    "compile", [False, pytest.param(True, marks=pytest.mark.skipif(not is_available(), reason="no C++"))]
+    "compile", [False, pytest.param(True, marks=pytest.mark.skipif(not is_available(), reason=str(obstacle())))]
 )
 def test_a_marked_first_batch_stands_for_all_others(compile, caplog):
     """Compiled, every shape is made from the one capture."""

@@ -35,10 +35,11 @@ def cut(program: Program, servers: int) -> Roles:
     before  %m = push.merged(%g, "w.grad", "mean") at owners "w", %n = sub(w, %m) at owners "w", output({"w": %n})
     after   trainer: push(%g, "w.grad"); server 0: reads w, w.grad; %n = sub(w, w.grad); output({"w": %n})
 
-    What runs at the owners of a variable that is cut becomes one program for each piece, on that piece's rows.
+    What runs at the owners of a variable that is cut becomes one program for each piece, on that piece's rows. Where
+    servers keep nothing there are none.
     """
     if not any(variable.kept for variable in program.variables.values()):
-        return Roles(program, _parts(program, {}, {}, servers), {}, {})
+        return Roles(program, (), {}, {})
     known = Inference(mode_of(program.graph))
     parts = _parts(program, server_programs(program, known), _exports(program), servers)
     hypers = {part.rank: _hypers(part) for part in parts}

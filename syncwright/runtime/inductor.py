@@ -30,8 +30,17 @@ PATIENCE_SECONDS = 600.0
 
 
 def is_available() -> bool:
-    """Whether there is a C++ compiler to compile for the CPU with."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    """Whether programs can be compiled for the CPU here."""
+    return obstacle() is None
+
+
+def obstacle() -> str | None:
+    """What stands in the way of compiling; None where nothing does."""
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "there is no C++ compiler"
+    if torch.__version__ < "2.12":
+        return f"torch {torch.__version__} compiles random operations such as dropout to NaN"
+    return None
 
 
 def compile_graphs(graphs: Sequence[tuple[GraphModule, Sequence[torch.Tensor]]]) -> list[Callable]:

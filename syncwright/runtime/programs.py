@@ -134,10 +134,15 @@ class Programs:
         return prepared
 
     def compiles(self) -> bool:
-        """Whether programs are compiled; decided once."""
+        """Whether programs are compiled; decided once. Raises `LoweringError` where they are to be and cannot."""
+        why = inductor.obstacle() if self._compile else None
         if self._compile == "auto":
-            self._compile = inductor.is_available()
-            log.info("the step is %s", "compiled" if self._compile else "interpreted: there is no C++ compiler")
+            self._compile = why is None
+            log.info("the step is %s", "compiled" if why is None else f"interpreted: {why}")
+        elif why is not None:
+            raise LoweringError(
+                f"compile=True, but {why}. Expected what compiling needs. Provide it, or leave compile='auto'."
+            )
         return bool(self._compile)
 
     def _prepare(self, given: Given) -> Prepared:
