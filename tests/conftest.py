@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COVER = "test_equals_one_device"
+COVER = "test_equivalence.py::test_equals_one_device"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
