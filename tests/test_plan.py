@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,28 +30,8 @@ from syncwright.plan import (
     check,
     resolve,
 )
-from syncwright.program import Role, Variable
-
-
-def parameter(name: str, *shape: int, aliases: tuple[str, ...] = ()) -> Variable:
-    return Variable(name, Role.PARAM, shape, torch.float32, aliases=aliases)
-
-
-def buffer(name: str, dtype: torch.dtype = torch.float32) -> Variable:
-    return Variable(name, Role.BUFFER, (8,), dtype)
-
-
-EMBED = parameter("embed.weight", 100, 4, aliases=("decoder.weight",))
-HEAD = parameter("head.weight", 10, 4)
-SCALE = parameter("scale")
-MEAN, STEPS = buffer("norm.running_mean"), buffer("norm.num_batches_tracked", torch.int64)
-MODEL = (EMBED, HEAD, SCALE, MEAN, STEPS)
-
-
-def planned(rules: Rules, variables=MODEL, servers: int = 2, **updates) -> Plan:
-    every = {variable.name: "elementwise" for variable in variables if variable.role is Role.PARAM}
-    return resolve(rules, variables, {**every, **updates}, trainers=2, servers=servers, digest="d1")
-
+from syncwright.program import Variable
+from tests.planned import EMBED, HEAD, MEAN, MODEL, SCALE, STEPS, parameter, planned
 
 MIXED = Rules.of(
     AllReduce(),
