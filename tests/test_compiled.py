@@ -16,12 +16,14 @@ from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.flatten import flat_parts
 from syncwright.planning import make_plan
 from syncwright.program import Program, Role
+from syncwright.regions import forward
 from syncwright.runtime import compiled
 from syncwright.runtime.compiled import Compiled, CompiledExecutor
 from syncwright.runtime.executor import Executor
 from syncwright.runtime.inductor import is_available, obstacle
 from syncwright.runtime.segments import Segment, cut
 
+aten = torch.ops.aten
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -162,14 +164,59 @@ def test_every_node_is_in_one_segment_or_runs_alone():
     assert set(placed) | pieces.views == calls
 
 
+class Deep(nn.Module):
+    """Equal blocks: what is compiled for one serves them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 64)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, ids):
+        return self.head(self.blocks(self.table(ids)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def test_a_long_step_is_cut_where_backward_begins():
+    """Also where the loss rides in a bucket with gradients, of which it is not made."""
+    program, _ = lowered("adam", 2, COMPILED, Deep)
+    ahead = forward(program)
+    assert {aten.nll_loss_forward.default} == {n.target for n in ahead if "nll_loss" in str(n.target)}
+    segments = [item.nodes for item in cut(program).items if isinstance(item, Segment)]
+    assert aten.nll_loss_forward.default in {n.target for n in segments[0]}
+    assert aten.nll_loss_backward.default in {n.target for n in segments[1]}
+
+
+def test_a_segment_reads_parts_of_flat_variables_as_tensors_of_their_own(monkeypatch):
+    """Made once for as long as the variable is the same tensor, and of the new one when it is another."""
+    monkeypatch.setattr(compiled, "compile_graphs", lambda graphs: [module for module, _ in graphs])
+    program, values = lowered("adam", 2, COMPILED, Deep)
+    executor = CompiledExecutor(program)
+    first = next(item for item in executor._items if isinstance(item, Compiled))
+    assert not any(node.meta.get("variable", "").startswith("flat") for node in first.inputs)
+    expected = run(Executor(program), program, values, 3)
+    for _ in range(2):
+        found = run(executor, program, values, 3)
+        torch.testing.assert_close(found["head.weight"], expected["head.weight"], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(not is_available(), reason=str(obstacle()))
-@pytest.mark.parametrize("build", [Model, Checkpointed])
+@pytest.mark.parametrize("build", [Model, Checkpointed, Deep])
 def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build):
     program, values = lowered("adam", 2, COMPILED, build)
     expected = run(Executor(program), program, values, 3)
     found = run(CompiledExecutor(program), program, values, 3)
     assert abs(expected["loss"] - found["loss"]) < 1e-6
-    for name in ("table.weight", "head.weight", "head.weight.exp_avg", "norm.running_var"):
+    for name in {"table.weight", "head.weight", "head.weight.exp_avg", "norm.running_var"} & set(expected):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 

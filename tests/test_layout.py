@@ -40,6 +40,7 @@ program         Program, Variable, Role
 ops             communication, as operators of a graph
 dead            dead nodes
 shapes          fake values of new nodes
+regions         where a program turns from forward to backward
 text            Program to stable text and back
     words
     line

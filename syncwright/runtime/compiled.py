@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -47,13 +47,14 @@ class CompiledExecutor:
         self._in_place = _in_place(program, self._cut)
         self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
         self._frees = _frees(program, self._cut, self._items)
+        self._parts = _Parts(self._cut.parts)
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""
         env: dict[Node, object] = {node: values[name] for name, node in self._placeholders.items()}
         for item, frees in zip(self._items, self._frees, strict=True):
             if isinstance(item, Compiled):
-                given = [env[node] for node in item.inputs]
+                given = [env[node] if node in env else self._parts.of(node, env) for node in item.inputs]
                 for index, carrier in item.hosts:
                     given[index] = carrier.fill_(given[index])  # type: ignore[arg-type]
                 env.update(zip(item.outputs, item.function(*given), strict=True))
@@ -76,17 +77,18 @@ class CompiledExecutor:
     def _prepare(self, item: Segment | Node, at: int) -> Compiled | Node:
         if isinstance(item, Node):
             return item
-        builder = _Builder(self.program, self._cut, item)
-        outputs = [n for n in item.nodes if n in self._kept.get(at, ())]
         mine = set(item.nodes)
-        written = {name: self._results[name] for name in self._in_place if self._results[name] in mine}
-        return builder.build(outputs, {self._placeholders[name]: node for name, node in written.items()})
+        written = {
+            self._placeholders[name]: self._results[name] for name in self._in_place if self._results[name] in mine
+        }
+        outputs = [n for n in item.nodes if n in self._kept.get(at, ())]
+        return _Builder(self._cut, item, written).build(outputs)
 
 
 class _Views(dict):
     """Values by node; a view is made when it is asked for."""
 
-    def __init__(self, env: dict[Node, object], views: frozenset[Node]):
+    def __init__(self, env: Mapping[Node, object], views: Collection[Node]):
         super().__init__()
         self._env, self._views = env, views
 
@@ -98,11 +100,31 @@ class _Views(dict):
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
 
-class _Builder:
-    """One segment as a graph of its own."""
+class _Parts:
+    """Parts of flat variables as tensors of their own, made again only where a variable is another tensor than before."""
 
-    def __init__(self, program: Program, cut: Cut, segment: Segment):
-        self.views, self.segment = cut.views, segment
+    def __init__(self, bases: Mapping[Node, Node]):
+        self._bases = bases
+        self._made: dict[Node, tuple[object, torch.Tensor]] = {}
+
+    def of(self, node: Node, env: Mapping[Node, object]) -> torch.Tensor:
+        base = env[self._bases[node]]
+        if node not in self._made or self._made[node][0] is not base:
+            self._made[node] = base, cast(torch.Tensor, _Views(env, self._bases)[node])
+        return self._made[node][1]
+
+
+class _Builder:
+    """One segment as a graph of its own.
+
+    What it reads of a flat variable comes as a tensor of its own, unless it writes the variable: a kernel that knows where
+    in the buffer its layer lies would be another one for every layer.
+    """
+
+    def __init__(self, cut: Cut, segment: Segment, written: Mapping[Node, Node]):
+        self.written = written
+        self.segment = segment
+        self.views = {view for view in cut.views if view not in cut.parts or cut.parts[view] in written}
         self.mode = new_mode()
         self.graph = Graph()
         self.made: dict[Node, Node] = {}
@@ -110,14 +132,13 @@ class _Builder:
         self.hosts: list[tuple[int, torch.Tensor]] = []
         self.examples: list[torch.Tensor] = []
 
-    def build(self, outputs: list[Node], written: Mapping[Node, Node]) -> Compiled:
-        mine = set(self.segment.nodes)
-        for node in self._reads(mine, written):
+    def build(self, outputs: list[Node]) -> Compiled:
+        for node in self._reads():
             self._input(node)
         for node in self.segment.nodes:
             self.made[node] = self._copy(node)
-        returned = [n for n in outputs if n not in set(written.values())]
-        for placeholder, node in written.items():
+        returned = [n for n in outputs if n not in set(self.written.values())]
+        for placeholder, node in self.written.items():
             self.graph.call_function(torch.ops.aten.copy_.default, (self.made[placeholder], self.made[node]))
         self.graph.output([self.made[n] for n in returned])
         module = GraphModule({}, self.graph)
@@ -130,9 +151,9 @@ class _Builder:
         few = len(vals) <= FEW_NODES and len(tensors) == len(vals)
         return few and all(v.numel() <= FEW_ELEMENTS for v in tensors)
 
-    def _reads(self, mine: set[Node], written: Mapping[Node, Node]) -> list[Node]:
+    def _reads(self) -> list[Node]:
         """What the segment takes from outside, behind its views, in graph order."""
-        found: set[Node] = set(written)
+        mine, found = set(self.segment.nodes), set(self.written)
         stack = list(self.segment.nodes)
         seen: set[Node] = set()
         while stack:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch._guards import TracingContext, tracing
-from torch._inductor import config
+from torch._inductor import config, cpu_vec_isa
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensor
@@ -43,12 +45,25 @@ def obstacle() -> str | None:
     return None
 
 
+@cache
+def probe() -> threading.Thread:
+    """Begins to find out what vectors this machine has, which Inductor asks first and waits seconds for.
+
+    It compiles and loads small programs in processes of their own, so a step can be captured meanwhile. To be joined
+    before anything is compiled: two threads that ask at once have got different answers.
+    """
+    asking = threading.Thread(target=cpu_vec_isa.pick_vec_isa, name="syncwright-probe", daemon=True)
+    asking.start()
+    return asking
+
+
 def compile_graphs(graphs: Sequence[tuple[GraphModule, Sequence[torch.Tensor]]]) -> list[Callable]:
     """Compiles graphs for inputs of these shapes (fake tensors will do). Each function takes and gives flat lists.
 
     The processes of a host share the work: a graph that another process is at is left until last, and then comes from
     Inductor's cache on disk. A process that fails or dies lets go of its locks.
     """
+    probe().join()
     with torch.no_grad(), config.patch(_SETTINGS):
         if not config.fx_graph_cache or config.force_disable_caches:
             return [_compile(*graph) for graph in graphs]

@@ -147,6 +147,8 @@ class Programs:
 
     def _prepare(self, given: Given) -> Prepared:
         began = time.perf_counter()
+        if self.compiles():
+            inductor.probe()
         with self._busy("capturing the step"):
             captured = self._captured(given)
             if self._plan is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from operator import getitem
 
@@ -11,10 +11,13 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.program import Program
+from syncwright.regions import turn
 from syncwright.shapes import is_host
 
 aten = torch.ops.aten
 MOST_SEGMENTS = 8
+LONG_FORWARD = 24
+"""So many nodes of forward, and more, are a segment of their own."""
 
 _VIEWS = frozenset(
     {
@@ -46,14 +49,17 @@ class Cut:
     """A program as a list of items in the order in which they run.
 
     views  nodes that only look at a value in another shape: each segment makes those that it needs for itself
+    parts  those of them that are a stretch of a variable, each with the variable's placeholder
     """
 
     items: tuple[Item, ...]
     views: frozenset[Node]
+    parts: Mapping[Node, Node]
 
 
 def cut(program: Program) -> Cut:
-    """Cuts where something is waited for, and about every eighth of the nodes where something is sent.
+    """Cuts where something is waited for, where backward begins, and about every eighth of the nodes where something is
+    sent.
 
     before  %a = mm, %b = mm, push(%a), %c = mm, %w = wait(%r), %d = sub(%p, %w)
     after   [%a, %b, %c], push(%a), %w = wait(%r), [%d]
@@ -69,6 +75,7 @@ class _Cutter:
     def __init__(self, program: Program):
         self.nodes = [n for n in program.graph.nodes if n.op == "call_function"]
         self.views = _views(program)
+        self.turn = turn(program)
         self.enough = max(8, len(self.nodes) // MOST_SEGMENTS)
         self.items: list[Item] = []
         self.open = Segment()
@@ -78,6 +85,8 @@ class _Cutter:
 
     def run(self) -> Cut:
         for node in self.nodes:
+            if node is self.turn and len(self.open.nodes) >= LONG_FORWARD:
+                self._close()
             if node in self.views or node in self.placed:
                 continue
             if node.target in ops.SENDS:
@@ -89,7 +98,7 @@ class _Cutter:
             else:
                 self._place(node)
         self._close()
-        return Cut(tuple(self.items), frozenset(self.views))
+        return Cut(tuple(self.items), frozenset(self.views), _parts(self.views))
 
     def _place(self, node: Node) -> None:
         """Into the open segment; what a node gives as a tuple is taken apart at once, so that only tensors cross."""
@@ -157,6 +166,19 @@ def _views(program: Program) -> set[Node]:
             first = node.args[0]
             if isinstance(first, Node) and (first in found or (first in sources and not is_host(first.meta["val"]))):
                 found.add(node)
+    return found
+
+
+def _parts(views: Collection[Node]) -> dict[Node, Node]:
+    """The views that are a stretch of a variable laid out flat, in the shape of what lies there."""
+    found: dict[Node, Node] = {}
+    for node in sorted(views):
+        source = node.args[0]
+        assert isinstance(source, Node), f"{node.name} looks at a value"
+        if node.target is aten.slice.Tensor and source.op == "placeholder":
+            found[node] = source
+        elif node.target is aten.view.default and source in found:
+            found[node] = found[source]
     return found
 
 
