@@ -67,3 +67,9 @@ class Job:
     def held(self) -> dict[str, Variable]:
         """Every variable, or piece of one, that lives on a server."""
         return {v.name: v for part in self.servers for v in part.holds}
+
+    @property
+    def fixed(self) -> set[str]:
+        """What lives on a server and no update writes: frozen parameters, state that is made once."""
+        written = {name for part in self.servers for program in part.programs for name in program.writes}
+        return self.held.keys() - written

@@ -44,6 +44,7 @@ class Variable:
     lazy       rows that no trainer touches stay as they are; the gradient's last column counts how often each is touched
     along      "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
     dynamic    axes of an INPUT along which a program takes any size; `shape` has the example's there
+    initial    what all of a STATE that a pass has added begins with; None where the user's objects hold it
     """
 
     name: str
@@ -58,6 +59,7 @@ class Variable:
     lazy: bool = False
     along: Along = ""
     dynamic: tuple[int, ...] = field(default=(), repr=False)
+    initial: float | None = field(default=None, repr=False)
 
     @property
     def whole(self) -> str | None:

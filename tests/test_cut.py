@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -14,9 +16,9 @@ from syncwright.passes import PIPELINE, serve_parameters, share_globals
 from syncwright.place import place_of, put
 from syncwright.plan import Even
 from syncwright.planning import make_plan
-from syncwright.program import Program
+from syncwright.program import Program, Role, Variable, new_placeholder, set_results
 from syncwright.runtime import programs
-from syncwright.shapes import call, mode_of
+from syncwright.shapes import call, fake, mode_of
 from syncwright.text import to_text
 from syncwright.update import find_updates
 
@@ -145,6 +147,35 @@ def test_a_pass_can_change_what_servers_do(monkeypatch):
         assert "aten.mul.Tensor(%v_w_grad, 0.5)" in to_text(update)
     monkeypatch.setattr(programs, "PIPELINE", changed)
     assert torch.equal(trained(lambda p, g, state: g, HALVES), trained(lambda p, g, state: g * 0.5, None))
+
+
+def delayed(p, g, state):
+    before = state.get("before", torch.zeros_like(p))
+    state["before"] = g.clone()
+    return before
+
+
+@pytest.mark.parametrize("plan", ["all_reduce", "parameter_server", HALVES])
+def test_a_pass_can_add_state_wherever_a_variable_is_kept(monkeypatch, plan):
+    """Every update uses the gradient of the step before: state that the user's optimizer does not have."""
+
+    def delay(program, plan):
+        program = program.edit()
+        w, results = program.variables["w"], program.results
+        reduced = next(n for n in program.graph.nodes if n.target in (ops.wait, ops.push_merged) and "w" in n.args[1])
+        kept = tuple(replace(part, of="w.delayed") for part in w.kept)
+        mine = Variable("w.delayed", Role.STATE, w.shape, w.dtype, of="w", initial=0.0, kept=kept)
+        with program.graph.inserting_before(next(n for n in program.graph.nodes if n.op != "placeholder")):
+            before = new_placeholder(program.graph, mine, fake(mode_of(program.graph), w.shape, w.dtype))
+        for user in list(reduced.users):
+            user.replace_input_with(reduced, before)
+        if w.kept:
+            put(before, place_of(reduced))
+        set_results(program, {**results, "w.delayed": reduced})
+        return replace(program, variables={**program.variables, "w.delayed": mine})
+
+    monkeypatch.setattr(programs, "PIPELINE", (*PIPELINE[:4], delay, *PIPELINE[4:]))
+    assert torch.equal(trained(lambda p, g, state: g, plan), trained(delayed, None))
 
 
 def test_a_digest_holds_no_addresses():

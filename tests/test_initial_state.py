@@ -43,6 +43,22 @@ class Scaled(Anchored):
                 parameter.sub_(parameter.grad * state["scale"])
 
 
+class Averaged(Anchored):
+    """Makes its state by the other two ways that a dict has."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if "count" not in state:
+                    state.update(count=torch.tensor(0.0))
+                average = state.setdefault("average", torch.full_like(parameter, 0.5))
+                state["count"].add_(1)
+                average.lerp_(parameter.grad, 0.1)
+                parameter.sub_(average / state["count"])
+
+
 def found(kind, sizes: tuple[int, int]) -> list[tuple[torch.Tensor, dict]]:
     torch.manual_seed(0)
     model = nn.Linear(*sizes)
@@ -105,4 +121,28 @@ def test_a_job_makes_it_where_it_is_owned(plan):
     for batch in batches:
         step(plain, its_optimizer, batch)
     expected = {"model": plain.state_dict(), "optimizer": its_optimizer.state_dict()}
+    torch.testing.assert_close(job.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Anchored, Scaled, Averaged])
+def test_state_of_ones_own_optimizer_however_it_is_made(kind):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, kind(model.parameters())
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batches = [torch.randn(4, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    job = syncwright.loopback(step, *made(), plan="parameter_server", servers=1)
+    model, optimizer = made()
+    for batch in batches:
+        job.step([(batch,)])
+        step(model, optimizer, batch)
+    expected = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.testing.assert_close(job.state_dict(), expected, rtol=0, atol=0)

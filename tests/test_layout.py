@@ -63,6 +63,7 @@ verify          legal programs, one error class per rule
     program
     passes
     running
+    merging
     server
     job
 meaning         what each node of an update is made from, from graph edges
@@ -89,6 +90,8 @@ capture         a step, a model and optimizers to a Program; the only part that 
     functional
     sparse
     means
+    refusals
+    stepping
     trace
     normalize
     examples
@@ -125,6 +128,7 @@ runtime         what runs a job
     inductor
     segments
     compiled
+    merging
     server
     client
     structure

@@ -16,10 +16,12 @@ from syncwright.errors import BatchError, CaptureError, LoweringError
 from syncwright.job import Channel, Job
 from syncwright.plan import AllReduce, ParameterServer, Rules
 from syncwright.program import Role, Variable
+from syncwright.runtime.client import Client
 from syncwright.runtime.loopback import Loopback
+from syncwright.runtime.merging import merge
 from syncwright.runtime.messages import Address, Hello, Kind, Leave, Message, Pull, Push, Value
 from syncwright.runtime.replica import Part
-from syncwright.runtime.server import Server, merge
+from syncwright.runtime.server import Server
 from tests.buckets import buckets_of
 
 PLANS = {"all_reduce": 0, "parameter_server": 1, "parameter_server_partitioned": 2}
@@ -192,6 +194,57 @@ def test_leaving() -> None:
     answers += server.handle(Address(Kind.TRAINER, 0), Message(Pull("w", 1)))
     values = [message.tensor.item() for _, message in answers if isinstance(message.header, Value)]
     assert values == [-1.0]
+
+
+def test_what_no_update_writes_is_what_was_loaded_last_whoever_asks_first() -> None:
+    """Trainer 1 asks behind `load_state_dict` before trainer 0's values have come: it waits for them."""
+
+    class Anchored(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                anchor = self.state[parameter].setdefault("anchor", torch.full_like(parameter, 2.0))
+                parameter.sub_(parameter.grad * anchor)
+
+    model = Scalar()
+    optimizer = Anchored(model.parameters(), lr=1.0)
+    loopback = syncwright.loopback(mean_step, model, optimizer, plan="parameter_server", trainers=2, servers=1)
+    loopback.step([(torch.ones(2),)] * 2)
+    job = loopback.job
+    assert job.fixed == {"w.anchor"}
+    server, answers = Server(job, 0), []
+    trainers = [Client(job, Recorded(rank)) for rank in range(2)]
+
+    def deliver(client: Client) -> None:
+        while client.transport.sent:
+            for to, message in server.handle(client.transport.me, client.transport.sent.pop(0)):
+                trainers[to.rank].take(Address(Kind.SERVER, 0), message)
+                answers.append((to.rank, message.tensor.item()))
+
+    for version, values in enumerate([(0.0, 2.0), (1.0, 3.0)]):
+        if version:
+            for each in trainers:
+                each.restart(version)
+        trainers[1].fetch("w.anchor", version)
+        deliver(trainers[1])
+        for name, value in zip(("w", "w.anchor"), values, strict=True):
+            trainers[0].give(name, version, torch.tensor([value]))
+        deliver(trainers[0])
+    assert answers == [(1, 2.0), (1, 3.0)]
+    assert trainers[1].fetch("w.anchor", 7).item() == 3.0
+
+
+class Recorded:
+    """An outlet that keeps what is sent through it."""
+
+    def __init__(self, rank: int) -> None:
+        self.me, self.sent = Address(Kind.TRAINER, rank), []
+
+    def send(self, to: Address, message: Message) -> None:
+        self.sent.append(message)
+
+    def progress(self, step: int, node: str) -> None:
+        pass
 
 
 def _server_of_one_weight(trainers: int) -> Server:

@@ -145,9 +145,14 @@ def test_every_field_of_a_variable_is_written():
     """A field that is added to Variable must be added to the text: each, changed alone, changes the text."""
     plain = Variable("w", Role.PARAM, (2,), torch.float32)
     part = Selection("r", "elements", 1, 4, 1)
-    other = Variable("v", Role.BUFFER, (3,), torch.int8, "p", True, ("q",), part, (Selection("w", server=2),))
+    kept = (Selection("w", server=2),)
+    other = Variable(
+        *("v", Role.BUFFER, (3,), torch.int8, "p", True, ("q",), part, kept),
+        **{"lazy": True, "along": "batch", "dynamic": (0,), "initial": 0.5},
+    )
     for field in dataclasses.fields(Variable):
         changed = dataclasses.replace(plain, **{field.name: getattr(other, field.name)})
+        assert changed != plain, f"Variable.{field.name} is the default"
         graph = Graph()
         graph.output({})
         again = parse(to_text(Program(graph, {changed.name: changed})))

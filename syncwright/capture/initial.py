@@ -182,6 +182,15 @@ class _Recorder(dict):
         self.first.setdefault(key, value)
         super().__setitem__(key, value)
 
+    def setdefault(self, key: str, default: object = None) -> object:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *others, **more) -> None:
+        for key, value in dict(*others, **more).items():
+            self[key] = value
+
 
 class _Photographs(TorchDispatchMode):
     """Keeps what every tensor was before it was first written to."""

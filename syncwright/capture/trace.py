@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch.amp.grad_scaler import GradScaler
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Interpreter
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from syncwright.capture import private
 from syncwright.capture.draws import Draws
 from syncwright.capture.functional import NotCovered, without_writes
-from syncwright.capture.initial import BEGUN
-from syncwright.capture.lines import current_line, definition, user_line
+from syncwright.capture.lines import current_line
 from syncwright.capture.means import Lines, partial_means
+from syncwright.capture.refusals import check_after, explain, refusals
 from syncwright.capture.sparse import SparseLookups
-from syncwright.capture.sparse_adam import is_sparse_adam
-from syncwright.capture.sparse_adam import update as sparse_adam_update
 from syncwright.capture.state import Binding
+from syncwright.capture.stepping import BranchOnState, wrap_optimizers
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
 
@@ -68,7 +62,7 @@ def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inp
     """
     try:
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).run()
-    except _BranchOnState:
+    except BranchOnState:
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).run()
 
 
@@ -76,12 +70,8 @@ def returned_shapes(step: Callable, binding: Binding, optimizer: object, batch: 
     """The shapes of what `step(model, optimizer, *batch)` returns, leaf by leaf; no graph is made."""
     try:
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).shapes()
-    except _BranchOnState:
+    except BranchOnState:
         return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).shapes()
-
-
-class _BranchOnState(Exception):
-    """The optimizer branched on a number that it keeps in its state."""
 
 
 class _Trace:
@@ -217,12 +207,12 @@ class _Trace:
         hypers = {name: given[name] for name in self.binding.hypers}
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
             lookups = self._place_gradients(given, undo)
-            undo.enter_context(_refusals())
+            undo.enter_context(refusals())
             self.draws = undo.enter_context(Draws())
             undo.enter_context(Lines(current_line))
-            self._wrap_optimizers(lookups, given, undo)
+            wrap_optimizers(self.binding, lookups, given, self.on_tensors, undo)
             result = self._run_step(given)
-            _check_after(swap, hypers)
+            check_after(swap, hypers)
             self.draws.check_end()
             self.modes = self.binding.modes()
             return self._results(result, swap)
@@ -234,10 +224,10 @@ class _Trace:
         try:
             with torch.enable_grad():
                 return self.step(self.binding.model, self.optimizer, *batch)
-        except (CaptureError, _BranchOnState):
+        except (CaptureError, BranchOnState):
             raise
         except Exception as error:
-            raise _explain(error, self.step) from error
+            raise explain(error, self.step) from error
 
     def _place_gradients(self, given: Mapping[str, object], undo: ExitStack) -> SparseLookups:
         tensors = {n: t for n in self.binding.modules if isinstance(t := given[n], torch.Tensor) and t.requires_grad}
@@ -247,192 +237,12 @@ class _Trace:
         lookups.install(undo)
         return lookups
 
-    def _wrap_optimizers(self, lookups: SparseLookups, given: Mapping[str, object], undo: ExitStack) -> None:
-        scopes = [inspect.unwrap(type(o).step).__globals__ for o in self.binding.optimizers.values()]
-        undo.enter_context(private.symbolic_extremes(scopes))
-        for each in self.binding.optimizers.values():
-            undo.callback(_restore, each, "step", each.__dict__.get("step"))
-            original = each.step
-            if is_sparse_adam(each):
-                names = {id(given[name]): name for name in self.binding.modules}
-                original = partial(sparse_adam_update, each, names, lookups.touched)
-            each.step = self._stepper(each, original, lookups)  # type: ignore[method-assign]
-
-    def _stepper(self, each: torch.optim.Optimizer, original: Callable, lookups: SparseLookups) -> Callable:
-        def step(closure=None):
-            if closure is not None:
-                raise CaptureError(
-                    f"{current_line()}: {type(each).__name__}.step(closure) evaluates the loss as often as it likes; expected "
-                    "optimizer.step() without a closure. Use an optimizer that needs none."
-                )
-            lookups.check(each)
-            with _first_updates(each):
-                if not self.on_tensors:
-                    try:
-                        return original()
-                    except private.DATA_DEPENDENT as error:
-                        raise _BranchOnState from error
-                with private.compiling(), _steps_as_float64(each):
-                    return original()
-
-        return step
-
     def _results(self, result: object, swap) -> list[object]:
         leaves, self.returned = pytree.tree_flatten(result)
         self.leaves = len(leaves)
         replaced = swap.replaced()
         self.replaced = tuple(replaced)
         return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in [*leaves, *replaced.values()]]
-
-
-def _restore(owner: object, key: str, before: object) -> None:
-    """An attribute of the instance is what it was; None: there was none."""
-    if before is None:
-        vars(owner).pop(key, None)
-    else:
-        setattr(owner, key, before)
-
-
-@contextmanager
-def _steps_as_float64(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Floating 0-d state becomes float64 while the optimizer steps, so that bias corrections keep their digits."""
-    groups = [group for group in optimizer.param_groups if "capturable" in group]
-    before = [group["capturable"] for group in groups]
-    narrow = []
-    for held in optimizer.state.values():
-        for key, value in held.items():
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                narrow.append((held, key, value))
-                held[key] = value.double()
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for held, key, value in narrow:
-            held[key] = held[key].to(value.dtype)
-        for group, was in zip(groups, before, strict=True):
-            group["capturable"] = was
-
-
-@contextmanager
-def _first_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While open, a parameter whose state says whether its first update is made is alone in its group, and `dampening`
-    there is 0 until it is."""
-    groups = optimizer.param_groups
-    apart = [(group, each) for group in groups for each in _one_by_one(group, optimizer.state)]
-    optimizer.param_groups = [each for _, each in apart]
-    try:
-        yield
-    finally:
-        optimizer.param_groups = groups
-        for group, each in apart:
-            group.update({key: value for key, value in each.items() if key not in ("params", "dampening")})
-    for _, each in apart:
-        for parameter in each["params"]:
-            begun = optimizer.state.get(parameter, {}).get(BEGUN)
-            if begun is not None and parameter.grad is not None and each["momentum"] != 0:
-                begun.clamp_(min=1.0)
-
-
-def _one_by_one(group: dict, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> list[dict]:
-    begun = {id(p): state[p][BEGUN] for p in group["params"] if BEGUN in state.get(p, {})}
-    if not begun:
-        return [group]
-    return [
-        {
-            **group,
-            "params": [p],
-            "dampening": group["dampening"] * begun[id(p)].item() if id(p) in begun else group["dampening"],
-        }
-        for p in group["params"]
-    ]
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What would happen once, at capture, and never again, is refused with the line that does it."""
-
-    def refuse_schedule(self, *args, **kwargs):
-        raise CaptureError(
-            f"{current_line()}: {type(self).__name__}.step() inside the training step; it would run once, at capture. "
-            "Expected the schedule to advance outside. Call it after trainer.step(...)."
-        )
-
-    def refuse_scaling(self, outputs):
-        if not self.is_enabled():
-            return outputs
-        raise CaptureError(
-            f"{current_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
-            "gradients, which have no value while the step is captured. Expected a step without loss scaling: train in "
-            "bfloat16 or float32, or build GradScaler(enabled=False)."
-        )
-
-    def refuse_print() -> str:
-        raise _printed(current_line())
-
-    kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
-    with ExitStack() as undo:
-        for kind in kinds:
-            undo.callback(setattr, kind, "step", vars(kind)["step"])
-            kind.step = refuse_schedule  # type: ignore[method-assign]
-        undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
-        GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
-        undo.enter_context(private.no_printing(refuse_print))
-        yield
-
-
-def _printed(where: str) -> CaptureError:
-    return CaptureError(
-        f"{where}: a tensor is printed (or formatted) inside the training step; it has no value while the step is "
-        "captured. Expected a step that only computes. Return it from the step and print what trainer.step(...) gives "
-        "back."
-    )
-
-
-def _subclasses(kind: type) -> list[type]:
-    return [s for c in kind.__subclasses__() for s in [c, *_subclasses(c)]]
-
-
-def _check_after(swap, hypers: Mapping[str, object]) -> None:
-    if names := swap.changed_hypers(hypers):
-        raise CaptureError(
-            f"the step changes {', '.join(names)}; expected a step to read hyper-parameters only. "
-            "Change them between steps: they are read at every trainer.step(...)."
-        )
-    if names := swap.unknown_state():
-        raise CaptureError(
-            f"the step makes optimizer state that the optimizer's first update did not make: {', '.join(names)}. "
-            "Expected the same state after every update. Take one step before capture so that the state exists."
-        )
-
-
-def _explain(error: Exception, step: Callable) -> CaptureError:
-    """The user's own line, what stood there, and what to do."""
-    where = user_line(error.__traceback__) or definition(step)
-    text = str(error).strip().split("\n")[0].rstrip(".")
-    if isinstance(error, private.DATA_DEPENDENT) or any(sign in text for sign in _NEEDS_A_VALUE):
-        return CaptureError(
-            f"{where}: the step needs a tensor's value, which is not known while it is captured. Expected the same "
-            "operations for every batch. To decide by a tensor, use torch.where(condition, a, b); to look at one, "
-            "return it from the step; or decide outside the step."
-        )
-    if "unsupported format string" in text:
-        return _printed(where)
-    if "convert all Tensors to FakeTensors" in str(error):
-        return CaptureError(
-            f"{where}: the step uses a tensor that is neither an argument nor part of the model. Expected every tensor "
-            "to come in by the batch, or as a parameter or buffer of the model. Pass it in the batch, or register it "
-            "with module.register_buffer(name, tensor)."
-        )
-    return CaptureError(
-        f"{where}: found {type(error).__name__}{': ' if text else ''}{text} while the step was captured. Expected a "
-        "step that runs as it is on one device. Run step(model, optimizer, *batch) once without Syncwright to see "
-        "whether it does."
-    )
-
-
-_NEEDS_A_VALUE = ("data-dependent", ".numpy() is not supported")
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):

@@ -28,6 +28,7 @@ class Client:
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
         self._left: dict[tuple[str, int], int] = {}
         self._notes = _notes(job)
+        self._fixed, self._base = job.fixed, 0
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -45,9 +46,12 @@ class Client:
         uses  how often each channel will be pulled in this step, now or later: after the last time it is forgotten
         """
         self.step, self._weight, self._hypers = step, weight, dict(hypers)
-        self._got = {key: value for key, value in self._got.items() if key[1] >= step}
-        self._asked = {key for key in self._asked if key[1] >= step}
-        self._left = {(channel, step + int(later)): count for (channel, later), count in uses.items()}
+        self._got = {key: value for key, value in self._got.items() if key[1] >= step or key[0] in self._fixed}
+        self._asked = {key for key in self._asked if key[1] >= step or key[0] in self._fixed}
+        self._left = {}
+        for (channel, later), count in uses.items():
+            key = self._key(channel, step + int(later))
+            self._left[key] = self._left.get(key, 0) + count
         self.transport.progress(step, "begin")
 
     def push(self, channel: str, tensor: torch.Tensor) -> None:
@@ -58,7 +62,7 @@ class Client:
         self._send(known.server, Message(header, tensor.detach().contiguous()))
 
     def pull(self, channel: str, later: bool) -> torch.Tensor | None:
-        key = channel, self.step + int(later)
+        key = self._key(channel, self.step + int(later))
         value = self.fetch(*key)
         if value is not None and key in self._left:
             self._left[key] -= 1
@@ -68,10 +72,11 @@ class Client:
 
     def fetch(self, channel: str, version: int) -> torch.Tensor | None:
         """The value once `version` steps are in it; asks for it the first time, None while it is not there."""
-        if (channel, version) not in self._got:
+        key = self._key(channel, version)
+        if key not in self._got:
             self.transport.progress(self.step, f"pull {channel}")
             self.ask((channel,), version)
-        return self._got.get((channel, version))
+        return self._got.get(key)
 
     def release(self) -> None:
         """Forgets all values that have come: whoever needs one asks again."""
@@ -85,9 +90,14 @@ class Client:
     def ask(self, channels: Sequence[str], version: int) -> None:
         """Asks ahead: a server answers as soon as the version is there, while this trainer does something else."""
         for channel in channels:
-            if (channel, version) not in self._asked:
-                self._asked.add((channel, version))
-                self._send(self.job.owners[channel], Message(Pull(channel, version)))
+            key = self._key(channel, version)
+            if key not in self._asked:
+                self._asked.add(key)
+                self._send(self.job.owners[channel], Message(Pull(*key)))
+
+    def _key(self, channel: str, version: int) -> tuple[str, int]:
+        """What no update writes is asked for as of when all values were last set: at no later version is it another."""
+        return channel, self._base if channel in self._fixed else version
 
     def give(self, channel: str, version: int, tensor: torch.Tensor) -> None:
         """Sets a value on its server: at the start, or when a checkpoint is loaded."""
@@ -109,6 +119,11 @@ class Client:
         """All values have been given: servers go on at `step`."""
         for part in self.job.servers:
             self._send(part.rank, Message(Resume(step)))
+
+    def restart(self, step: int) -> None:
+        """All values are being set anew, to be those of `step`: what came before is old."""
+        self._base = step
+        self._got, self._asked = {}, set()
 
     def leave(self, step: int) -> None:
         for part in self.job.servers:

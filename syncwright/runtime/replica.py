@@ -14,12 +14,12 @@ from syncwright.errors import BatchError, JobError
 from syncwright.job import Job
 from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
-from syncwright.program import Role, Variable
+from syncwright.program import Program, Role, Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.merging import no_examples
 from syncwright.runtime.programs import Prepared
-from syncwright.runtime.server import no_examples
 
 Examples = Callable[..., float] | float | None
 
@@ -47,6 +47,7 @@ class Replica:
             for name, value in binding.values().items()
             if name not in served
         }
+        self.values |= _added(job.trainer["step"])
 
     @torch.no_grad()
     def step(self, prepared: Prepared, part: Part) -> Generator[Blocked, None, object]:
@@ -121,13 +122,18 @@ class Replica:
                 self.values[part.name] = value
 
     def reload(self) -> None:
-        """Takes the user's values anew; counts as a step, so that servers tell old values from new."""
+        """Takes the user's values anew; counts as a step, so that servers tell old values from new.
+
+        State that passes have added begins anew: the user's objects do not hold it.
+        """
         values = self.binding.values()
         self.values = {
             n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in self.values
         }
+        self.values |= _added(self.job.trainer["step"])
         self._layout = None
         self.step_count += 1
+        self.client.restart(self.step_count)
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What servers hold, whole, under the variables' own names, as of the steps done."""
@@ -143,6 +149,9 @@ class Replica:
     def give(self, values: Mapping[str, object], version: int) -> None:
         """Sends servers their slices of `values`."""
         for name, variable in self.job.held.items():
+            if variable.initial is not None:
+                self.client.give(name, version, _begun(variable))
+                continue
             value = values[variable.whole or name]
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
             self.client.give(name, version, tensor if variable.part is None else tensor[slice(*variable.part)])
@@ -160,6 +169,20 @@ class Replica:
             self.client.transport.broadcast(flat, f"the initial values of type {dtype}")
             for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
                 value.copy_(part.view(value.shape))
+
+
+def _added(program: Program) -> dict[str, torch.Tensor]:
+    """The state that passes have added to a trainer's program, as it begins."""
+    return {
+        name: _begun(program.variables[name], node.meta["val"].device)
+        for name, node in program.placeholders.items()
+        if program.variables[name].initial is not None
+    }
+
+
+def _begun(variable: Variable, device: torch.device | None = None) -> torch.Tensor:
+    assert variable.initial is not None, f"'{variable.name}' is the user's"
+    return torch.full(variable.shape, variable.initial, dtype=variable.dtype, device=device)
 
 
 def count_examples(batch: tuple, examples: Examples) -> float:

@@ -1,20 +1,21 @@
 """A server as a state machine: messages in, messages out. Knows no network, no clock and no thread.
 
-Holds variables (or pieces), merges what trainers push, runs each program once per step as soon as everything that it
-reads is there, answers pulls when the version asked for exists.
+Holds variables (or pieces), runs each program as often as what it reads has become complete (see `merging`), answers
+pulls when the version asked for exists. A version of a variable is how often it has been updated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from syncwright.errors import BatchError, Disagreement, JobError
-from syncwright.job import Channel, Job
+from syncwright.errors import Disagreement, JobError
+from syncwright.job import Job
 from syncwright.program import Program
 from syncwright.runtime.executor import NO_PORT, Executor
+from syncwright.runtime.merging import Attendance, Rounds
 from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.shapes import is_host
@@ -44,19 +45,12 @@ class Interpreter:
 
 @dataclass(slots=True)
 class Running:
-    """A program and the step that it runs next. Changes with every step."""
+    """A program and which of its runs is next. Changes with every run."""
 
     program: Program
     reads: tuple[str, ...]
     host: frozenset[str]
     step: int = 0
-
-
-@dataclass(slots=True)
-class Merging:
-    """The contributions to one channel at one step so far."""
-
-    given: dict[int, tuple[float, torch.Tensor]] = field(default_factory=dict)
 
 
 class Server:
@@ -67,28 +61,28 @@ class Server:
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self._held = {v.name: v for v in part.holds}
         self._running = [Running(p, p.reads, _host_reads(p)) for p in part.programs]
-        self._exports = part.exports
+        self._exports, self._fixed = part.exports, job.fixed
         self._versions: dict[str, dict[int, object]] = {name: {} for name in self._held}
         self._values: dict[tuple[str, int], object] = {}
-        self._merging: dict[tuple[str, int], Merging] = {}
-        self._left: dict[int, int] = {}
+        self._attendance = Attendance(job.plan.trainers)
+        self._merging = {n: Rounds(c, self._attendance) for n, c in job.channels.items() if c.server == rank}
         self._parked: list[tuple[Address, Pull]] = []
         self._readers = {name: [r for r in self._running if name in r.reads] for name in self._held}
 
     @property
     def done(self) -> bool:
         """Whether every trainer has left."""
-        return len(self._left) == self.job.plan.trainers
+        return not self._attendance.live
 
     @property
     def live(self) -> list[int]:
         """Trainers that have not left."""
-        return [k for k in range(self.job.plan.trainers) if k not in self._left]
+        return self._attendance.live
 
     @property
     def pending(self) -> bool:
         """Whether some trainers have contributed to a merge and others have not."""
-        return bool(self._merging)
+        return any(merging.pending for merging in self._merging.values())
 
     @property
     def step(self) -> int:
@@ -97,12 +91,8 @@ class Server:
 
     def waits_for(self) -> str:
         """Which contributions are missing, for errors."""
-        missing = [
-            f"'{channel}' of step {step} from trainer {', '.join(map(str, late))}"
-            for (channel, step), merging in sorted(self._merging.items(), key=lambda item: item[0][1])
-            if (late := [k for k in self._expected(step) if k not in merging.given])
-        ]
-        return "; ".join(missing) or "the next message of any trainer"
+        missing = sorted(late for merging in self._merging.values() for late in merging.missing())
+        return "; ".join(said for _, said in missing) or "the next message of any trainer"
 
     def handle(self, sender: Address, message: Message) -> list[Outgoing]:
         """Takes one message in; returns what is to be sent."""
@@ -119,7 +109,9 @@ class Server:
                 for running in self._running:
                     running.step = max(running.step, step)
             case Leave(step=step):
-                self._left[sender.rank] = step
+                self._attendance.left[sender.rank] = step
+                for name in self._merging:
+                    self._take_complete(name)
             case Failure(reason=reason):
                 raise cannot_go_on(Address(Kind.SERVER, self.rank), reason)
         return self._advance()
@@ -136,51 +128,47 @@ class Server:
 
     def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:
         if name in self._held:
+            if name in self._fixed:
+                self._versions[name].clear()
             self._versions[name][version] = _as_held(tensor)
         else:
             self._values[name, version - 1] = tensor
 
     def _take_push(self, sender: Address, push: Push, tensor: torch.Tensor | None) -> None:
-        channel = self.job.channels.get(push.channel)
-        if channel is None or channel.server != self.rank or tensor is None:
+        merging = self._merging.get(push.channel)
+        if merging is None or tensor is None:
             raise JobError(f"{sender} pushed '{push.channel}', which server {self.rank} does not merge.")
-        merging = self._merging.setdefault((push.channel, push.step), Merging())
-        merging.given[sender.rank] = (push.weight, tensor)
+        count = merging.take(sender.rank, push, tensor)
         for name, value in push.hypers.items():
-            self._values[name, push.step] = value
+            self._values[name, count] = value
+        self._take_complete(push.channel)
 
-    def _expected(self, step: int) -> list[int]:
-        return [k for k in range(self.job.plan.trainers) if self._left.get(k, step + 1) > step]
+    def _take_complete(self, channel: str) -> None:
+        self._values |= {(channel, count): value for count, value in self._merging[channel].complete()}
 
     def _advance(self) -> list[Outgoing]:
         sent: list[Outgoing] = []
-        self._merge()
         while ready := [r for r in self._running if self._inputs(r) is not None]:
             for running in ready:
                 sent += self._run(running)
         sent += self._answer()
         return sent
 
-    def _merge(self) -> None:
-        for (name, step), merging in list(self._merging.items()):
-            expected = self._expected(step)
-            if merging.given and all(k in merging.given for k in expected):
-                if not any(weight for weight, _ in merging.given.values()):
-                    raise no_examples(step)
-                del self._merging[name, step]
-                channel = self.job.channels[name]
-                self._values[name, step] = merge(channel, merging.given, self.job.plan.trainers)
-
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
         for name in running.reads:
-            value = (
-                self._versions[name].get(running.step) if name in self._held else self._values.get((name, running.step))
-            )
+            value = self._value(name, running.step)
             if value is None:
                 return None
             found[name] = float(value) if name in running.host else value  # type: ignore[arg-type]
         return found
+
+    def _value(self, name: str, count: int) -> object | None:
+        """What a program reads at its run `count`; None while it is not there."""
+        if name in self._fixed:
+            versions = self._versions[name]
+            return versions[max(versions)] if versions else None
+        return self._versions[name].get(count) if name in self._held else self._values.get((name, count))
 
     def _run(self, running: Running) -> list[Outgoing]:
         inputs = self._inputs(running)
@@ -227,48 +215,7 @@ class Server:
     def _lookup(self, pull: Pull) -> object | None:
         if pull.channel not in self._held:
             return self._values.get((pull.channel, pull.version - 1))
-        versions = self._versions[pull.channel]
-        if pull.version in versions:
-            return versions[pull.version]
-        if not any(pull.channel in r.program.writes for r in self._running) and versions:
-            return versions[max(versions)]
-        return None
-
-
-def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], trainers: int) -> torch.Tensor:
-    """One value of all contributions, added in the order of trainers: the same whoever came first.
-
-    Contributions are already multiplied by weight / trainers; their sum is divided by the sum of the weights / trainers
-    unless that is 1, so that it is a mean over those that are there. g = 1 from three trainers of four gives 1.0.
-    """
-    ordered = [given[k] for k in sorted(given)]
-    if channel.merge == "first":
-        return ordered[0][1]
-    total = ordered[0][1]
-    for _, tensor in ordered[1:]:
-        total = total + tensor
-    if channel.merge == "mean":
-        weight = _sum_of_weights([w for w, _ in ordered], total.dtype) / trainers
-        if weight not in (0, 1):
-            total = total / weight
-    return total
-
-
-def no_examples(step: int) -> BatchError:
-    """The error of a step for which no trainer has an example: its mean is 0 / 0."""
-    return BatchError(
-        f"step {step}: no trainer has examples; expected at least one, on some trainer. Leave the step out on all "
-        "trainers for such a batch."
-    )
-
-
-def _sum_of_weights(weights: list[float], dtype: torch.dtype) -> torch.Tensor:
-    """Added as collectives add them, in float64 only for float64 values: so servers and replicas agree to the bit."""
-    precision = torch.float64 if dtype is torch.float64 else torch.float32
-    total = torch.tensor(weights[0], dtype=precision)
-    for weight in weights[1:]:
-        total = total + torch.tensor(weight, dtype=precision)
-    return total
+        return self._versions[pull.channel].get(pull.version)
 
 
 def _host_reads(program: Program) -> frozenset[str]:

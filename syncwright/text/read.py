@@ -141,7 +141,8 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     selection = _read_selection(line, line.string("a variable")) if line.accept("whole") else None
     kept = tuple(line.sequence(lambda: _read_selection(line, name))) if line.accept("kept") else ()
     dynamic = line.sizes() if line.accept("dynamic") else ()
-    return Variable(name, role, shape, dtype, of, sparse, aliases, selection, kept, lazy, along, dynamic)
+    initial = line.constant() if line.accept("initial") else None
+    return Variable(name, role, shape, dtype, of, sparse, aliases, selection, kept, lazy, along, dynamic, initial)
 
 
 def _read_selection(line: Line, of: str) -> Selection:

@@ -74,6 +74,8 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"kept [{', '.join(_selection_text(s) for s in variable.kept)}]")
     if variable.dynamic:
         facts.append(f"dynamic {_sizes_text(variable.dynamic)}")
+    if variable.initial is not None:
+        facts.append(f"initial {variable.initial!r}")
     return " ".join(facts)
 
 
