@@ -61,13 +61,19 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Graphs are many small objects that all stay: walking over them in search of garbage doubles the time."""
+    """Graphs are many small objects that all stay: walking over them in search of garbage doubles the time.
+
+    Behind it they count as old (frozen and thawed), or the next small object would have all of them walked over at once.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # else somebody has frozen what is to stay so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
