@@ -46,8 +46,8 @@ class Client:
         uses  how often each channel will be pulled in this step, now or later: after the last time it is forgotten
         """
         self.step, self._weight, self._hypers = step, weight, dict(hypers)
-        self._got = {key: value for key, value in self._got.items() if key[1] >= step or key[0] in self._fixed}
-        self._asked = {key for key in self._asked if key[1] >= step or key[0] in self._fixed}
+        self._got = {key: value for key, value in self._got.items() if key >= self._key(key[0], step)}
+        self._asked = {key for key in self._asked if key >= self._key(key[0], step)}
         self._left = {}
         for (channel, later), count in uses.items():
             key = self._key(channel, step + int(later))
