@@ -210,13 +210,15 @@ def test_a_segment_reads_parts_of_flat_variables_as_tensors_of_their_own(monkeyp
 
 
 @pytest.mark.skipif(not is_available(), reason=str(obstacle()))
-@pytest.mark.parametrize("build", [Model, Checkpointed, Deep])
-def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build):
+@pytest.mark.parametrize(
+    ("build", "more"), [(Model, "norm.running_var"), (Checkpointed, "norm.running_var"), (Deep, "blocks.1.up.weight")]
+)
+def test_compiled_agrees_with_interpreted_and_draws_the_same_masks(build, more):
     program, values = lowered("adam", 2, COMPILED, build)
     expected = run(Executor(program), program, values, 3)
     found = run(CompiledExecutor(program), program, values, 3)
     assert abs(expected["loss"] - found["loss"]) < 1e-6
-    for name in {"table.weight", "head.weight", "head.weight.exp_avg", "norm.running_var"} & set(expected):
+    for name in ("table.weight", "head.weight", "head.weight.exp_avg", more):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 

@@ -63,7 +63,6 @@ verify          legal programs, one error class per rule
     program
     passes
     running
-    merging
     server
     job
 meaning         what each node of an update is made from, from graph edges

@@ -60,6 +60,7 @@ def _subclasses(kind: type) -> list[type]:
 
 
 def check_after(swap: Swap, hypers: Mapping[str, object]) -> None:
+    """Raises `CaptureError` for a step that has changed hyper-parameters, or made state that it had not made before."""
     if names := swap.changed_hypers(hypers):
         raise CaptureError(
             f"the step changes {', '.join(names)}; expected a step to read hyper-parameters only. "
