@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from syncwright.plan import Plan
+import torch
+
+from syncwright import ops
+from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Variable
 
 Merge = Literal["mean", "sum", "first"]
@@ -20,12 +23,23 @@ class Channel:
     server    who merges the contributions
     merge     how: example-weighted mean, sum, or (for values that are equal everywhere) the first trainer's
     hypers    hyper-parameters whose present values travel with each push
+    take      0: one contribution of every live trainer, by steps; or so many contributions, as they come
+    up_to     so many contributions of one trainer travel as one, while an earlier one is under way
+    wire      dtype in which it travels, where that is not the variable's
     """
 
     variable: Variable
     server: int
     merge: Merge
     hypers: tuple[str, ...] = ()
+    take: int = 0
+    up_to: int = 1
+    wire: torch.dtype | None = None
+
+    @property
+    def sent(self) -> Variable:
+        """What travels."""
+        return self.variable if self.wire is None else replace(self.variable, dtype=self.wire)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +65,7 @@ class Job:
     servers   one part per server of the plan
     channels  what trainers push, by name
     owners    which server keeps or computes each value that trainers pull, by name
+    casts     values that trainers pull in another dtype, by name: the variable that is kept, and the dtype
     local     outputs that stay on each trainer: tensors along the batch axis
     digest    of variables, update programs and the sequence of communications; never of a batch's shape
     """
@@ -62,11 +77,32 @@ class Job:
     owners: Mapping[str, int]
     local: tuple[str, ...]
     digest: str
+    casts: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
 
     @property
     def held(self) -> dict[str, Variable]:
         """Every variable, or piece of one, that lives on a server."""
         return {v.name: v for part in self.servers for v in part.holds}
+
+    @property
+    def arriving(self) -> set[str]:
+        """What lives on a server and is updated as contributions come: trainers ask for it as it is now."""
+        taken = {name for name, channel in self.channels.items() if channel.take}
+        programs = [p for part in self.servers for p in part.programs if taken.intersection(p.reads)]
+        return {name for program in programs for name in program.writes} & self.held.keys()
+
+    @property
+    def staged(self) -> set[str]:
+        """What trainers pull as it was one step before."""
+        pulls = self.trainer["step"].graph.find_nodes(op="call_function", target=ops.pull)
+        found = {str(node.args[1]) for node in pulls if node.args[4:5] == ("before",)}
+        return found | {self.casts[name][0] for name in found if name in self.casts}
+
+    @property
+    def staleness(self) -> int | None:
+        """How many steps a trainer may be ahead of another when its step returns; None: any number."""
+        syncs = [s.sync for s in self.plan.sharings if isinstance(s.sync, ParameterServer)]
+        return min((s.staleness for s in syncs if s.staleness is not None), default=None)
 
     @property
     def fixed(self) -> set[str]:

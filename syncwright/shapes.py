@@ -70,7 +70,7 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
             node.meta["val"] = _plain(node)
     elif node.target is torch.ops.aten._local_scalar_dense.default:
         node.meta.setdefault("val", float)
-    elif node.target in _LIKE_FIRST or _only_scales(node):
+    elif (node.target in _LIKE_FIRST and not node.kwargs) or _only_scales(node):
         node.meta["val"] = node.all_input_nodes[0].meta["val"]
     else:
         args, kwargs = substitute((node.args, node.kwargs), _stand_in)

@@ -29,6 +29,9 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 
+RARE = {"rare": True}
+"""The metadata of a field that is written only where it does not hold its default, also in a saved plan."""
+
 
 def tag(kind: type) -> str:
     """The name of a choice in YAML: tag(AllReduce) == "all_reduce"."""
@@ -170,6 +173,6 @@ def encode(value: Any, complete: bool = False) -> Any:
     written = {
         field.name: encode(getattr(value, field.name), complete)
         for field in known
-        if complete or getattr(value, field.name) != field.default
+        if (complete and field.metadata != RARE) or getattr(value, field.name) != field.default
     }
     return {name: written} if written else name

@@ -99,6 +99,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
 passes          one rewrite of the whole program per file
     insert
     serve_parameters
+    compensate
     share_globals
     average
     bucket
@@ -139,6 +140,7 @@ runtime         what runs a job
     agreement
     session
     loopback
+    replay
     intercept
     serving
     hosting

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch.fx import Node
+
 from syncwright import ops
 from syncwright.cut.crossing import calls, channel_of, part_name, ranks, senders, source_of
 from syncwright.cut.servers import server_programs
@@ -27,6 +30,7 @@ class Roles:
     servers: tuple[ServerPart, ...]
     channels: Mapping[str, Channel]
     owners: Mapping[str, int]
+    casts: Mapping[str, tuple[str, torch.dtype]]
 
 
 def cut(program: Program, servers: int) -> Roles:
@@ -39,11 +43,11 @@ def cut(program: Program, servers: int) -> Roles:
     servers keep nothing there are none.
     """
     if not any(variable.kept for variable in program.variables.values()):
-        return Roles(program, (), {}, {})
+        return Roles(program, (), {}, {}, {})
     known = Inference(mode_of(program.graph))
     parts = _parts(program, server_programs(program, known), _exports(program), servers)
     hypers = {part.rank: _hypers(part) for part in parts}
-    return Roles(trainer_program(program, known), parts, _channels(program, hypers), _owners(program))
+    return Roles(trainer_program(program, known), parts, _channels(program, hypers), _owners(program), _casts(program))
 
 
 def _channels(program: Program, hypers: Mapping[int, tuple[str, ...]]) -> dict[str, Channel]:
@@ -54,20 +58,40 @@ def _channels(program: Program, hypers: Mapping[int, tuple[str, ...]]) -> dict[s
         variable = program.variables[channel_of(node)]
         for index, rank in enumerate(ranks(node, program)):
             part = piece_of(variable, index)
-            found[part.name] = Channel(part, rank, node.args[2], hypers[rank] if computes else ())  # type: ignore[arg-type]
+            travelling = hypers[rank] if computes else ()
+            found[part.name] = Channel(part, rank, node.args[2], travelling, *_counting(node))  # type: ignore[arg-type]
     return found
+
+
+def _counting(node: Node) -> tuple[int, int, torch.dtype | None]:
+    """How many contributions count together and how many travel together, and the dtype in which they travel."""
+    take, up_to = (*node.args[3:], *(0, 1)[len(node.args) - 3 :])
+    return take, up_to, source_of(node).meta["val"].dtype if "dtype" in node.kwargs else None  # type: ignore[return-value]
 
 
 def _owners(program: Program) -> dict[str, int]:
     """Which server gives each value that trainers ask for."""
     found = {}
     for variable in program.variables.values():
-        if variable.role is not Role.GRAD:
+        if variable.role not in (Role.GRAD, Role.GLOBAL):
             found |= {piece_of(variable, i).name: int(part.server or 0) for i, part in enumerate(variable.kept)}
     for node in calls(program, ops.pull_value):
-        if not program.variables[channel_of(node)].kept:
-            found[channel_of(node)] = ranks(source_of(node), program)[0]
+        variable = program.variables[channel_of(node)]
+        if not variable.kept:
+            found[variable.name] = ranks(source_of(node), program)[0]
+        elif variable.role is Role.GLOBAL:
+            found |= {piece_of(variable, i).name: int(part.server or 0) for i, part in enumerate(variable.kept)}
     return found
+
+
+def _casts(program: Program) -> dict[str, tuple[str, torch.dtype]]:
+    """Values that are pulled in another dtype, with the variables that are kept."""
+    pulled = [program.variables[channel_of(node)] for node in calls(program, ops.pull_value) if "dtype" in node.kwargs]
+    return {
+        piece_of(variable, index).name: (piece_of(program.variables[part.of], index).name, variable.dtype)
+        for variable in pulled
+        for index, part in enumerate(variable.kept)
+    }
 
 
 def _hypers(part: ServerPart) -> tuple[str, ...]:
@@ -82,7 +106,8 @@ def _parts(
     servers: int,
 ) -> tuple[ServerPart, ...]:
     holds: dict[int, list[Variable]] = {rank: [] for rank in range(servers)}
-    for variable in _by_parameter(v for v in program.variables.values() if v.role is not Role.GRAD and v.kept):
+    kept = [v for v in program.variables.values() if v.kept and v.role not in (Role.GRAD, Role.GLOBAL)]
+    for variable in _by_parameter(kept):
         for index, part in enumerate(variable.kept):
             holds[int(part.server or 0)].append(piece_of(variable, index))
     return tuple(ServerPart(r, tuple(holds[r]), tuple(programs.get(r, ())), exports.get(r, {})) for r in holds)

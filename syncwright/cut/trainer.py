@@ -63,7 +63,8 @@ class _Trainer:
         cut = variable.kept[1:] and variable.kept[0].bounds is not None
         parts = [piece_of(variable, index) for index in range(len(variable.kept) if cut else 1)]
         after = [self.tokens[push] for push in self._awaited(node)]
-        pulled = [self.known.call(self.graph, ops.pull, after, p.name, list(p.shape), p.dtype) for p in parts]
+        when = node.args[2:3]
+        pulled = [self.known.call(self.graph, ops.pull, after, p.name, list(p.shape), p.dtype, *when) for p in parts]
         return self.known.call(self.graph, aten.cat.default, pulled) if len(pulled) > 1 else pulled[0]
 
     def _awaited(self, node: Node) -> list[Node]:

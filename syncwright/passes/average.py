@@ -74,7 +74,10 @@ def average_values(program: Program, plan: Plan) -> Program:
 
 
 def communicates(plan: Plan) -> bool:
-    return any(isinstance(s.sync, AllReduce | ParameterServer) for s in plan.sharings)
+    """Whether trainers keep step with each other: where all updates are asynchronous there is no step to average over."""
+    return any(
+        isinstance(s.sync, AllReduce) or (isinstance(s.sync, ParameterServer) and s.sync.in_step) for s in plan.sharings
+    )
 
 
 def by_collective(plan: Plan) -> bool:

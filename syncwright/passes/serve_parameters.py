@@ -14,7 +14,7 @@ from syncwright.meaning import Joined, Scalar
 from syncwright.passes.insert import behind, read_share, read_weight
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.plan import ParameterServer, Plan
-from syncwright.program import Program, Variable, set_results
+from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, is_host, mode_of
 from syncwright.split import Split, global_variable, grad_variable, kept, places, split
 from syncwright.update import find_updates
@@ -31,17 +31,18 @@ def serve_parameters(program: Program, plan: Plan) -> Program:
 
     Global values that several owners have a part in are made at the reducer:
     %s = send(norm(%m), "global.norm") at server 0, %c = clamp(...) at server 0, send(%c, "global.clamp") at owners "w".
-    See ParameterServer in `SEMANTICS`: one update per step, when all live trainers have pushed.
+    See ParameterServer in `SEMANTICS`: one update per step, when all live trainers have pushed; or, asynchronous, one for
+    every push (`take` 1) or so many, unscaled, and values as they are now.
     """
-    merges = {s.variable: s.sync.reduce for s in plan.sharings if isinstance(s.sync, ParameterServer)}
-    if not merges:
+    syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, ParameterServer)}
+    if not syncs:
         return program
     program, weight = program.edit(), None
     parts = split(program, find_updates(program), plan)
-    if plan.trainers > 1 and "mean" in merges.values():
+    if plan.trainers > 1 and any(sync.in_step and sync.reduce == "mean" for sync in syncs.values()):
         program, weight = read_weight(program)
     share = read_share(weight, plan.trainers) if weight is not None else None
-    crossing = _Crossing(parts, places(parts), merges, share, Inference(mode_of(program.graph)))
+    crossing = _Crossing(parts, places(parts), syncs, share, Inference(mode_of(program.graph)))
     return crossing.rewrite(program)
 
 
@@ -53,12 +54,13 @@ class _Crossing:
     marks     of gradients that servers need, with their parameters
     named     nodes that are the value of a variable that servers keep
     partials  reductions that each owner of a piece makes of its piece
+    parameter  with which each variable goes that servers keep
     origin    the node that a crossing brings, also over two crossings
     """
 
     parts: Split
     places: dict[Node, Place]
-    merges: Mapping[str, str]
+    syncs: Mapping[str, ParameterServer]
     share: Node | None
     known: Inference
     made: dict[tuple[Node, Place], Node] = field(default_factory=dict)
@@ -66,14 +68,15 @@ class _Crossing:
     marks: dict[Node, str] = field(init=False)
     named: dict[Node, str] = field(init=False)
     partials: set[Node] = field(init=False)
+    parameter: dict[str, str] = field(init=False)
     origin: dict[Node, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         program = self.parts.program
-        names = {name for names in self.parts.owned.values() for name in names}
+        self.parameter = {name: parameter for parameter, names in self.parts.owned.items() for name in names}
         self.marks = {mark: name for name, mark in self.parts.updates.marks.items() if name in self.parts.pieces}
         values = [*program.placeholders.items(), *program.results.items()]
-        self.named = {node: name for name, node in reversed(values) if name in names}
+        self.named = {node: name for name, node in reversed(values) if name in self.parameter}
         partials = [pair for join in self.parts.updates.joins for pair in join.partials.items()]
         meanings, pieces = self.parts.updates.meanings, self.parts.pieces
         self.partials = {n for n, p in partials if len(pieces.get(p, ())) > 1 and isinstance(meanings[n], Joined)}
@@ -86,21 +89,21 @@ class _Crossing:
                 for source in node.all_input_nodes:
                     if (carried := self._carry(source, place, node)) is not source:
                         node.replace_input_with(source, carried)
-        owners = {name: Owners(parameter) for parameter, names in self.parts.owned.items() for name in names}
+        owners = {name: Owners(parameter) for name, parameter in self.parameter.items()}
         results = {n: self._carry(r, owners.get(n, TRAINERS), program.output) for n, r in program.results.items()}
         set_results(program, results)
         for node, place in self.places.items():
             put(node, place)
-        return replace(program, variables={**program.variables, **self._kept(program), **self.channels})
+        return replace(program, variables={**program.variables, **self._kept(), **self.channels})
 
-    def _kept(self, program: Program) -> dict[str, Variable]:
+    def _kept(self) -> dict[str, Variable]:
         """The variables that servers keep, with their parts."""
-        found = {}
-        for parameter, names in self.parts.owned.items():
-            for name in names:
-                of = None if name == parameter else parameter
-                found[name] = replace(program.variables[name], of=of, kept=kept(self.parts, name, parameter))
-        return found
+        return {name: self._kept_variable(name) for name in self.parameter}
+
+    def _kept_variable(self, name: str) -> Variable:
+        parameter = self.parameter[name]
+        of = None if name == parameter else parameter
+        return replace(self.parts.program.variables[name], of=of, kept=kept(self.parts, name, parameter))
 
     def _carry(self, node: Node, place: Place, reader: Node) -> Node:
         """What stands for `node` at `place`, made in front of its first reader where it crosses."""
@@ -126,7 +129,7 @@ class _Crossing:
             return self._as_it_was(node, crossed, place)
         with node.graph.inserting_before(reader):
             if place == TRAINERS and node in self.named:
-                return self._call(place, ops.pull_value, node, self.named[node])
+                return self._pull(node, self.named[node])
             op = ops.pull_value if place == TRAINERS else ops.send
             if op is ops.pull_value:
                 self._check_whole(node, source, reader)
@@ -145,16 +148,35 @@ class _Crossing:
         return reducer if through and place != reducer else None
 
     def _push_gradient(self, mark: Node, parameter: str) -> Node:
-        """The trainers' gradients, scaled where they are averaged, and merged at the parameter's owners."""
-        merge, sent = self.merges[parameter], mark
+        """The trainers' gradients, scaled where they are averaged in step, and merged at the parameter's owners."""
+        sync, sent = self.syncs[parameter], mark
         grad = grad_variable(self.parts.program, parameter)
         parts = tuple(replace(s, of=grad.name) for s in kept(self.parts, parameter, parameter))
         self.channels[grad.name] = replace(grad, kept=parts)
-        if self.share is not None and merge == "mean":
+        if self.share is not None and sync.in_step and sync.reduce == "mean":
             with behind(mark):
                 sent = self._call(TRAINERS, aten.mul.Tensor, mark, self.share)
+        options: dict[str, object] = {} if sync.push is None else {"dtype": mark.meta["val"].dtype}
+        if sync.push is not None:
+            with behind(sent):
+                sent = self._call(TRAINERS, aten._to_copy.default, sent, dtype=getattr(torch, sync.push))
+        take = () if sync.in_step else (sync.take,) if sync.merge == 1 else (sync.take, sync.merge)
         with behind(sent):
-            return self._call(Owners(parameter), ops.push_merged, sent, grad.name, merge)
+            return self._call(Owners(parameter), ops.push_merged, sent, grad.name, sync.reduce, *take, **options)
+
+    def _pull(self, node: Node, name: str) -> Node:
+        """The value of a variable that servers keep, for trainers: of this step, the one before, or as it is now."""
+        variable = self.parts.program.variables[name]
+        sync = self.syncs[self.parameter[name]]
+        when = () if sync.in_step and not sync.staged else ("before",) if sync.in_step else ("now",)
+        dtype = None if sync.pull is None else getattr(torch, sync.pull)
+        if dtype in (None, variable.dtype) or not variable.dtype.is_floating_point or not variable.shape:
+            return self._call(TRAINERS, ops.pull_value, node, name, *when)
+        channel = replace(self._kept_variable(name), name=f"{name} as {sync.pull}", role=Role.GLOBAL, dtype=dtype)
+        self.channels[channel.name] = replace(channel, aliases=())
+        pulled = self._call(TRAINERS, ops.pull_value, node, channel.name, *when, dtype=dtype)
+        with behind(pulled):
+            return self._call(TRAINERS, aten._to_copy.default, pulled, dtype=variable.dtype)
 
     def _check_whole(self, node: Node, source: Place, reader: Node) -> None:
         """A trainer cannot read what is made piece by piece, but for variables and numbers that every piece knows."""

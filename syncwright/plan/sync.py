@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from syncwright.errors import PlanError
 from syncwright.plan.partition import Partition, Whole
 from syncwright.plan.placement import Placement, RoundRobin
-from syncwright.typed import Amount, check_fields
+from syncwright.typed import RARE, Amount, Count, Index, check_fields
 
 _WHOLE, _IN_TURN = Whole(), RoundRobin()
+Wire = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +38,71 @@ class AllReduce:
 class ParameterServer:
     """Servers keep the variable and run its update: trainers push gradients and pull the value.
 
-    mode       "sync": one update per step, when all live trainers have pushed
-    partition  how the variable is cut along axis 0
-    place      which server keeps each piece
-    reduce     "mean": weighted by examples; "sum": for losses that are sums
+    mode        "sync": one update per step, when all live trainers have pushed; "async": one for each push, on arrival
+    staleness   async: a step returns only when no live trainer is more than so many steps behind; None: never waits
+    take        async: one update for so many pushes, with their mean, whoever sent them
+    compensate  async: delay compensation, gradient + compensate * gradient**2 * (value - value that was pulled) (DC-ASGD)
+    merge       async: up to so many gradients of a trainer travel as one push, their mean, while an earlier one is under way
+    clock       async: the hyper-parameters of an update are those of the trainer's step that pushed ("trainer_step"), or
+                follow the scheduler, one tick for as many updates as there are trainers ("global_update")
+    staged      sync: steps read values that are one step old, so that pulls never wait
+    push, pull  dtype in which gradients and values travel; None: their own
+    partition   how the variable is cut along axis 0
+    place       which server keeps each piece
+    reduce      "mean": weighted by examples; "sum": for losses that are sums
+
+    Raises PlanError for settings that mean nothing together.
     """
 
-    mode: Literal["sync"] = "sync"
+    mode: Literal["sync", "async"] = "sync"
     partition: Partition = _WHOLE
     place: Placement = _IN_TURN
     reduce: Literal["mean", "sum"] = "mean"
+    staleness: Index | None = field(default=None, metadata=RARE)
+    take: Count = field(default=1, metadata=RARE)
+    compensate: Amount = field(default=0.0, metadata=RARE)
+    merge: Count = field(default=1, metadata=RARE)
+    clock: Literal["trainer_step", "global_update"] = field(default="trainer_step", metadata=RARE)
+    staged: bool = field(default=False, metadata=RARE)
+    push: Wire | None = field(default=None, metadata=RARE)
+    pull: Wire | None = field(default=None, metadata=RARE)
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
+        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if self.mode == "sync":
+            for name in [name for name in _ASYNC if name in changed]:
+                found = f"{name}: {getattr(self, name)} with mode: sync"
+                raise self._refused(found, _ASYNC[name], "Say mode: async as well.")
+        elif self.staged:
+            why = "asynchronous pulls never wait, so nothing is gained"
+            raise self._refused("staged: true with mode: async", why, "Leave staged out.")
+        for first, second, why in _APART:
+            if {first, second} <= changed:
+                raise self._refused(f"{first} and {second} together", why, f"Leave {first} or {second} out.")
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all trainers are at the same step when the variable is updated."""
+        return self.mode == "sync"
+
+    def _refused(self, found: str, why: str, do: str) -> PlanError:
+        return PlanError(f"ParameterServer: found {found}, but {why}. {do}")
+
+
+_ASYNC = {
+    "staleness": "in lock step no trainer is ahead",
+    "take": "a synchronous update takes one push of every trainer",
+    "compensate": "in lock step no value is stale",
+    "merge": "a synchronous update takes one push of every trainer in every step",
+    "clock": "in lock step there is one clock, the global step",
+}
+"""Settings that only asynchronous updates have, and why."""
+
+_APART = (
+    ("staleness", "merge", "a merged push comes some steps late, so the bound would not hold"),
+    ("compensate", "take", "a mean of gradients has no one value that was pulled"),
+    ("compensate", "merge", "a mean of gradients has no one value that was pulled"),
+)
 
 Sync = Local | AllReduce | ParameterServer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 
@@ -12,9 +14,30 @@ from syncwright import ops
 from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
-from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
+from syncwright.runtime.merging import together
+from syncwright.runtime.messages import (
+    Address,
+    Failure,
+    Go,
+    Hello,
+    Kind,
+    Leave,
+    Message,
+    Pull,
+    Push,
+    Resume,
+    Taken,
+    Tick,
+    Value,
+)
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.transport import Outlet, Work
+
+Key = tuple[str, int]
+"""A channel, and the version or (below `BEFORE_ALL`) the number by which its value is asked for."""
+BEFORE_ALL = -1
+"""The version before the first, which a staged pull of the first step asks for: it gets the first."""
+When = Literal["now", "end"]
 
 
 class Client:
@@ -23,12 +46,18 @@ class Client:
     def __init__(self, job: Job, transport: Outlet):
         self.job, self.transport = job, transport
         self.step, self._weight, self._hypers = 0, 1.0, {}
-        self._asked: set[tuple[str, int]] = set()
-        self._got: dict[tuple[str, int], torch.Tensor] = {}
+        self._asked: set[Key] = set()
+        self._got: dict[Key, torch.Tensor] = {}
+        self._order: dict[str, deque[Key]] = {}
+        self._fresh = BEFORE_ALL
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
-        self._left: dict[tuple[str, int], int] = {}
+        self._left: dict[Key, int] = {}
         self._notes = _notes(job)
-        self._fixed, self._base = job.fixed, 0
+        self._fixed, self._base, self._settings = job.fixed, 0, 1
+        self._now = job.arriving | {name for name, (of, _) in job.casts.items() if of in job.arriving}
+        self._waiting: dict[str, list[tuple[float, torch.Tensor]]] = {}
+        self._under_way: set[str] = set()
+        self._released = -1
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -39,30 +68,60 @@ class Client:
         step: int,
         weight: float,
         hypers: Mapping[str, float],
-        uses: Mapping[tuple[str, bool], int] = MappingProxyType({}),
+        uses: Mapping[tuple[str, int], int] = MappingProxyType({}),
     ) -> None:
         """What belongs to all pushes of the step that begins.
 
-        uses  how often each channel will be pulled in this step, now or later: after the last time it is forgotten
+        uses  how often each channel will be pulled in this step, as of how many steps later (-1: before): after the last
+              time it is forgotten
         """
         self.step, self._weight, self._hypers = step, weight, dict(hypers)
-        self._got = {key: value for key, value in self._got.items() if key >= self._key(key[0], step)}
-        self._asked = {key for key in self._asked if key >= self._key(key[0], step)}
         self._left = {}
-        for (channel, later), count in uses.items():
-            key = self._key(channel, step + int(later))
+        for (channel, at), count in uses.items():
+            key = self._key(channel, step + at)
             self._left[key] = self._left.get(key, 0) + count
+        self._got = {key: value for key, value in self._got.items() if self._is_wanted(key)}
+        self._asked = {key for key in self._asked if self._is_wanted(key)}
         self.transport.progress(step, "begin")
 
-    def push(self, channel: str, tensor: torch.Tensor) -> None:
+    def _is_wanted(self, key: Key) -> bool:
+        return key in self._left or key[1] >= self.step or key[0] in self._fixed
+
+    def push(self, channel: str, tensor: torch.Tensor) -> bool:
+        """Sends a contribution, or keeps it until an earlier one is taken, to be sent with others as their mean.
+
+        False where as many are kept as may be: it has to be given again.
+        """
+        known = self.job.channels[channel]
+        self.transport.progress(self.step, f"push {channel}")
+        if known.up_to == 1:
+            self._push(channel, self._weight, tensor)
+            return True
+        waiting = self._waiting.setdefault(channel, [])
+        if len(waiting) == known.up_to:
+            return False
+        waiting.append((self._weight, tensor.detach().clone()))
+        if channel not in self._under_way:
+            self._push_waiting(channel)
+        return True
+
+    def _push(self, channel: str, weight: float, tensor: torch.Tensor) -> None:
         known = self.job.channels[channel]
         hypers = {name: self._hypers[name] for name in known.hypers}
-        self.transport.progress(self.step, f"push {channel}")
-        header = Push(channel, self.step, self._weight, hypers)
+        header = Push(channel, self.step, weight, hypers)
         self._send(known.server, Message(header, tensor.detach().contiguous()))
 
-    def pull(self, channel: str, later: bool) -> torch.Tensor | None:
-        key = self._key(channel, self.step + int(later))
+    def _push_waiting(self, channel: str) -> None:
+        waiting = self._waiting.pop(channel, [])
+        if waiting:
+            self._under_way.add(channel)
+            weight = sum(weight for weight, _ in waiting)
+            wire = self.job.channels[channel].sent.dtype
+            self._push(channel, weight, together(self.job.channels[channel], waiting).to(wire))
+
+    def pull(self, channel: str, later: bool, before: bool = False) -> torch.Tensor | None:
+        """The value as it is in this step; `later`: after it; `before`: as it was in the step before."""
+        key = self._key(channel, self.step + int(later) - int(before))
         value = self.fetch(*key)
         if value is not None and key in self._left:
             self._left[key] -= 1
@@ -70,34 +129,51 @@ class Client:
                 self._forget(key)
         return value
 
-    def fetch(self, channel: str, version: int) -> torch.Tensor | None:
-        """The value once `version` steps are in it; asks for it the first time, None while it is not there."""
+    def fetch(self, channel: str, version: int, when: When = "now") -> torch.Tensor | None:
+        """The value once `version` steps are in it; asks for it the first time, None while it is not there.
+
+        when  of what is updated as contributions come: as it is "now", or at the "end", when all trainers have left
+        """
         key = self._key(channel, version)
         if key not in self._got:
             self.transport.progress(self.step, f"pull {channel}")
-            self.ask((channel,), version)
+            self.ask([(channel, 0)], version, when)
         return self._got.get(key)
+
+    def fresh(self) -> int:
+        """A number to fetch values by that no earlier answer stands for."""
+        self._fresh -= 1
+        return self._fresh
 
     def release(self) -> None:
         """Forgets all values that have come: whoever needs one asks again."""
         for key in list(self._got):
             self._forget(key)
 
-    def _forget(self, key: tuple[str, int]) -> None:
+    def _forget(self, key: Key) -> None:
         del self._got[key]
         self._asked.discard(key)
 
-    def ask(self, channels: Sequence[str], version: int) -> None:
-        """Asks ahead: a server answers as soon as the version is there, while this trainer does something else."""
-        for channel in channels:
-            key = self._key(channel, version)
+    def ask(self, channels: Sequence[tuple[str, int]], version: int, when: When = "now") -> None:
+        """Asks ahead, each channel as of so many steps later: a server answers as soon as the version is there."""
+        for channel, at in channels:
+            key = self._key(channel, version + at)
             if key not in self._asked:
                 self._asked.add(key)
-                self._send(self.job.owners[channel], Message(Pull(*key)))
+                pull = Pull(*key)
+                if channel in self._now:
+                    self._order.setdefault(channel, deque()).append(key)
+                    pull = Pull(channel, self._settings, when)
+                self._send(self.job.owners[channel], Message(pull))
 
-    def _key(self, channel: str, version: int) -> tuple[str, int]:
-        """What no update writes is asked for as of when all values were last set: at no later version is it another."""
-        return channel, self._base if channel in self._fixed else version
+    def _key(self, channel: str, version: int) -> Key:
+        """What no update writes is asked for as of when all values were last set: at no later version is it another.
+
+        Nor is there an older one than that.
+        """
+        if version < BEFORE_ALL:
+            return channel, version
+        return channel, self._base if channel in self._fixed else max(self._base, version)
 
     def give(self, channel: str, version: int, tensor: torch.Tensor) -> None:
         """Sets a value on its server: at the start, or when a checkpoint is loaded."""
@@ -123,9 +199,24 @@ class Client:
     def restart(self, step: int) -> None:
         """All values are being set anew, to be those of `step`: what came before is old."""
         self._base = step
+        self._settings += 1
         self._got, self._asked = {}, set()
 
+    def tick(self, clock: int, staleness: int) -> None:
+        """Says that so many steps have been pushed, to who keeps the clocks."""
+        self._send(self.job.plan.reducer or 0, Message(Tick(clock, staleness)))
+
+    def is_free(self, clock: int) -> bool:
+        """Whether no other trainer is too far behind one that has pushed so many steps."""
+        return self._released >= clock
+
+    def flush(self) -> None:
+        """Sends what is kept back."""
+        for channel in list(self._waiting):
+            self._push_waiting(channel)
+
     def leave(self, step: int) -> None:
+        self.flush()
         for part in self.job.servers:
             self._send(part.rank, Message(Leave(step)))
 
@@ -139,7 +230,13 @@ class Client:
         """What a server sent."""
         match message.header:
             case Value(channel=channel, version=version) if message.tensor is not None:
-                self._got[channel, version] = message.tensor
+                key = self._order[channel].popleft() if channel in self._now else (channel, version)
+                self._got[key] = message.tensor
+            case Taken(channel=channel):
+                self._under_way.discard(channel)
+                self._push_waiting(channel)
+            case Go(clock=clock):
+                self._released = max(self._released, clock)
             case Failure(reason=reason):
                 raise cannot_go_on(self.transport.me, reason)
             case other:

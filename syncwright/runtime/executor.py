@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -13,14 +13,18 @@ from syncwright import ops
 from syncwright.program import Program
 from syncwright.shapes import substitute
 
+T = TypeVar("T")
+
 
 class Port(Protocol):
     """Where a running program's communications go."""
 
-    def push(self, channel: str, tensor: torch.Tensor) -> None: ...
+    def push(self, channel: str, tensor: torch.Tensor) -> bool:
+        """False while it cannot be taken."""
+        ...
 
-    def pull(self, channel: str, later: bool) -> torch.Tensor | None:
-        """The value, or None while it is not there. `later`: as it is after this step."""
+    def pull(self, channel: str, later: bool, before: bool) -> torch.Tensor | None:
+        """The value, or None while it is not there. `later`: as it is after this step; `before`: in the one before."""
         ...
 
     def start(self, channel: str, tensor: torch.Tensor) -> None: ...
@@ -96,7 +100,7 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
     args = substitute(node.args, env.__getitem__)
     match node.target:
         case ops.push:
-            port.push(args[1], args[0])
+            yield from _until(node, args[1], lambda: port.push(args[1], args[0]) or None)
             return torch.empty(0)
         case ops.all_reduce:
             given = args[0] if _is_given_away(node) else args[0].clone()
@@ -105,7 +109,12 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))
         case _:
-            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]))))
+            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), is_before(node))))
+
+
+def is_before(pull: Node) -> bool:
+    """Whether a trainer pulls a value as it was one step before."""
+    return pull.args[4:5] == ("before",)
 
 
 def _is_given_away(node: Node) -> bool:
@@ -117,7 +126,7 @@ def _is_given_away(node: Node) -> bool:
 _FRESH = frozenset({torch.ops.aten.cat.default, torch.ops.aten.mul.Tensor, torch.ops.aten.zeros.default})
 
 
-def _until(node: Node, channel: str, ask: Callable[[], torch.Tensor | None]) -> Generator[Blocked, None, torch.Tensor]:
+def _until(node: Node, channel: str, ask: Callable[[], T | None]) -> Generator[Blocked, None, T]:
     while (value := ask()) is None:
         yield Blocked(node.name, channel)
     return value

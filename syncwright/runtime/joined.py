@@ -48,7 +48,7 @@ class Joined:
     def _wait(self, blocked: Blocked) -> None:
         """Takes the next message in, whatever it is."""
         assert self.client is not None, "the session is open"
-        owner = Address(Kind.SERVER, self.job.owners[blocked.channel])
+        owner = Address(Kind.SERVER, self._server_of(blocked.channel))
         others = [Address(Kind.TRAINER, k) for k in range(self.trainers) if k != self.transport.me.rank]
         wait = self.transport.wait([owner, *others], self._seconds)
         while (got := self.transport.receive(1.0)) is None:
@@ -61,6 +61,12 @@ class Joined:
                     "only slow, give a longer Deadlines.wait."
                 )
         self.client.take(*got)
+
+    def _server_of(self, channel: str) -> int:
+        """Who answers for a channel; for the trainers' clocks, who keeps them."""
+        if channel in self.job.channels:
+            return self.job.channels[channel].server
+        return self.job.owners.get(channel, self.job.plan.reducer or 0)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,10 @@ def limit_of(job: Job, me: Address) -> Limit:
     pulled = {name: _form(variable) for name, variable in job.held.items()}
     pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
+    pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}
     if me.kind is Kind.TRAINER:
         return {name: pulled[name] for name in job.owners}
-    pushed = {name: _form(channel.variable) for name, channel in job.channels.items() if channel.server == me.rank}
+    pushed = {name: _form(channel.sent) for name, channel in job.channels.items() if channel.server == me.rank}
     given = {name for part in job.servers for name, others in part.exports.items() if me.rank in others}
     owned = {name for name, owner in job.owners.items() if owner == me.rank}
     return {name: pulled[name] for name in owned | given} | pushed

@@ -63,7 +63,7 @@ class Loopback:
         self.model, self.optimizer, self.trainers = training.model, training.optimizer, trainers
         self.network = Network(trainers)
         self.servers: list[Server] = []
-        self._streams = [random_stream(k) for k in range(trainers)]
+        self.streams = [random_stream(k) for k in range(trainers)]
 
     @property
     def binding(self) -> Binding:
@@ -120,6 +120,12 @@ class Loopback:
         """Every trainer's part: all trainers are here."""
         return list(parts)
 
+    def open(self, batch: tuple) -> None:
+        """Starts the job, captured on a batch, and lets all that is under way arrive."""
+        part = self.session.part(batch)
+        self._start(self.session.prepared(part), part)
+        self._deliver()
+
     def _start(self, prepared: Prepared, part: Part) -> None:
         if self.replicas:
             return
@@ -136,7 +142,7 @@ class Loopback:
                 if rank in results:
                     continue
                 before = self.network.sent
-                with _stream(self._streams, rank):
+                with stream(self.streams, rank):
                     try:
                         blocked.append((rank, next(run)))
                     except StopIteration as stop:
@@ -159,6 +165,14 @@ class Loopback:
             else:
                 self.replicas[to.rank].client.take(sender, message)
         return any_moved
+
+    def hand_over(self, sender: Address, to: Address, message: Message) -> None:
+        """Lets one message arrive, and at once all that servers send because of it."""
+        if to.kind is Kind.TRAINER:
+            self.replicas[to.rank].client.take(sender, message)
+            return
+        for target, answer in self.servers[to.rank].handle(sender, message):
+            self.hand_over(to, target, answer)
 
     def _who(self, blocked: tuple[int, Blocked]) -> str:
         rank, where = blocked
@@ -231,7 +245,7 @@ class LoopbackTransport:
         """Nobody asks: a loopback that stands still says itself who waits for what."""
 
 
-class _stream:
+class stream:
     """While open, torch's global generator is trainer `rank`'s."""
 
     def __init__(self, streams: list[torch.Tensor], rank: int):

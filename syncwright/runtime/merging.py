@@ -1,9 +1,10 @@
-"""When the contributions to a channel are complete, and what they give together."""
+"""When the contributions to a channel count, and what they give together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -12,83 +13,179 @@ from syncwright.job import Channel
 from syncwright.runtime.messages import Push
 
 Given = dict[int, tuple[float, torch.Tensor]]
-"""By trainer: the weight of its contribution, and the contribution, already multiplied by weight / trainers."""
+"""By trainer: the weight of its contribution, and the contribution."""
+LEAD = 64
+"""So many steps a trainer's contributions may wait for those of others: what nobody reads holds nobody back."""
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True)
 class Attendance:
-    """Which trainers there are. Changes when one leaves.
+    """Which trainers there are. Changes when one leaves or is lost.
 
-    left  from which step on a trainer contributes nothing
+    left   from which step on a trainer contributes nothing; of one that is lost, from the first on
+    clock  how many steps each trainer has pushed, where trainers say so
     """
 
     trainers: int
     left: dict[int, int] = field(default_factory=dict)
+    clock: dict[int, int] = field(default_factory=dict)
 
     @property
     def live(self) -> list[int]:
         """Trainers that have not left."""
         return [k for k in range(self.trainers) if k not in self.left]
 
+    @property
+    def slowest(self) -> int | None:
+        """The fewest steps that a live trainer has pushed; None where nobody is left."""
+        return min((self.clock.get(k, 0) for k in self.live), default=None)
+
     def expected(self, step: int) -> list[int]:
         """The trainers that contribute to a step."""
         return [k for k in range(self.trainers) if self.left.get(k, step + 1) > step]
 
 
-class Rounds:
-    """The contributions to one channel: those of a step count when every trainer that is there has given its own.
+class Counting(Protocol):
+    """The contributions to one channel. What counts is numbered, and a server's program runs once for each number.
 
-    Changes with every contribution. Other rules of when contributions count are other classes with these methods; what
-    counts is numbered, and a server's program runs once for each number.
+    Changes with every contribution.
     """
+
+    channel: Channel
+
+    @property
+    def pending(self) -> bool:
+        """Whether some trainers have contributed and others are waited for."""
+        ...
+
+    def refusal(self, trainer: int, push: Push) -> str | None:
+        """Why a contribution cannot be taken; None where it can."""
+        ...
+
+    def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int | None:
+        """Takes a contribution in; returns the number under which it counts, None where it counts for nothing."""
+        ...
+
+    def complete(self) -> list[tuple[int, torch.Tensor]]:
+        """What has become complete: numbers, each with the merged value."""
+        ...
+
+    def drop(self, trainer: int) -> None:
+        """Forgets what a trainer that is lost has given to what is not complete."""
+        ...
+
+    def missing(self) -> list[tuple[int, str]]:
+        """Which contributions are late: numbers, each with what to say of it."""
+        ...
+
+
+def counting(channel: Channel, attendance: Attendance) -> Counting:
+    """How the contributions to a channel count."""
+    return Arrivals(channel) if channel.take else Rounds(channel, attendance)
+
+
+class Rounds:
+    """Contributions by step: those of a step count when every trainer that is there has given its own. See `Counting`."""
 
     def __init__(self, channel: Channel, attendance: Attendance):
         self.channel, self._attendance = channel, attendance
         self._given: dict[int, Given] = {}
+        self._done = -1
 
     @property
     def pending(self) -> bool:
-        """Whether some trainers have contributed and others have not."""
         return bool(self._given)
 
+    def refusal(self, trainer: int, push: Push) -> str | None:
+        if push.step <= self._done:
+            return f"it is of step {push.step}, which is complete"
+        if trainer in self._given.get(push.step, {}):
+            return f"it is the second of step {push.step}"
+        if trainer not in self._attendance.expected(push.step):
+            return f"trainer {trainer} has left before step {push.step}"
+        oldest = min(self._given, default=push.step)
+        return f"it is of step {push.step}, others are at {oldest}" if push.step > oldest + LEAD else None
+
     def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int:
-        """Takes a contribution in; returns the number under which it counts."""
         self._given.setdefault(push.step, {})[trainer] = push.weight, tensor
         return push.step
 
     def complete(self) -> list[tuple[int, torch.Tensor]]:
-        """What has become complete: numbers, each with the merged value. Raises `BatchError` where nobody has examples."""
+        """Raises `BatchError` where nobody has examples."""
         found = [(step, self._given.pop(step)) for step in sorted(self._given) if not self._late(step)]
         for step, given in found:
             if not any(weight for weight, _ in given.values()):
                 raise no_examples(step)
+            self._done = max(self._done, step)
         return [(step, merge(self.channel, given, self._attendance.trainers)) for step, given in found]
 
+    def drop(self, trainer: int) -> None:
+        for step in list(self._given):
+            self._given[step].pop(trainer, None)
+            if not self._given[step]:
+                del self._given[step]
+
     def missing(self) -> list[tuple[int, str]]:
-        """Which contributions are late: steps, each with what to say of it."""
+        name = self.channel.variable.name
         return [
-            (
-                step,
-                f"'{self.channel.variable.name}' of step {step} from trainer {', '.join(map(str, self._late(step)))}",
-            )
+            (step, f"'{name}' of step {step} from trainer {', '.join(map(str, late))}")
             for step in sorted(self._given)
-            if self._late(step)
+            if (late := self._late(step))
         ]
 
     def _late(self, step: int) -> list[int]:
         return [k for k in self._attendance.expected(step) if k not in self._given[step]]
 
 
+class Arrivals:
+    """Contributions as they come: `channel.take` of them count together, whoever gives them. See `Counting`.
+
+    push 1, 3, 5 with take=3 gives 3 and empties; those of weight 0, without examples, count for nothing.
+    """
+
+    pending = False
+
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self._given: list[tuple[float, torch.Tensor]] = []
+        self._complete: list[tuple[int, torch.Tensor]] = []
+        self._count = 0
+
+    def refusal(self, trainer: int, push: Push) -> str | None:
+        return None
+
+    def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int | None:
+        if push.weight == 0:
+            return None
+        self._given.append((push.weight, tensor))
+        count = self._count
+        if len(self._given) == self.channel.take:
+            self._complete.append((count, together(self.channel, self._given)))
+            self._given, self._count = [], count + 1
+        return count
+
+    def complete(self) -> list[tuple[int, torch.Tensor]]:
+        found, self._complete = self._complete, []
+        return found
+
+    def drop(self, trainer: int) -> None:
+        """Each contribution is whole: what came stays."""
+
+    def missing(self) -> list[tuple[int, str]]:
+        return []
+
+
 def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], trainers: int) -> torch.Tensor:
-    """One value of all contributions, added in the order of trainers: the same whoever came first.
+    """One value of all contributions to a step, added in the order of trainers: the same whoever came first.
 
     Contributions are already multiplied by weight / trainers; their sum is divided by the sum of the weights / trainers
     unless that is 1, so that it is a mean over those that are there. g = 1 from three trainers of four gives 1.0.
     """
     ordered = [given[k] for k in sorted(given)]
+    total = ordered[0][1].to(channel.variable.dtype)
     if channel.merge == "first":
-        return ordered[0][1]
-    total = ordered[0][1]
+        return total
     for _, tensor in ordered[1:]:
         total = total + tensor
     if channel.merge == "mean":
@@ -96,6 +193,25 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], tra
         if weight not in (0, 1):
             total = total / weight
     return total
+
+
+def together(channel: Channel, given: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """One value of contributions that nobody has scaled: their sum, or their mean weighted by examples.
+
+    1, 3, 5 of equal weight give 3. Halves are added in float32.
+    """
+    if len(given) == 1:
+        return given[0][1].to(channel.variable.dtype)
+    weights = [weight if channel.merge == "mean" else 1.0 for weight, _ in given]
+    wide = [tensor.float() if tensor.dtype in HALVES else tensor for _, tensor in given]
+    if len(set(weights)) > 1:
+        wide = [tensor * weight for tensor, weight in zip(wide, weights, strict=True)]
+    total = wide[0]
+    for tensor in wide[1:]:
+        total = total + tensor
+    if channel.merge == "mean":
+        total = total / (len(given) if len(set(weights)) == 1 else sum(weights))
+    return total.to(channel.variable.dtype)
 
 
 def no_examples(step: int) -> BatchError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 import torch
@@ -52,10 +53,34 @@ class Push(Header, frozen=True, tag="push"):
 
 
 class Pull(Header, frozen=True, tag="pull"):
-    """Asks for `channel` as it is once `version` steps are in it. Parked until then."""
+    """Asks for `channel`. Parked until it is there.
+
+    when  "step": as it is once `version` steps are in it; "now": as it is, once all values have been set `version` times;
+          "end": as it is when every trainer has left
+    """
 
     channel: str
     version: int
+    when: Literal["step", "now", "end"] = "step"
+
+
+class Taken(Header, frozen=True, tag="taken"):
+    """A server has taken a contribution to `channel` of the trainer that this goes to."""
+
+    channel: str
+
+
+class Tick(Header, frozen=True, tag="tick"):
+    """The sender has pushed `clock` steps. Answered with `Go` when no live trainer is more than `staleness` behind."""
+
+    clock: int
+    staleness: int
+
+
+class Go(Header, frozen=True, tag="go"):
+    """The answer to `Tick` with the same clock."""
+
+    clock: int
 
 
 class Value(Header, frozen=True, tag="value"):
@@ -83,12 +108,12 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, Value, Resume, Leave, Failure)
+HEADERS = (Hello, Push, Pull, Taken, Tick, Go, Value, Resume, Leave, Failure)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
     """A header and, for `Push` and `Value`, one contiguous tensor."""
 
-    header: Hello | Push | Pull | Value | Resume | Leave | Failure
+    header: Hello | Push | Pull | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: torch.Tensor | None = None

@@ -26,7 +26,7 @@ from syncwright.plan import Plan
 from syncwright.program import Program, Role
 from syncwright.runtime import inductor
 from syncwright.runtime.compiled import CompiledExecutor
-from syncwright.runtime.executor import Executor
+from syncwright.runtime.executor import Executor, is_before
 from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.structure import difference, skeleton
 
@@ -71,17 +71,17 @@ class Warming:
 class Prepared:
     """A step ready to run on batches of one shape. Changes as it is used: executors are made when they are needed.
 
-    pulls  channels that the step pulls before it sends anything, and may ask for ahead
-    uses   by phase, how often it pulls each channel, and whether as it is after this step
+    pulls  channels that the step pulls before it sends anything, and may ask for ahead; as of how many steps later
+    uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it
     """
 
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0, busy: Busy = nullcontext):
         self.captured, self.job, self.compiled = captured, job, compiled
         pulls = {
-            phase: [(str(n.args[1]), bool(n.args[0])) for n in communications(program) if n.target is ops.pull]
+            phase: [(str(n.args[1]), int(bool(n.args[0])) - int(is_before(n))) for n in communications(program) if n.target is ops.pull]
             for phase, program in job.trainer.items()
         }
-        self.pulls = tuple(channel for channel, later in pulls["step"] if not later)
+        self.pulls = tuple((channel, at) for channel, at in pulls["step"] if at < 1)
         self.uses = {phase: Counter(each) for phase, each in pulls.items()}
         self._phases = {
             "step": Warming(job.trainer["step"], compiled, interpreted, "the step", busy),

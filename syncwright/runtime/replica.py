@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,15 @@ from syncwright.job import Job
 from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.program import Program, Role, Variable
-from syncwright.runtime.client import Client
+from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.merging import no_examples
 from syncwright.runtime.programs import Prepared
 
 Examples = Callable[..., float] | float | None
+CLOCKS = "clocks"
+"""What a trainer waits for that is too far ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,15 @@ class Replica:
         self.binding.set_modes(prepared.captured.modes)
         self.step_count += 1
         self.client.ask(prepared.pulls, self.step_count)
+        yield from self._keep_together()
         return _returned(prepared, results)
+
+    def _keep_together(self) -> Generator[Blocked, None, None]:
+        """Waits while another trainer is further behind than the plan allows."""
+        if self.job.staleness is not None and self.job.plan.trainers > 1:
+            self.client.tick(self.step_count, self.job.staleness)
+            while not self.client.is_free(self.step_count):
+                yield Blocked("the end of the step", CLOCKS)
 
     def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
         """What a function gives for this trainer's part of a batch, from the values of the steps done."""
@@ -137,9 +147,32 @@ class Replica:
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What servers hold, whole, under the variables' own names, as of the steps done."""
+        self.client.flush()
+        return (yield from self._collected("now"))
+
+    def finish(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
+        if not self.job.arriving:
+            found = yield from self._collected("now")
+            self.client.leave(self.step_count)
+            return found
+        fresh = self.client.fresh()
+        for name in self.job.arriving:
+            self.client.fetch(name, fresh, "end")
+        rest = yield from self._collected("now", without=self.job.arriving)
+        self.client.leave(self.step_count)
+        return rest | (yield from self._collected("end", without=self.job.held.keys() - self.job.arriving, fresh=fresh))
+
+    def _collected(
+        self, when: When, without: Collection[str] = (), fresh: int | None = None
+    ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        fresh = self.client.fresh() if fresh is None else fresh
         for name, variable in self.job.held.items():
-            while (value := self.client.fetch(name, self.step_count)) is None:
+            if name in without:
+                continue
+            version = fresh if name in self.job.arriving else self.step_count
+            while (value := self.client.fetch(name, version, when)) is None:
                 yield Blocked("state", name)
             start = variable.part[0] if variable.part is not None else -1
             found.setdefault(variable.whole or name, []).append((start, value))

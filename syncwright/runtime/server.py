@@ -1,27 +1,46 @@
 """A server as a state machine: messages in, messages out. Knows no network, no clock and no thread.
 
 Holds variables (or pieces), runs each program as often as what it reads has become complete (see `merging`), answers
-pulls when the version asked for exists. A version of a variable is how often it has been updated.
+pulls when what is asked for exists. A version of a variable is how often it has been updated.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from syncwright.errors import Disagreement, JobError
 from syncwright.job import Job
-from syncwright.program import Program
+from syncwright.program import Program, Role
 from syncwright.runtime.executor import NO_PORT, Executor
-from syncwright.runtime.merging import Attendance, Rounds
-from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
+from syncwright.runtime.merging import Attendance, Counting, counting
+from syncwright.runtime.messages import (
+    Address,
+    Failure,
+    Go,
+    Hello,
+    Kind,
+    Leave,
+    Message,
+    Pull,
+    Push,
+    Resume,
+    Taken,
+    Tick,
+    Value,
+)
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
 Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
+FIRST = Address(Kind.TRAINER, 0)
+
+log = logging.getLogger("syncwright")
 
 
 class Interpreter:
@@ -43,35 +62,94 @@ class Interpreter:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
-    """A program and which of its runs is next. Changes with every run."""
+    """A program and which of its runs is next. Changes with every run.
+
+    clock  what numbers its runs: "" the steps, or the channel whose contributions do
+    """
 
     program: Program
-    reads: tuple[str, ...]
+    clock: str
     host: frozenset[str]
     step: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The values of one name, by number. Changes as they come and go.
+
+    held     the server keeps it between runs: it stays until there is a newer one
+    readers  programs that read it
+    kept     of values that trainers pull, so many of the newest stay, whoever has read them
+    parked   pulls that wait for a value
+    """
+
+    held: bool
+    readers: list[Running] = field(default_factory=list)
+    kept: int = 0
+    values: dict[int, object] = field(default_factory=dict)
+    parked: list[tuple[Address, Pull]] = field(default_factory=list)
+
+    @property
+    def newest(self) -> int | None:
+        return max(self.values, default=None)
+
+    def forget(self) -> None:
+        """What nobody asks for any more."""
+        if not self.values:
+            return
+        bound = min((r.step for r in self.readers), default=max(self.values) + 1)
+        if self.kept:
+            bound = min(bound, max(self.values) - self.kept + 1)
+        for number in [n for n in self.values if n < bound]:
+            del self.values[number]
+
+
 class Server:
-    """One server of a job. Changes with every message that it handles."""
+    """One server of a job. Changes with every message that it handles.
+
+    refused  messages that make no sense for the job, by what is wrong with them: they change nothing
+    """
 
     def __init__(self, job: Job, rank: int, compute: Compute | None = None):
         part = job.servers[rank]
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
-        self._held = {v.name: v for v in part.holds}
-        self._running = [Running(p, p.reads, _host_reads(p)) for p in part.programs]
-        self._exports, self._fixed = part.exports, job.fixed
-        self._versions: dict[str, dict[int, object]] = {name: {} for name in self._held}
-        self._values: dict[tuple[str, int], object] = {}
+        self.refused: Counter[str] = Counter()
+        self._me = Address(Kind.SERVER, rank)
+        self._fixed, self._arriving, self._exports = job.fixed, job.arriving, part.exports
         self._attendance = Attendance(job.plan.trainers)
-        self._merging = {n: Rounds(c, self._attendance) for n, c in job.channels.items() if c.server == rank}
-        self._parked: list[tuple[Address, Pull]] = []
-        self._readers = {name: [r for r in self._running if name in r.reads] for name in self._held}
+        self._counting: dict[str, Counting] = {
+            name: counting(channel, self._attendance) for name, channel in job.channels.items() if channel.server == rank
+        }
+        self._running = [_running(program, self._counting) for program in part.programs]
+        self._slots = self._make_slots()
+        self._due: deque[Running] = deque()
+        self._settings = 0
+        self._ticks: list[tuple[Address, Tick]] = []
+        self._at_end: list[tuple[Address, Pull]] = []
+        self._noted = {str(r.program.variables[n].of) for r in self._running for n in r.program.reads if _is_pulled(r, n)}
+        self._pulled: dict[tuple[str, int], object] = {}
+
+    def _make_slots(self) -> dict[tuple[str, str], Slot]:
+        part, staged = self.job.servers[self.rank], self.job.staged
+        held = {v.name for v in part.holds}
+        slots = {(name, ""): Slot(True, kept=2 if name in staged else 1) for name in held}
+        for running in self._running:
+            for name in running.program.reads:
+                slots.setdefault(_key(running, name), Slot(False)).readers.append(running)
+            for name in running.program.writes:
+                slots.setdefault((name, ""), Slot(False))
+        for name in self._counting:
+            slots.setdefault((name, ""), Slot(False))
+        for name, owner in self.job.owners.items():
+            if owner == self.rank and name not in held and (name, "") in slots:
+                slots[name, ""].kept = 2  # when there is the next one, every trainer has pulled this one
+        return slots
 
     @property
     def done(self) -> bool:
-        """Whether every trainer has left."""
+        """Whether every trainer has left and has what it asked for."""
         return not self._attendance.live
 
     @property
@@ -82,150 +160,270 @@ class Server:
     @property
     def pending(self) -> bool:
         """Whether some trainers have contributed to a merge and others have not."""
-        return any(merging.pending for merging in self._merging.values())
+        return any(each.pending for each in self._counting.values())
 
     @property
     def step(self) -> int:
         """The step that the slowest program runs next."""
         return min((r.step for r in self._running), default=0)
 
+    @property
+    def clocks(self) -> Mapping[int, int]:
+        """How many steps each trainer has pushed, where trainers say so."""
+        return dict(self._attendance.clock)
+
     def waits_for(self) -> str:
         """Which contributions are missing, for errors."""
-        missing = sorted(late for merging in self._merging.values() for late in merging.missing())
+        missing = sorted(late for each in self._counting.values() for late in each.missing())
         return "; ".join(said for _, said in missing) or "the next message of any trainer"
 
     def handle(self, sender: Address, message: Message) -> list[Outgoing]:
-        """Takes one message in; returns what is to be sent."""
+        """Takes one message in; returns what is to be sent. One that makes no sense changes nothing."""
+        why = self._refusal(sender, message)
+        if why is not None:
+            self.refused[why] += 1
+            log.warning("server %d refuses a %s of %s: %s", self.rank, type(message.header).__name__, sender, why)
+            return []
         match message.header:
             case Hello(digest=digest):
-                return self._hello(sender, digest)
+                self._check_digest(sender, digest)
             case Value(channel=channel, version=version):
-                self._take_value(channel, version, message.tensor)
+                return self._take_value(sender, channel, version, message.tensor)
             case Push() as push:
-                self._take_push(sender, push, message.tensor)
+                return self._take_push(sender, push, message.tensor)
             case Pull() as pull:
-                self._parked.append((sender, pull))
+                return self._take_pull(sender, pull)
+            case Tick(clock=clock) as tick:
+                self._attendance.clock[sender.rank] = clock
+                self._ticks.append((sender, tick))
+                return self._let_go()
             case Resume(step=step):
-                for running in self._running:
-                    running.step = max(running.step, step)
+                return self._resume(step)
             case Leave(step=step):
-                self._attendance.left[sender.rank] = step
-                for name in self._merging:
-                    self._take_complete(name)
+                return self._leave(sender.rank, step)
             case Failure(reason=reason):
-                raise cannot_go_on(Address(Kind.SERVER, self.rank), reason)
-        return self._advance()
+                raise cannot_go_on(self._me, reason)
+        return []
 
-    def _hello(self, sender: Address, digest: str) -> list[Outgoing]:
-        if digest == self.job.digest:
+    def lose(self, trainer: int) -> list[Outgoing]:
+        """Goes on without a trainer that is lost: what it has given to what is not complete is dropped."""
+        if trainer in self._attendance.left:
             return []
-        raise Disagreement(
-            f"{sender} derived another job than server {self.rank} (digest {digest[:12]}, expected "
-            f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all "
-            "of them from the same script with the same arguments, and take care that nothing in it depends on the "
-            "rank."
-        )
+        gone = Address(Kind.TRAINER, trainer)
+        for each in self._counting.values():
+            each.drop(trainer)
+        for slot in self._slots.values():
+            slot.parked = [parked for parked in slot.parked if parked[0] != gone]
+        self._ticks = [tick for tick in self._ticks if tick[0] != gone]
+        self._at_end = [pull for pull in self._at_end if pull[0] != gone]
+        return self._leave(trainer, 0)
 
-    def _take_value(self, name: str, version: int, tensor: torch.Tensor | None) -> None:
-        if name in self._held:
-            if name in self._fixed:
-                self._versions[name].clear()
-            self._versions[name][version] = _as_held(tensor)
-        else:
-            self._values[name, version - 1] = tensor
+    def _refusal(self, sender: Address, message: Message) -> str | None:
+        """Why a message cannot be meant for this server now; None where it can."""
+        header, server = message.header, sender.kind is Kind.SERVER
+        match header:
+            case Taken() | Go():
+                return "servers take none"
+            case Push() | Pull() | Tick() | Leave() | Resume() if server:
+                return "servers send none"
+            case Push(channel=channel) as push:
+                counted = self._counting.get(channel)
+                if counted is None or message.tensor is None:
+                    return f"this server does not merge '{channel[:80]}'"
+                return counted.refusal(sender.rank, push)
+            case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
+                return f"this server keeps no '{channel[:80]}'"
+            case Value(channel=channel) if server is self._slots[channel, ""].held:
+                return "the start values come from trainer 0, values on their way from servers"
+            case Value() | Resume() if not server and sender != FIRST:
+                return "trainer 0 sets values"
+            case Pull(channel=channel) if (self._source(channel), "") not in self._slots:
+                return f"this server has no '{channel[:80]}'"
+        return None
 
-    def _take_push(self, sender: Address, push: Push, tensor: torch.Tensor | None) -> None:
-        merging = self._merging.get(push.channel)
-        if merging is None or tensor is None:
-            raise JobError(f"{sender} pushed '{push.channel}', which server {self.rank} does not merge.")
-        count = merging.take(sender.rank, push, tensor)
+    def _check_digest(self, sender: Address, digest: str) -> None:
+        if digest != self.job.digest:
+            raise Disagreement(
+                f"{sender} derived another job than server {self.rank} (digest {digest[:12]}, expected "
+                f"{self.job.digest[:12]}). Expected all roles to build the same model, optimizer, step and plan. Start all "
+                "of them from the same script with the same arguments, and take care that nothing in it depends on the "
+                "rank."
+            )
+
+    def _take_value(self, sender: Address, name: str, version: int, tensor: torch.Tensor | None) -> list[Outgoing]:
+        slot = self._slots[name, ""]
+        if sender.kind is Kind.SERVER:
+            return self._set(name, version - 1, tensor) + self._advance()
+        if name in self._arriving:
+            version = max((r.step for r in slot.readers), default=0)
+        if name in self._fixed or name in self._arriving:
+            slot.values.clear()
+        slot.values[version] = tensor
+        return self._answer(name, slot)
+
+    def _resume(self, step: int) -> list[Outgoing]:
+        """All values have been set: what trainers ask for is there now."""
+        self._settings += 1
+        sent: list[Outgoing] = []
+        for running in self._running:
+            if not running.clock:
+                running.step = max(running.step, step)
+            self._due.append(running)
+        for name, slot in [(name, slot) for (name, _), slot in self._slots.items() if slot.held]:
+            sent += self._answer(name, slot)
+        return sent + self._advance()
+
+    def _take_push(self, sender: Address, push: Push, tensor: torch.Tensor | None) -> list[Outgoing]:
+        counted = self._counting[push.channel]
+        assert tensor is not None, "looked at before"
+        count = counted.take(sender.rank, push, tensor)
+        sent = [(sender, Message(Taken(push.channel)))] if counted.channel.up_to > 1 else []
+        if count is None:
+            return sent
+        clock = push.channel if counted.channel.take else ""
         for name, value in push.hypers.items():
-            self._values[name, count] = value
-        self._take_complete(push.channel)
+            sent += self._set(name, count, value, clock)
+        if counted.channel.take:
+            self._note_pulled(sender.rank, push.channel, count)
+        return sent + self._count(push.channel) + self._advance()
 
-    def _take_complete(self, channel: str) -> None:
-        self._values |= {(channel, count): value for count, value in self._merging[channel].complete()}
+    def _note_pulled(self, trainer: int, channel: str, count: int) -> None:
+        """What the trainer of a contribution has pulled last, where the update reads it."""
+        for running in self._slots[channel, ""].readers:
+            for name in [name for name in running.program.reads if _is_pulled(running, name)]:
+                of = str(running.program.variables[name].of)
+                newest = self._slots[of, ""]
+                value = self._pulled.get((of, trainer), newest.values.get(newest.newest or 0))
+                self._slots[name, ""].values[count] = value
+
+    def _count(self, channel: str) -> list[Outgoing]:
+        sent: list[Outgoing] = []
+        for number, value in self._counting[channel].complete():
+            sent += self._set(channel, number, value)
+        return sent
+
+    def _set(self, name: str, number: int, value: object, clock: str = "") -> list[Outgoing]:
+        """A value has come: programs that read it may run, pulls that wait for it are answered."""
+        slot = self._slots.get((name, clock))
+        if slot is None:
+            return []  # a hyper-parameter that no program of this server reads
+        if slot.readers or slot.kept:
+            slot.values[number] = value
+        self._due.extend(slot.readers)
+        if slot.kept:
+            slot.forget()
+        return self._answer(name, slot)
 
     def _advance(self) -> list[Outgoing]:
+        """Runs what can run."""
         sent: list[Outgoing] = []
-        while ready := [r for r in self._running if self._inputs(r) is not None]:
-            for running in ready:
-                sent += self._run(running)
-        sent += self._answer()
+        while self._due:
+            running = self._due.popleft()
+            inputs = self._inputs(running)
+            if inputs is not None:
+                sent += self._run(running, inputs)
         return sent
 
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
-        for name in running.reads:
-            value = self._value(name, running.step)
+        for name in running.program.reads:
+            slot = self._slots[_key(running, name)]
+            number = slot.newest if name in self._fixed else running.step
+            value = slot.values.get(number) if number is not None else None
             if value is None:
                 return None
             found[name] = float(value) if name in running.host else value  # type: ignore[arg-type]
         return found
 
-    def _value(self, name: str, count: int) -> object | None:
-        """What a program reads at its run `count`; None while it is not there."""
-        if name in self._fixed:
-            versions = self._versions[name]
-            return versions[max(versions)] if versions else None
-        return self._versions[name].get(count) if name in self._held else self._values.get((name, count))
-
-    def _run(self, running: Running) -> list[Outgoing]:
-        inputs = self._inputs(running)
-        if inputs is None:
-            return []
-        step, sent = running.step, []
+    def _run(self, running: Running, inputs: Mapping[str, object]) -> list[Outgoing]:
         results = self._compute(running.program, inputs)
+        step, sent = running.step, []
         running.step += 1
+        self._due.append(running)
         for name, value in results.items():
-            if name in self._held:
-                self._versions[name][step + 1] = value
-                self._forget(name)
-            else:
-                self._values[name, step] = value
-                tensor = _as_tensor(value)
-                for other in self._exports.get(name, ()):
-                    sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), tensor)))
-        self._forget_values()
+            held = self._slots[name, ""].held
+            sent += self._set(name, step + 1 if held else step, value)
+            for other in self._exports.get(name, ()):
+                sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), _as_tensor(value))))
+        for name in running.program.reads:
+            self._slots[_key(running, name)].forget()
         return sent
 
-    def _forget(self, name: str) -> None:
-        newest = max(self._versions[name])
-        needed = min([newest, *(r.step for r in self._readers[name])])
-        for version in [v for v in self._versions[name] if v < needed]:
-            del self._versions[name][version]
+    def _source(self, channel: str) -> str:
+        """The variable that stands behind what trainers pull in another dtype."""
+        return self.job.casts[channel][0] if channel in self.job.casts else channel
 
-    def _forget_values(self) -> None:
-        """Values of a step go two steps later: by then every live trainer has pulled them, or it could not push."""
-        oldest = min((r.step for r in self._running), default=0)
-        for key in [key for key in self._values if key[1] < oldest - 1]:
-            del self._values[key]
+    def _take_pull(self, sender: Address, pull: Pull) -> list[Outgoing]:
+        if pull.when == "end" and self._attendance.live:
+            self._at_end.append((sender, pull))
+            return []
+        name = self._source(pull.channel)
+        slot = self._slots[name, ""]
+        slot.parked.append((sender, pull))
+        return self._answer(name, slot)
 
-    def _answer(self) -> list[Outgoing]:
+    def _answer(self, name: str, slot: Slot) -> list[Outgoing]:
+        """To those who wait for a value of `name` that is there."""
         sent, waiting = [], []
-        for sender, pull in self._parked:
-            value = self._lookup(pull)
-            if value is None:
+        for sender, pull in slot.parked:
+            number = self._number(slot, pull)
+            if number is None or number not in slot.values:
                 waiting.append((sender, pull))
-            else:
-                sent.append((sender, Message(Value(pull.channel, pull.version), _as_tensor(value))))
-        self._parked = waiting
+                continue
+            value = slot.values[number]
+            if name in self._noted:
+                self._pulled[name, sender.rank] = value
+            tensor = _as_tensor(value)
+            if pull.channel in self.job.casts:
+                tensor = tensor.to(self.job.casts[pull.channel][1])
+            sent.append((sender, Message(Value(pull.channel, pull.version), tensor)))
+        slot.parked = waiting
         return sent
 
-    def _lookup(self, pull: Pull) -> object | None:
-        if pull.channel not in self._held:
-            return self._values.get((pull.channel, pull.version - 1))
-        return self._versions[pull.channel].get(pull.version)
+    def _number(self, slot: Slot, pull: Pull) -> int | None:
+        match pull.when:
+            case "step":
+                return pull.version if slot.held else pull.version - 1
+            case "now":
+                return slot.newest if self._settings >= pull.version else None
+            case "end":
+                return slot.newest
+
+    def _leave(self, trainer: int, step: int) -> list[Outgoing]:
+        self._attendance.left[trainer] = step
+        sent = self._let_go()
+        for name in self._counting:
+            sent += self._count(name)
+        sent += self._advance()
+        if not self._attendance.live:
+            waiting, self._at_end = self._at_end, []
+            for sender, pull in waiting:
+                sent += self._take_pull(sender, pull)
+        return sent
+
+    def _let_go(self) -> list[Outgoing]:
+        """Answers those who are not too far ahead of the slowest any more."""
+        slowest = self._attendance.slowest
+        free = [(to, t) for to, t in self._ticks if slowest is None or t.clock - slowest <= t.staleness]
+        self._ticks = [each for each in self._ticks if each not in free]
+        return [(to, Message(Go(tick.clock))) for to, tick in free]
 
 
-def _host_reads(program: Program) -> frozenset[str]:
-    return frozenset(name for name, node in program.placeholders.items() if is_host(node.meta["val"]))
+def _running(program: Program, counted: Mapping[str, Counting]) -> Running:
+    host = frozenset(name for name, node in program.placeholders.items() if is_host(node.meta["val"]))
+    clock = next((name for name in program.reads if name in counted and counted[name].channel.take), "")
+    return Running(program, clock, host)
 
 
-def _as_held(tensor: torch.Tensor | None) -> torch.Tensor:
-    if tensor is None:
-        raise JobError("a start value came without its tensor")
-    return tensor
+def _key(running: Running, name: str) -> tuple[str, str]:
+    """Where a program finds a value. Hyper-parameters travel with contributions, and are numbered as these are."""
+    return name, running.clock if running.program.variables[name].role is Role.HYPER else ""
+
+
+def _is_pulled(running: Running, name: str) -> bool:
+    """Whether a program reads under this name what the trainer of a contribution has pulled (see `passes.compensate`)."""
+    variable = running.program.variables[name]
+    return variable.role is Role.GLOBAL and variable.of is not None
 
 
 def _as_tensor(value: object) -> torch.Tensor:

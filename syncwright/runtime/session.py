@@ -149,6 +149,12 @@ class Session:
             replica.reload()
         self._spread()
 
+    def finish(self) -> None:
+        """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
+        if self.replicas:
+            served = self._joined.drive([replica.finish() for replica in self.replicas])
+            self.binding.write({**self.replicas[0].values, **served[0]})  # type: ignore[arg-type]
+
     def leave(self) -> None:
         """Tells servers that these trainers take part in no further step."""
         for replica in self.replicas:

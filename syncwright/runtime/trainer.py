@@ -190,6 +190,8 @@ class Trainer:
     def close(self) -> None:
         """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
 
+        What is updated as contributions come has its last value when every trainer has left: it is waited for.
+
         After an error that ended the job only the last: there are no values to be had from those who are gone.
         """
         if self._closed:
@@ -198,8 +200,8 @@ class Trainer:
             self._abandon(self._failure)
             return
         try:
-            self.sync()
-            self._session.leave()
+            with self._noting():
+                self._session.finish()
         except BaseException as error:
             self._abandon(error)
             raise

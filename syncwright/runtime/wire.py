@@ -10,7 +10,20 @@ import numpy as np
 import torch
 
 from syncwright.errors import JobError
-from syncwright.runtime.messages import HEADERS, Failure, Hello, Leave, Message, Pull, Push, Resume, Value
+from syncwright.runtime.messages import (
+    HEADERS,
+    Failure,
+    Go,
+    Hello,
+    Leave,
+    Message,
+    Pull,
+    Push,
+    Resume,
+    Taken,
+    Tick,
+    Value,
+)
 
 CHUNK_NBYTES = 4 << 20
 """The most bytes of a tensor in one frame: frames of 1 to 4 MB are copied and sent at the same time."""
@@ -52,7 +65,7 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | Value | Resume | Leave | Failure
+    header: Hello | Push | Pull | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: TensorHeader | None
 
 
@@ -128,6 +141,7 @@ def _check_header(first: FirstFrame) -> None:
             raise WireError(f"{_about(header)}: weight is {weight}; expected a finite number, at least 0")
         case (
             Push(step=number) | Leave(step=number) | Resume(step=number) | Pull(version=number) | Value(version=number)
+            | Tick(clock=number) | Go(clock=number)
         ):
             if not 0 <= number <= LARGEST:
                 raise WireError(f"{_about(header)}: its step or version is {number}; expected 0 to {LARGEST}")
@@ -160,7 +174,7 @@ def _check_limit(first: FirstFrame, limit: Limit | None, max_nbytes: int) -> Non
     header, spec = first.header, first.tensor
     if spec is not None and spec.nbytes > max_nbytes:
         raise WireError(f"{_about(header)}: {spec.nbytes} bytes; at most {max_nbytes} are accepted")
-    if limit is None or not isinstance(header, Push | Pull | Value):
+    if limit is None or not isinstance(header, Push | Pull | Taken | Value):
         return
     if header.channel not in limit:
         raise WireError(f"{_about(header)}: this job has no such channel")
@@ -204,6 +218,6 @@ def _about(header: msgspec.Struct) -> str:
     """`Push of 'w'`; a channel that came over a wire may be long."""
     name = type(header).__name__
     match header:
-        case Push(channel=channel) | Pull(channel=channel) | Value(channel=channel):
+        case Push(channel=channel) | Pull(channel=channel) | Taken(channel=channel) | Value(channel=channel):
             return f"{name} of {channel[:80]!r}"
     return name

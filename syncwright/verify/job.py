@@ -6,14 +6,14 @@ Nothing runs: programs are lists of sends and waits, servers are tables of what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
 from syncwright import ops
 from syncwright.job import Job, ServerPart
-from syncwright.program import Program, Variable
+from syncwright.program import Program, Role, Variable
 from syncwright.text import quote, type_text, variable_type_text
 from syncwright.verify.causes import (
     BadWait,
@@ -63,7 +63,7 @@ def verify_job(job: Job) -> None:
 class _Table:
     """Where a server's values come from.
 
-    held      variables that it keeps
+    held      variables that it keeps, also as trainers pull them in another dtype
     merged    channels that it merges
     hypers    hyper-parameters that arrive with pushes, with those channels
     made      global values that its programs compute, with the program
@@ -88,6 +88,8 @@ class _Table:
 
 def _table(job: Job, part: ServerPart) -> _Table:
     held = {v.name: v for v in part.holds}
+    casts = [(name, of, dtype) for name, (of, dtype) in job.casts.items() if of in held]
+    held |= {name: replace(held[of], name=name, dtype=dtype) for name, of, dtype in casts}
     own = [channel for channel in job.channels.values() if channel.server == part.rank]
     hypers: dict[str, tuple[str, ...]] = {}
     for channel in own:
@@ -128,9 +130,9 @@ def _check_sends(job: Job, phase: str, program: Program) -> None:
         if name in pushed:
             found = f"a push to {quote(name)}, as %{pushed[name].name} is"
             raise PushedTwice(about, found, "one push to each channel", "push the sum, or use two channels")
-        if not _looks_like(node.args[0].meta["val"], channel.variable):  # type: ignore[union-attr]
+        if not _looks_like(node.args[0].meta["val"], channel.sent):  # type: ignore[union-attr]
             found = f"{_type_of(node.args[0])} pushed to {quote(name)}"
-            raise WrongPush(about, found, variable_type_text(channel.variable), "push what the channel carries")
+            raise WrongPush(about, found, variable_type_text(channel.sent), "push what the channel carries")
         pushed[name] = node
     for name, channel in job.channels.items():
         if name not in pushed:
@@ -195,10 +197,15 @@ def _check_writers(job: Job) -> None:
 def _check_reads(part: ServerPart, table: _Table) -> None:
     for program in part.programs:
         for name in program.reads:
-            if not table.has(name):
+            if not table.has(name) and not _is_pulled(program.variables[name], table):
                 about = f"server {part.rank}: the program of {', '.join(map(quote, program.writes))}"
                 found = f"a read of {quote(name)}, which is neither kept, pushed, computed nor exported there"
                 raise UnfedRead(about, found, "reads that are fed", "push it to this server, or export it")
+
+
+def _is_pulled(variable: Variable, table: _Table) -> bool:
+    """The value of a variable that a trainer has pulled last: its server knows it."""
+    return variable.role is Role.GLOBAL and variable.of in table.held
 
 
 def _check_pulls(job: Job, phase: str, program: Program, tables: Mapping[int, _Table]) -> None:
