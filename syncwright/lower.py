@@ -19,6 +19,7 @@ from syncwright.idle import idle
 from syncwright.job import Job, ServerPart
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import communicates, is_local
+from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.share_globals import parts_of
 from syncwright.plan import AllReduce, Local, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable
@@ -40,7 +41,8 @@ def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Seq
     with _no_collection():
         verify(program)
         check_lookups(program, plan)
-        _check_replicated(find_updates(program), plan)
+        clipped = clip_per_trainer(program, plan)
+        _check_replicated(find_updates(clipped), plan)
         step = program
         for each in pipeline(passes, without):
             step = _applied(each, step, plan)
@@ -81,6 +83,7 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
     """Replicas stay equal only where their update reads nothing that differs between trainers."""
     for join in updates.joins:
         _check_local(join, plan)
+        _check_arriving(join, plan)
     kinds = updates.kinds()
     for sharing in plan.sharings:
         shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
@@ -90,6 +93,18 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
                 "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
                 "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
             )
+
+
+def _check_arriving(join: Join, plan: Plan) -> None:
+    """Gradients that are applied as they come, one by one, have no value in common."""
+    arriving = [s.variable for s in plan.sharings if isinstance(s.sync, ParameterServer) and not s.sync.in_step]
+    joined = [name for name in arriving if name in (*join.parameters, *join.readers)]
+    if joined and len({*join.parameters, *join.readers}) > 1:
+        raise LoweringError(
+            f"'{joined[0]}' is updated asynchronously, but its update and those of others read a value that several gradients "
+            f"make together (at {join.values[0].name}), as clipping by a global norm does; no consistent set of gradients "
+            "exists then. Say clip: per_trainer in the rules, so that each trainer clips by its own norm, or mode: sync."
+        )
 
 
 def _check_local(join: Join, plan: Plan) -> None:

@@ -10,7 +10,7 @@ read, and its result is what is read there:
                                            each trainer (take 0), or so many as they come; up to so many of one trainer
                                            travel as one
     pull.value(x, channel, when, dtype)    from a server to every trainer, in `dtype`: as it is in this step ("step"), in the
-                                           step before ("before"), or now
+                                           step before ("before"), "now", or as it came last, without waiting ("latest")
     send(x, channel)                       from a server to another: of several owners' values, the first
     gather(x, channel, parts)              from the owners of the pieces of a variable to a server: their values, stacked
 
@@ -20,8 +20,7 @@ In the program of a trainer:
     wait(x, channel)                       its result
     push(x, channel)                       sends x to the owner of `channel`; a token (an empty tensor) that orders
     pull(after, channel, shape, dtype, when)
-                                           the owner's value of `channel`, once what `after` sent is in it; or the one before;
-                                           or what is there now
+                                           the owner's value of `channel`, once what `after` sent is in it; or as `when` says
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
 _library.define("push(Tensor x, str channel) -> Tensor")
-_library.define("push.merged(Tensor x, str channel, str merge, int take=0, int up_to=1, ScalarType? dtype=None) -> Tensor")
+_library.define(
+    "push.merged(Tensor x, str channel, str merge, int take=0, int up_to=1, ScalarType? dtype=None) -> Tensor"
+)
 _library.define("pull.value(Tensor x, str channel, str when='step', ScalarType? dtype=None) -> Tensor")
 _library.define("send(Tensor x, str channel) -> Tensor")
 _library.define("gather(Tensor x, str channel, int parts) -> Tensor")

@@ -43,7 +43,8 @@ class Mirrored(Interpreter):
                 return torch.empty(0)
             case ops.push_merged:
                 self.sent[args[1]] = args[0]
-                return args[0] if args[2] == "first" else args[0] * self.trainers
+                arriving = len(args) > 3 and args[3] > 0
+                return args[0] if args[2] == "first" or arriving else args[0] * self.trainers
             case ops.pull_value | ops.send:
                 return args[0]
             case ops.gather:

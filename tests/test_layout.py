@@ -98,6 +98,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     step
 passes          one rewrite of the whole program per file
     insert
+    clip_per_trainer
     serve_parameters
     compensate
     share_globals

@@ -18,8 +18,8 @@ from syncwright.idle import idle
 from syncwright.job import ServerPart
 from syncwright.lower import lower
 from syncwright.passes.flatten import flat_parts
-from syncwright.plan import Plan
-from syncwright.program import Program
+from syncwright.plan import ParameterServer, Plan
+from syncwright.program import Program, Role
 from syncwright.text import parse, to_text
 from syncwright.verify import verify, verify_after
 from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
@@ -70,6 +70,8 @@ def check_same_results(before: Program, after: Program, plan: Plan) -> None:
     written, run = run_mirrored(before, values, plan.trainers, known_pulls(before))
     truth = truth_of(before, plan, values, written, run)
     values, written = packed(after, values), packed(after, written)
+    pulled = [v for v in after.variables.values() if v.role is Role.GLOBAL and v.of is not None]
+    values |= {variable.name: values[variable.of] for variable in pulled}
     found, new_run = run_mirrored(after, {**some_values(after), **values}, plan.trainers, truth)
     assert set(found) <= set(written)
     for name, value in found.items():
@@ -98,10 +100,12 @@ def check_pushed_gradients(before: Program, plan: Plan, seen: dict, sent: dict) 
     """Gradients arrive on servers cut and scaled, so that the sum over trainers is theirs."""
     for mark in before.graph.find_nodes(op="call_function", target=ops.gradient):
         name = f"{mark.args[1]}.grad"
+        sync = next((s.sync for s in plan.sharings if s.variable == mark.args[1]), None)
+        share = 1 if isinstance(sync, ParameterServer) and not sync.in_step else plan.trainers
         whole = seen[mark.name]
         for channel, rows in {name: whole, **rows_of_gradient(plan, str(mark.args[1]), whole)}.items():
             if channel in sent:
-                assert bits(sent[channel] * plan.trainers) == bits(rows), channel
+                assert bits(sent[channel] * share) == bits(rows), channel
 
 
 def rows_of_gradient(plan: Plan, parameter: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -21,6 +21,14 @@ from syncwright.update import find_updates
 
 aten = torch.ops.aten
 
+_WHEN = {
+    (True, False, False): (),
+    (True, True, False): ("before",),
+    (False, False, False): ("now",),
+    (False, False, True): ("latest",),
+}
+"""As of when trainers pull: in step or not, staged, with pushes merged in the background."""
+
 
 def serve_parameters(program: Program, plan: Plan) -> Program:
     """Says which servers run which updates, and lets what crosses between roles cross.
@@ -168,7 +176,7 @@ class _Crossing:
         """The value of a variable that servers keep, for trainers: of this step, the one before, or as it is now."""
         variable = self.parts.program.variables[name]
         sync = self.syncs[self.parameter[name]]
-        when = () if sync.in_step and not sync.staged else ("before",) if sync.in_step else ("now",)
+        when = _WHEN[sync.in_step, sync.staged, sync.merge > 1]
         dtype = None if sync.pull is None else getattr(torch, sync.pull)
         if dtype in (None, variable.dtype) or not variable.dtype.is_floating_point or not variable.shape:
             return self._call(TRAINERS, ops.pull_value, node, name, *when)

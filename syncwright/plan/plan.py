@@ -12,12 +12,13 @@ from typing import Any, Literal
 from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
-from syncwright.plan.rules import BufferPolicy
+from syncwright.plan.rules import BufferPolicy, Clip
 from syncwright.plan.sync import ParameterServer, Sync
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
+_RARE = ("clip",)
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
 
@@ -82,6 +83,7 @@ class Plan:
     sharings  one per parameter, in registration order
     buffers   (name, policy) for every buffer that the step writes
     notes     sentences about what a reader of the rules would not expect
+    clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
     """
 
     digest: str
@@ -91,6 +93,7 @@ class Plan:
     sharings: tuple[Sharing, ...]
     buffers: tuple[tuple[str, BufferPolicy], ...] = ()
     notes: tuple[str, ...] = ()
+    clip: Clip = "global"
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -141,6 +144,7 @@ class Plan:
             "variables": {sharing.variable: _written(sharing) for sharing in self.sharings},
             "buffers": dict(self.buffers),
             "notes": self.notes,
+            **({"clip": self.clip} if self.clip != "global" else {}),
         }
         return _HEADER + write(document, flow=("sync",))
 
@@ -161,6 +165,7 @@ class Plan:
             "sharings": tuple(_read_sharing(name, node) for name, node in variables.items()),
             "buffers": tuple((name, decode(node, BufferPolicy)) for name, node in buffers.items()),
             "notes": decode(nodes["notes"], tuple[str, ...]),
+            "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
         }
         try:
             return cls(**values)
@@ -186,11 +191,11 @@ def _written(sharing: Sharing) -> dict[str, Any]:
 def _complete_record(top: Node) -> dict[str, Node]:
     if isinstance(top.value, dict) and "default" in top.value:
         raise top.error("a complete plan", "Read them with Rules.from_yaml and resolve them.", found="rules")
-    return _all_of(top, _KEYS, "Write every part; a plan is complete.")
+    return _all_of(top, _KEYS, "Write every part; a plan is complete.", _RARE)
 
 
-def _all_of(node: Node, keys: tuple[str, ...], do: str) -> dict[str, Node]:
-    nodes = node.record(keys, do)
+def _all_of(node: Node, keys: tuple[str, ...], do: str, rare: tuple[str, ...] = ()) -> dict[str, Node]:
+    nodes = node.record((*keys, *rare), do)
     for key in keys:
         if key not in nodes:
             raise node.error(", ".join(keys), do, found=f"no `{key}`")

@@ -20,7 +20,7 @@ from syncwright.plan.partition import Whole, axis_length, cut
 from syncwright.plan.placement import place
 from syncwright.plan.plan import Plan, Sharing
 from syncwright.plan.rules import BufferPolicy, Rules
-from syncwright.plan.sync import Local, ParameterServer, Sync
+from syncwright.plan.sync import AllReduce, Local, ParameterServer, Sync
 from syncwright.program import Role, Variable
 
 T = TypeVar("T")
@@ -62,9 +62,28 @@ def resolve(
         servers=servers,
         reducer=min(used, default=None),
         sharings=sharings,
-        buffers=tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written),
+        buffers=_buffers(rules, written, [sync for _, sync, _ in chosen], notes),
         notes=tuple(notes),
+        clip=rules.clip,
     )
+
+
+def _buffers(
+    rules: Rules, written: Sequence[Variable], syncs: Sequence[Sync], notes: list[str]
+) -> tuple[tuple[str, BufferPolicy], ...]:
+    """The policy of each buffer that the step writes: only trainers that keep step have something to average."""
+    served = [sync for sync in syncs if isinstance(sync, ParameterServer)]
+    if not served or any(isinstance(sync, AllReduce) for sync in syncs) or any(sync.in_step for sync in served):
+        return tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written)
+    for buffer in written:
+        policy = _last_match(rules.buffers, buffer, "local")
+        if policy != "local":
+            raise PlanError(
+                f"{rules.source}: buffer {buffer.name!r}: found {policy}, expected local: all updates are asynchronous, so "
+                "there is no step at which trainers could exchange it. Take the line out, or share a variable in step."
+            )
+        notes.append(f"{buffer.name} stays local: all updates are asynchronous, so trainers have no step in common")
+    return tuple((buffer.name, "local") for buffer in written)
 
 
 def _cut(

@@ -25,12 +25,13 @@ from syncwright.typed import check_fields, decode, describe, encode
 
 BufferPolicy = Literal["mean", "trainer0", "local"]
 Uncuttable = Literal["refuse", "keep_whole"]
+Clip = Literal["global", "per_trainer"]
 
 _DEFAULT = 'Add a line such as "default: all_reduce".'
 _PATTERN = 'Write a line such as - "embed.*": parameter_server.'
 _BUFFER = 'Write a line such as - "*.running_mean": trainer0.'
 _SHARING = "Write one of them."
-_KEYS = ("default", "variables", "buffers", "uncuttable")
+_KEYS = ("default", "variables", "buffers", "clip", "uncuttable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Rules:
     default     for every variable that no pattern matches
     patterns    (pattern, sharing), the last match counts
     buffers     (pattern, "mean" | "trainer0" | "local") for buffers that the step writes; likewise
+    clip        what a norm of several gradients is of: the trainers' merged gradients, or each trainer's own, before they
+                are merged
     uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (what a
                 person wrote is meant), or "keep_whole" with a note in the plan (named strategies)
     source      what errors call these rules: the file's name
@@ -49,6 +52,7 @@ class Rules:
     patterns: tuple[tuple[str, Sync], ...] = ()
     buffers: tuple[tuple[str, BufferPolicy], ...] = ()
     uncuttable: Uncuttable = "refuse"
+    clip: Clip = "global"
     source: str = field(default="rules", compare=False)
 
     def __post_init__(self) -> None:
@@ -73,12 +77,13 @@ class Rules:
         nodes = top.record(_KEYS, _DEFAULT)
         if "default" not in nodes:
             raise top.error("the sharing of variables that no pattern matches", _DEFAULT, found="no `default`")
-        uncuttable = nodes.get("uncuttable")
+        uncuttable, clip = nodes.get("uncuttable"), nodes.get("clip")
         return cls(
             default=decode(nodes["default"], Sync, _SHARING),
             patterns=_lines(nodes.get("variables"), Sync, _PATTERN),
             buffers=_lines(nodes.get("buffers"), BufferPolicy, _BUFFER),
             uncuttable=decode(uncuttable, Uncuttable) if uncuttable else "refuse",
+            clip=decode(clip, Clip) if clip else "global",
             source=top.source,
         )
 
@@ -88,6 +93,7 @@ class Rules:
             "default": encode(self.default),
             "variables": [{pattern: encode(sync)} for pattern, sync in self.patterns],
             "buffers": [{pattern: policy} for pattern, policy in self.buffers],
+            "clip": self.clip if self.clip != "global" else None,
             "uncuttable": self.uncuttable if self.uncuttable != "refuse" else None,
         }
         return write({key: value for key, value in document.items() if value}, flow=_tags_of(self))

@@ -42,7 +42,8 @@ class ParameterServer:
     staleness   async: a step returns only when no live trainer is more than so many steps behind; None: never waits
     take        async: one update for so many pushes, with their mean, whoever sent them
     compensate  async: delay compensation, gradient + compensate * gradient**2 * (value - value that was pulled) (DC-ASGD)
-    merge       async: up to so many gradients of a trainer travel as one push, their mean, while an earlier one is under way
+    merge       async: up to so many gradients of a trainer travel as one push, their mean, while an earlier one is under way;
+                steps read the value that has come last, and wait only when so many are held back
     clock       async: the hyper-parameters of an update are those of the trainer's step that pushed ("trainer_step"), or
                 follow the scheduler, one tick for as many updates as there are trainers ("global_update")
     staged      sync: steps read values that are one step old, so that pulls never wait

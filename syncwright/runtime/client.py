@@ -34,9 +34,9 @@ from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.transport import Outlet, Work
 
 Key = tuple[str, int]
-"""A channel, and the version or (below `BEFORE_ALL`) the number by which its value is asked for."""
-BEFORE_ALL = -1
-"""The version before the first, which a staged pull of the first step asks for: it gets the first."""
+"""A channel, and the version or (from `LATEST` down) the number by which its value is asked for."""
+LATEST = -2
+"""By this number stands the latest value that has come; -1 is the version before the first, which is the first."""
 When = Literal["now", "end"]
 
 
@@ -49,7 +49,8 @@ class Client:
         self._asked: set[Key] = set()
         self._got: dict[Key, torch.Tensor] = {}
         self._order: dict[str, deque[Key]] = {}
-        self._fresh = BEFORE_ALL
+        self._fresh = LATEST
+        self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
         self._left: dict[Key, int] = {}
         self._notes = _notes(job)
@@ -85,7 +86,7 @@ class Client:
         self.transport.progress(step, "begin")
 
     def _is_wanted(self, key: Key) -> bool:
-        return key in self._left or key[1] >= self.step or key[0] in self._fixed
+        return key in self._left or key[1] >= self.step or key[1] == LATEST or key[0] in self._fixed
 
     def push(self, channel: str, tensor: torch.Tensor) -> bool:
         """Sends a contribution, or keeps it until an earlier one is taken, to be sent with others as their mean.
@@ -119,15 +120,24 @@ class Client:
             wire = self.job.channels[channel].sent.dtype
             self._push(channel, weight, together(self.job.channels[channel], waiting).to(wire))
 
-    def pull(self, channel: str, later: bool, before: bool = False) -> torch.Tensor | None:
-        """The value as it is in this step; `later`: after it; `before`: as it was in the step before."""
-        key = self._key(channel, self.step + int(later) - int(before))
+    def pull(self, channel: str, later: bool, when: str = "step") -> torch.Tensor | None:
+        """The value as it is in this step, after it (`later`), as it was before it, or the latest that has come."""
+        if when == "latest":
+            return self._latest(channel)
+        key = self._key(channel, self.step + int(later) - int(when == "before"))
         value = self.fetch(*key)
         if value is not None and key in self._left:
             self._left[key] -= 1
             if self._left[key] == 0:
                 self._forget(key)
         return value
+
+    def _latest(self, channel: str) -> torch.Tensor | None:
+        """The value that has come last; once in a step the next is asked for, and comes in its time."""
+        if (channel, LATEST) not in self._asked and self._refreshed.get(channel) != self.step:
+            self._refreshed[channel] = self.step
+            self._ask(channel, (channel, LATEST), "now")
+        return self._got.get((channel, LATEST))
 
     def fetch(self, channel: str, version: int, when: When = "now") -> torch.Tensor | None:
         """The value once `version` steps are in it; asks for it the first time, None while it is not there.
@@ -147,7 +157,7 @@ class Client:
 
     def release(self) -> None:
         """Forgets all values that have come: whoever needs one asks again."""
-        for key in list(self._got):
+        for key in [key for key in self._got if key[1] != LATEST]:
             self._forget(key)
 
     def _forget(self, key: Key) -> None:
@@ -159,19 +169,22 @@ class Client:
         for channel, at in channels:
             key = self._key(channel, version + at)
             if key not in self._asked:
-                self._asked.add(key)
-                pull = Pull(*key)
-                if channel in self._now:
-                    self._order.setdefault(channel, deque()).append(key)
-                    pull = Pull(channel, self._settings, when)
-                self._send(self.job.owners[channel], Message(pull))
+                self._ask(channel, key, when)
+
+    def _ask(self, channel: str, key: Key, when: When) -> None:
+        self._asked.add(key)
+        pull = Pull(*key)
+        if channel in self._now:
+            self._order.setdefault(channel, deque()).append(key)
+            pull = Pull(channel, self._settings, when)
+        self._send(self.job.owners[channel], Message(pull))
 
     def _key(self, channel: str, version: int) -> Key:
         """What no update writes is asked for as of when all values were last set: at no later version is it another.
 
         Nor is there an older one than that.
         """
-        if version < BEFORE_ALL:
+        if version < LATEST:
             return channel, version
         return channel, self._base if channel in self._fixed else max(self._base, version)
 
@@ -200,7 +213,7 @@ class Client:
         """All values are being set anew, to be those of `step`: what came before is old."""
         self._base = step
         self._settings += 1
-        self._got, self._asked = {}, set()
+        self._got, self._asked, self._refreshed = {}, set(), {}
 
     def tick(self, clock: int, staleness: int) -> None:
         """Says that so many steps have been pushed, to who keeps the clocks."""
@@ -232,6 +245,8 @@ class Client:
             case Value(channel=channel, version=version) if message.tensor is not None:
                 key = self._order[channel].popleft() if channel in self._now else (channel, version)
                 self._got[key] = message.tensor
+                if key[1] == LATEST:
+                    self._asked.discard(key)
             case Taken(channel=channel):
                 self._under_way.discard(channel)
                 self._push_waiting(channel)

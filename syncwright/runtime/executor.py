@@ -23,8 +23,8 @@ class Port(Protocol):
         """False while it cannot be taken."""
         ...
 
-    def pull(self, channel: str, later: bool, before: bool) -> torch.Tensor | None:
-        """The value, or None while it is not there. `later`: as it is after this step; `before`: in the one before."""
+    def pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:
+        """The value, or None while it is not there. `later`: as it is after this step; `when`: see `ops`."""
         ...
 
     def start(self, channel: str, tensor: torch.Tensor) -> None: ...
@@ -109,12 +109,12 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))
         case _:
-            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), is_before(node))))
+            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), pulled_when(node))))
 
 
-def is_before(pull: Node) -> bool:
-    """Whether a trainer pulls a value as it was one step before."""
-    return pull.args[4:5] == ("before",)
+def pulled_when(pull: Node) -> str:
+    """As of when a trainer pulls a value."""
+    return str(pull.args[4]) if len(pull.args) > 4 else "step"
 
 
 def _is_given_away(node: Node) -> bool:

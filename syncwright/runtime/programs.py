@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+from torch.fx import Node
+
 from syncwright import ops
 from syncwright.capture import Captured, capture_step
 from syncwright.capture.axes import Axes, dynamic_axes, joined
@@ -26,7 +28,7 @@ from syncwright.plan import Plan
 from syncwright.program import Program, Role
 from syncwright.runtime import inductor
 from syncwright.runtime.compiled import CompiledExecutor
-from syncwright.runtime.executor import Executor, is_before
+from syncwright.runtime.executor import Executor, pulled_when
 from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.structure import difference, skeleton
 
@@ -77,10 +79,7 @@ class Prepared:
 
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0, busy: Busy = nullcontext):
         self.captured, self.job, self.compiled = captured, job, compiled
-        pulls = {
-            phase: [(str(n.args[1]), int(bool(n.args[0])) - int(is_before(n))) for n in communications(program) if n.target is ops.pull]
-            for phase, program in job.trainer.items()
-        }
+        pulls = {phase: [_pull(node) for node in _pulls(program)] for phase, program in job.trainer.items()}
         self.pulls = tuple((channel, at) for channel, at in pulls["step"] if at < 1)
         self.uses = {phase: Counter(each) for phase, each in pulls.items()}
         self._phases = {
@@ -206,6 +205,17 @@ class Programs:
                 f"the batch is built in another way than the first one: {said}. Give every step the same arguments, in "
                 "the same tuples, lists and dicts; only sizes may differ."
             )
+
+
+def _pulls(program: Program) -> list[Node]:
+    """Pulls of a value as of a step; what is "latest" is asked for by itself."""
+    found = [node for node in communications(program) if node.target is ops.pull]
+    return [node for node in found if pulled_when(node) != "latest"]
+
+
+def _pull(node: Node) -> tuple[str, int]:
+    """The channel, and as of how many steps later."""
+    return str(node.args[1]), int(bool(node.args[0])) - int(pulled_when(node) == "before")
 
 
 def _is_dynamic(captured: Captured) -> bool:

@@ -131,10 +131,13 @@ class Replay:
             self.returned[rank].append((yield from session.replicas[rank].step(prepared, part)))
 
     def _advance(self) -> None:
-        """Runs every trainer until it waits for what is not there."""
-        for rank, run in enumerate(self._runs):
-            with stream(self.job.streams, rank):
-                self.waits[rank] = next(run, None)
+        """Runs every trainer until it waits for what is not there; collectives complete as the last one joins."""
+        sent = -1
+        while sent != self._network.sent:
+            sent = self._network.sent
+            for rank, run in enumerate(self._runs):
+                with stream(self.job.streams, rank):
+                    self.waits[rank] = next(run, None)
 
 
 def _event(sender: Address, message: Message) -> Event:

@@ -120,7 +120,9 @@ class Server:
         self._fixed, self._arriving, self._exports = job.fixed, job.arriving, part.exports
         self._attendance = Attendance(job.plan.trainers)
         self._counting: dict[str, Counting] = {
-            name: counting(channel, self._attendance) for name, channel in job.channels.items() if channel.server == rank
+            name: counting(channel, self._attendance)
+            for name, channel in job.channels.items()
+            if channel.server == rank
         }
         self._running = [_running(program, self._counting) for program in part.programs]
         self._slots = self._make_slots()
@@ -128,7 +130,9 @@ class Server:
         self._settings = 0
         self._ticks: list[tuple[Address, Tick]] = []
         self._at_end: list[tuple[Address, Pull]] = []
-        self._noted = {str(r.program.variables[n].of) for r in self._running for n in r.program.reads if _is_pulled(r, n)}
+        self._noted = {
+            str(r.program.variables[n].of) for r in self._running for n in r.program.reads if _is_pulled(r, n)
+        }
         self._pulled: dict[tuple[str, int], object] = {}
 
     def _make_slots(self) -> dict[tuple[str, str], Slot]:
@@ -171,6 +175,11 @@ class Server:
     def clocks(self) -> Mapping[int, int]:
         """How many steps each trainer has pushed, where trainers say so."""
         return dict(self._attendance.clock)
+
+    def held(self, name: str) -> object:
+        """The newest value of a variable that is kept here."""
+        slot = self._slots[name, ""]
+        return slot.values[max(slot.values)]
 
     def waits_for(self) -> str:
         """Which contributions are missing, for errors."""

@@ -140,8 +140,13 @@ def _check_header(first: FirstFrame) -> None:
         case Push(step=number, weight=weight) if not (math.isfinite(weight) and weight >= 0):
             raise WireError(f"{_about(header)}: weight is {weight}; expected a finite number, at least 0")
         case (
-            Push(step=number) | Leave(step=number) | Resume(step=number) | Pull(version=number) | Value(version=number)
-            | Tick(clock=number) | Go(clock=number)
+            Push(step=number)
+            | Leave(step=number)
+            | Resume(step=number)
+            | Pull(version=number)
+            | Value(version=number)
+            | Tick(clock=number)
+            | Go(clock=number)
         ):
             if not 0 <= number <= LARGEST:
                 raise WireError(f"{_about(header)}: its step or version is {number}; expected 0 to {LARGEST}")
