@@ -60,6 +60,12 @@ def _silence(program: Program) -> tuple[Program, set[Node]]:
                 with program.graph.inserting_before(node):
                     program, nothing = _nothing(program, source, tainted, known)  # type: ignore[arg-type]
                 node.args = (nothing, *node.args[1:])
+            if node.target is ops.push_rows:
+                with program.graph.inserting_before(node):
+                    none = known.call(
+                        program.graph, aten.full.default, [source.meta["val"].shape[0]], -1, dtype=torch.int64
+                    )  # type: ignore[union-attr]
+                node.update_arg(2, none)
         elif _is_own(program, node) or any(source in tainted for source in node.all_input_nodes):
             tainted.add(node)
     return program, tainted

@@ -10,9 +10,11 @@ import torch
 
 from syncwright import ops
 from syncwright.plan import ParameterServer, Plan
+from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Variable
+from syncwright.selection import Selection
 
-Merge = Literal["mean", "sum", "first"]
+Merge = Literal["mean", "sum", "first", "mean_by_touch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Channel:
     take      0: one contribution of every live trainer, by steps; or so many contributions, as they come
     up_to     so many contributions of one trainer travel as one, while an earlier one is under way
     wire      dtype in which it travels, where that is not the variable's
+    rows      of a table whose rows travel: those that its update writes, "touched" or "all"
     """
 
     variable: Variable
@@ -35,11 +38,24 @@ class Channel:
     take: int = 0
     up_to: int = 1
     wire: torch.dtype | None = None
+    rows: Travelling = ""
 
     @property
     def sent(self) -> Variable:
         """What travels."""
         return self.variable if self.wire is None else replace(self.variable, dtype=self.wire)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What trainers push or pull rows of.
+
+    of      the table
+    pieces  the channel of each piece, with the rows that it has
+    """
+
+    of: str
+    pieces: tuple[tuple[str, Selection], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +81,7 @@ class Job:
     servers   one part per server of the plan
     channels  what trainers push, by name
     owners    which server keeps or computes each value that trainers pull, by name
+    tables    what trainers push or pull rows of, by the name that their programs give it
     casts     values that trainers pull in another dtype, by name: the variable that is kept, and the dtype
     local     outputs that stay on each trainer: tensors along the batch axis
     digest    of variables, update programs and the sequence of communications; never of a batch's shape
@@ -78,6 +95,7 @@ class Job:
     local: tuple[str, ...]
     digest: str
     casts: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def held(self) -> dict[str, Variable]:

@@ -58,7 +58,7 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
     digest = _digest(roles.trainer, roles.servers)
-    return Job(plan, phases, roles.servers, roles.channels, roles.owners, local, digest, roles.casts)
+    return Job(plan, phases, roles.servers, roles.channels, roles.owners, local, digest, roles.casts, roles.tables)
 
 
 @contextmanager

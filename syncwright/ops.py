@@ -2,6 +2,15 @@
 
     gradient(x, name)                      identity; here the gradient of parameter `name` is complete
 
+Of tables, of which a step reads few rows; ids of -1 stand for no row, and behind the first of them are others only:
+
+    unique(ids, padding)                   the distinct ids, sorted, padded with -1 to as many as are given; then for each
+                                           tensor of ids the places of its ids among them. `padding` from 0 on: this id comes
+                                           first, in one more place, whether it is given or not
+    take_rows(x, ids)                      these rows of x; zeros for no row
+    dense_rows(x, ids, rows, skip)         `rows` rows of zeros, to which each row of x but the first `skip` is added where its
+                                           id says
+
 In a whole program, which holds what every role does (see `place`); each names its channel, runs where its result is
 read, and its result is what is read there:
 
@@ -11,6 +20,11 @@ read, and its result is what is read there:
                                            travel as one
     pull.value(x, channel, when, dtype)    from a server to every trainer, in `dtype`: as it is in this step ("step"), in the
                                            step before ("before"), "now", or as it came last, without waiting ("latest")
+    push.rows(x, channel, ids, merge, rows, written, skip, take, up_to, dtype)
+                                           like `push.merged` of dense_rows(x, ids, rows, skip); an update writes the "touched"
+                                           rows or "all"
+    pull.rows(x, channel, ids, when, dtype)
+                                           like `pull.value`, these rows of it
     send(x, channel)                       from a server to another: of several owners' values, the first
     gather(x, channel, parts)              from the owners of the pieces of a variable to a server: their values, stacked
 
@@ -21,6 +35,9 @@ In the program of a trainer:
     push(x, channel)                       sends x to the owner of `channel`; a token (an empty tensor) that orders
     pull(after, channel, shape, dtype, when)
                                            the owner's value of `channel`, once what `after` sent is in it; or as `when` says
+    push_rows(x, channel, ids, skip)       like `push`, without the first `skip` rows and those of no id
+    pull_rows(ids, channel, shape, dtype, when)
+                                           like `pull`, these rows
 """
 
 from __future__ import annotations
@@ -45,6 +62,18 @@ _library.define("pull(Tensor[] after, str channel, int[] shape, ScalarType dtype
 
 def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+_library.define("unique(Tensor[] ids, int padding) -> Tensor[]")
+_library.define("take_rows(Tensor x, Tensor ids) -> Tensor")
+_library.define("dense_rows(Tensor x, Tensor ids, SymInt rows, int skip=0) -> Tensor")
+_library.define(
+    "push.rows(Tensor x, str channel, Tensor ids, str merge, int rows, str written, int skip=0, int take=0, int up_to=1, "
+    "ScalarType? dtype=None) -> Tensor"
+)
+_library.define("pull.rows(Tensor x, str channel, Tensor ids, str when='step', ScalarType? dtype=None) -> Tensor")
+_library.define("push_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
+_library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtype, str when='step') -> Tensor")
 
 
 torch.library.register_fake(f"{NAMESPACE}::gradient", _same, lib=_library)
@@ -82,6 +111,78 @@ def _pull(
     return torch.empty(shape, dtype=dtype)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::unique", lib=_library)
+def _unique_shapes(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
+    places = sum(each.numel() for each in ids) + int(padding >= 0)
+    return [ids[0].new_empty([places], dtype=torch.int64), *[torch.empty_like(each) for each in ids]]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::take_rows", lib=_library)
+def _take_rows_shape(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return x.new_empty([ids.shape[0], *x.shape[1:]])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dense_rows", lib=_library)
+def _dense_rows_shape(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) -> torch.Tensor:
+    return x.new_empty([rows, *x.shape[1:]])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::push.rows", lib=_library)
+def _push_rows_merged(
+    x, channel: str, ids, merge: str, rows: int, written: str, skip: int = 0, take: int = 0, up_to: int = 1, dtype=None
+) -> torch.Tensor:
+    return x.new_empty([rows, *x.shape[1:]], dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::pull.rows", lib=_library)
+def _pull_rows_value(x, channel: str, ids, when: str = "step", dtype=None) -> torch.Tensor:
+    return x.new_empty([ids.shape[0], *x.shape[1:]], dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::push_rows", lib=_library)
+def _push_rows(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    return torch.empty(0)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::pull_rows", lib=_library)
+def _pull_rows(
+    ids: torch.Tensor, channel: str, shape: list[int], dtype: torch.dtype, when: str = "step"
+) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _unique(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
+    flat = torch.cat([each.reshape(-1) for each in ids]) if len(ids) > 1 else ids[0].reshape(-1)
+    found, places = torch.unique(flat, return_inverse=True)
+    first = int(padding >= 0)
+    if first:
+        at = int(torch.searchsorted(found, padding))
+        given = at < len(found) and int(found[at]) == padding
+        later = places + 1 - (places > at).to(places.dtype) if given else places + 1
+        places = torch.where(places == at, 0, later) if given else later
+        found = torch.cat([found.new_full([1], padding), found[found != padding]])
+    unique = torch.full([flat.numel() + first], -1, dtype=torch.int64)
+    unique[: len(found)] = found
+    sizes = [each.numel() for each in ids]
+    parts = zip(places.split(sizes), ids, strict=True)
+    return [unique, *[part.view(each.shape).to(each.dtype) for part, each in parts]]
+
+
+def _take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    rows = x.index_select(0, ids.clamp(min=0))
+    rows[ids < 0] = 0
+    return rows
+
+
+def _dense_rows(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) -> torch.Tensor:
+    x, ids = x[skip:], ids[skip:]
+    there = ids >= 0
+    return x.new_zeros([rows, *x.shape[1:]]).index_add_(0, ids[there], x[there])
+
+
+_library.impl("unique", _unique, "CompositeExplicitAutograd")
+_library.impl("take_rows", _take_rows, "CompositeExplicitAutograd")
+_library.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
 _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 
 gradient = torch.ops.syncwright.gradient.default
@@ -93,7 +194,16 @@ push_merged = torch.ops.syncwright.push.merged
 pull_value = torch.ops.syncwright.pull.value
 send = torch.ops.syncwright.send.default
 gather = torch.ops.syncwright.gather.default
+unique = torch.ops.syncwright.unique.default
+take_rows = torch.ops.syncwright.take_rows.default
+dense_rows = torch.ops.syncwright.dense_rows.default
+push_rows_merged = torch.ops.syncwright.push.rows
+pull_rows_value = torch.ops.syncwright.pull.rows
+push_rows = torch.ops.syncwright.push_rows.default
+pull_rows = torch.ops.syncwright.pull_rows.default
 
-COMMUNICATION = frozenset({all_reduce, wait, push, pull})
-SENDS = frozenset({all_reduce, push})
-CROSSINGS = frozenset({push_merged, pull_value, send, gather})
+COMMUNICATION = frozenset({all_reduce, wait, push, pull, push_rows, pull_rows})
+SENDS = frozenset({all_reduce, push, push_rows})
+PUSHES = frozenset({push_merged, push_rows_merged})
+PULLS = frozenset({pull_value, pull_rows_value})
+CROSSINGS = frozenset({*PUSHES, *PULLS, send, gather})

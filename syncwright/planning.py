@@ -13,6 +13,7 @@ from syncwright.plan import Plan, Rules, check, resolve
 from syncwright.program import Program, Role, Variable
 from syncwright.strategies import named
 from syncwright.text import op_name
+from syncwright.untouched import leaves_rows_alone
 from syncwright.update import Updates, find_updates
 
 PlanSource = str | Path | Rules | Plan
@@ -29,7 +30,8 @@ def make_plan(source: PlanSource, program: Program, trainers: int, servers: int)
         case Plan():
             plan = source
         case Rules():
-            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest)
+            still = {v.name for v in variables if v.sparse and leaves_rows_alone(program, updates, v.name)}
+            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest, still)
         case str() | Path() if _is_file(source):
             plan = complete_plan(source)
             if plan is None:

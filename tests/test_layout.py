@@ -38,6 +38,7 @@ selection       a part of a variable, and who owns it
 place           where each node of a whole program runs
 program         Program, Variable, Role
 ops             communication, as operators of a graph
+schema          a node's arguments by name
 dead            dead nodes
 shapes          fake values of new nodes
 regions         where a program turns from forward to backward
@@ -67,6 +68,7 @@ verify          legal programs, one error class per rule
     job
 meaning         what each node of an update is made from, from graph edges
 update          how each update may be split, and which global values it reads
+untouched       whether an update leaves rows alone that have no gradient
 split           who owns what, and where each node of an update runs
 cut             from a whole program to a program for each role
     crossing
@@ -99,6 +101,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
 passes          one rewrite of the whole program per file
     insert
     clip_per_trainer
+    compact_lookups
     serve_parameters
     compensate
     share_globals
@@ -129,8 +132,10 @@ runtime         what runs a job
     inductor
     segments
     compiled
+    rows
     merging
     server
+    row_client
     client
     structure
     kept

@@ -16,8 +16,9 @@ from syncwright import ops
 from syncwright.cut.crossing import calls, channel_of, part_name, ranks, senders, source_of
 from syncwright.cut.servers import server_programs
 from syncwright.cut.trainer import trainer_program
-from syncwright.job import Channel, ServerPart
+from syncwright.job import Channel, ServerPart, Table
 from syncwright.program import Program, Role, Variable
+from syncwright.schema import argument
 from syncwright.shapes import Inference, mode_of
 from syncwright.split import piece_of
 
@@ -31,6 +32,7 @@ class Roles:
     channels: Mapping[str, Channel]
     owners: Mapping[str, int]
     casts: Mapping[str, tuple[str, torch.dtype]]
+    tables: Mapping[str, Table]
 
 
 def cut(program: Program, servers: int) -> Roles:
@@ -43,30 +45,43 @@ def cut(program: Program, servers: int) -> Roles:
     servers keep nothing there are none.
     """
     if not any(variable.kept for variable in program.variables.values()):
-        return Roles(program, (), {}, {}, {})
+        return Roles(program, (), {}, {}, {}, {})
     known = Inference(mode_of(program.graph))
     parts = _parts(program, server_programs(program, known), _exports(program), servers)
     hypers = {part.rank: _hypers(part) for part in parts}
-    return Roles(trainer_program(program, known), parts, _channels(program, hypers), _owners(program), _casts(program))
+    trainer, channels = trainer_program(program, known), _channels(program, hypers)
+    return Roles(trainer, parts, channels, _owners(program), _casts(program), _tables(program))
 
 
 def _channels(program: Program, hypers: Mapping[int, tuple[str, ...]]) -> dict[str, Channel]:
     """What trainers push. Hyper-parameters travel with what a server computes with, not with what it only hands on."""
     found = {}
-    for node in calls(program, ops.push_merged):
-        computes = any(user.target is not ops.pull_value for user in node.users)
+    for node in calls(program, *ops.PUSHES):
+        computes = any(user.target not in ops.PULLS for user in node.users)
         variable = program.variables[channel_of(node)]
         for index, rank in enumerate(ranks(node, program)):
             part = piece_of(variable, index)
             travelling = hypers[rank] if computes else ()
-            found[part.name] = Channel(part, rank, node.args[2], travelling, *_counting(node))  # type: ignore[arg-type]
+            found[part.name] = Channel(part, rank, argument(node, "merge"), travelling, **_counting(node))  # type: ignore[arg-type]
     return found
 
 
-def _counting(node: Node) -> tuple[int, int, torch.dtype | None]:
-    """How many contributions count together and how many travel together, and the dtype in which they travel."""
-    take, up_to = (*node.args[3:], *(0, 1)[len(node.args) - 3 :])
-    return take, up_to, source_of(node).meta["val"].dtype if "dtype" in node.kwargs else None  # type: ignore[return-value]
+def _counting(node: Node) -> dict[str, object]:
+    """How many contributions count together and how many travel together, in which dtype, and which rows are written."""
+    wire = source_of(node).meta["val"].dtype if "dtype" in node.kwargs else None
+    found = {"take": argument(node, "take"), "up_to": argument(node, "up_to"), "wire": wire}
+    return found | {"rows": argument(node, "written") or ""}
+
+
+def _tables(program: Program) -> dict[str, Table]:
+    """What trainers push and pull rows of."""
+    found = {}
+    for node in calls(program, ops.push_rows_merged, ops.pull_rows_value):
+        variable = program.variables[channel_of(node)]
+        pieces = tuple((piece_of(variable, index).name, part) for index, part in enumerate(variable.kept))
+        of = variable.of if variable.role is Role.GRAD else variable.kept[0].of
+        found[variable.name] = Table(str(of), pieces)
+    return found
 
 
 def _owners(program: Program) -> dict[str, int]:
@@ -75,7 +90,7 @@ def _owners(program: Program) -> dict[str, int]:
     for variable in program.variables.values():
         if variable.role not in (Role.GRAD, Role.GLOBAL):
             found |= {piece_of(variable, i).name: int(part.server or 0) for i, part in enumerate(variable.kept)}
-    for node in calls(program, ops.pull_value):
+    for node in calls(program, *ops.PULLS):
         variable = program.variables[channel_of(node)]
         if not variable.kept:
             found[variable.name] = ranks(source_of(node), program)[0]
@@ -86,7 +101,7 @@ def _owners(program: Program) -> dict[str, int]:
 
 def _casts(program: Program) -> dict[str, tuple[str, torch.dtype]]:
     """Values that are pulled in another dtype, with the variables that are kept."""
-    pulled = [program.variables[channel_of(node)] for node in calls(program, ops.pull_value) if "dtype" in node.kwargs]
+    pulled = [program.variables[channel_of(node)] for node in calls(program, *ops.PULLS) if "dtype" in node.kwargs]
     return {
         piece_of(variable, index).name: (piece_of(program.variables[part.of], index).name, variable.dtype)
         for variable in pulled

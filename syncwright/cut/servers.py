@@ -32,7 +32,7 @@ class _Servers:
         self.program, self.known = program, known
         self.made: dict[int, list[Program]] = {}
         gathers = {node: _gathered(node, program) for node in calls(program, ops.gather)}
-        crossings = calls(program, ops.push_merged, ops.send)
+        crossings = calls(program, *ops.PUSHES, ops.send)
         self.stops = {node: program.variables[channel_of(node)] for node in crossings} | gathers
         self.parts = {variable.name: variable.shape[0] for variable in gathers.values()}
 

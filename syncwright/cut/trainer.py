@@ -11,6 +11,7 @@ from syncwright.dead import trim
 from syncwright.errors import LoweringError
 from syncwright.place import AT, Owners, is_served, place_of
 from syncwright.program import Program, copy_node
+from syncwright.schema import argument
 from syncwright.shapes import Inference
 from syncwright.split import piece_of
 
@@ -39,6 +40,10 @@ class _Trainer:
         for node in self.whole.graph.nodes:
             if node.target is ops.push_merged:
                 self._push(node)
+            elif node.target is ops.push_rows_merged:
+                self._push_rows(node)
+            elif node.target is ops.pull_rows_value:
+                self.made[node] = self._pull_rows(node)
             elif node.target is ops.pull_value:
                 self.made[node] = self._pull(node)
             elif node.op != "output" and not is_served(node):
@@ -57,6 +62,17 @@ class _Trainer:
             if part is not None and part.bounds is not None:
                 rows = self.known.call(self.graph, aten.slice.Tensor, sent, 0, part.start, part.stop)
             self.tokens[node] = self.known.call(self.graph, ops.push, rows, piece_of(variable, index).name)
+
+    def _push_rows(self, node: Node) -> None:
+        sent, ids, skip = self.made[source_of(node)], self.made[argument(node, "ids")], argument(node, "skip")  # type: ignore[index]
+        self.tokens[node] = self.known.call(
+            self.graph, ops.push_rows, sent, channel_of(node), ids, *([skip] if skip else [])
+        )
+
+    def _pull_rows(self, node: Node) -> Node:
+        ids, val = self.made[argument(node, "ids")], node.meta["val"]  # type: ignore[index]
+        when = node.args[3:4]
+        return self.known.call(self.graph, ops.pull_rows, ids, channel_of(node), list(val.shape), val.dtype, *when)
 
     def _pull(self, node: Node) -> Node:
         variable = self.whole.variables[channel_of(node)]
@@ -90,9 +106,9 @@ def _pushes(node: Node, over: bool) -> set[Node]:
         if node in seen:
             continue
         seen.add(node)
-        ends = node.target is ops.push_merged or (
+        ends = node.target in ops.PUSHES or (
             node.target is ops.send and isinstance(place_of(node), Owners) and not over
         )
         if not ends:
             stack.extend(node.all_input_nodes)
-    return {node for node in seen if node.target is ops.push_merged}
+    return {node for node in seen if node.target in ops.PUSHES}

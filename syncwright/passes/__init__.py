@@ -6,13 +6,14 @@ A pass is one public function `name(program, plan) -> Program`, alone in its fil
 from syncwright.passes.average import average_gradients, average_values
 from syncwright.passes.bucket import bucket
 from syncwright.passes.clip_per_trainer import clip_per_trainer
+from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
 from syncwright.passes.flatten import flatten
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
-_PLACING = (clip_per_trainer, serve_parameters, compensate, share_globals)
+_PLACING = (clip_per_trainer, compact_lookups, serve_parameters, compensate, share_globals)
 _SENDING = (average_gradients, average_values, bucket)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import Joined, Scalar
 from syncwright.passes.insert import behind, read_share, read_weight
@@ -50,7 +51,8 @@ def serve_parameters(program: Program, plan: Plan) -> Program:
     if plan.trainers > 1 and any(sync.in_step and sync.reduce == "mean" for sync in syncs.values()):
         program, weight = read_weight(program)
     share = read_share(weight, plan.trainers) if weight is not None else None
-    crossing = _Crossing(parts, places(parts), syncs, share, Inference(mode_of(program.graph)))
+    rows = {s.variable: s.rows for s in plan.sharings if s.rows}
+    crossing = _Crossing(parts, places(parts), syncs, rows, share, Inference(mode_of(program.graph)))
     return crossing.rewrite(program)
 
 
@@ -58,6 +60,7 @@ def serve_parameters(program: Program, plan: Plan) -> Program:
 class _Crossing:
     """Carries values to where they are read. Changes with every value that it carries.
 
+    rows      of tables whose rows travel: those that their updates write
     share     what a trainer's contribution to a mean is multiplied by; None on one trainer
     marks     of gradients that servers need, with their parameters
     named     nodes that are the value of a variable that servers keep
@@ -69,6 +72,7 @@ class _Crossing:
     parts: Split
     places: dict[Node, Place]
     syncs: Mapping[str, ParameterServer]
+    rows: Mapping[str, str]
     share: Node | None
     known: Inference
     made: dict[tuple[Node, Place], Node] = field(default_factory=dict)
@@ -94,6 +98,9 @@ class _Crossing:
         for node in list(program.graph.nodes):
             if node.op == "call_function":
                 place = self.places.get(node, TRAINERS)
+                if node.target is ops.take_rows and place == TRAINERS and self._is_served(node.args[0]):
+                    self._pull_rows(node)
+                    continue
                 for source in node.all_input_nodes:
                     if (carried := self._carry(source, place, node)) is not source:
                         node.replace_input_with(source, carried)
@@ -102,6 +109,7 @@ class _Crossing:
         set_results(program, results)
         for node, place in self.places.items():
             put(node, place)
+        remove_dead(program.graph)
         return replace(program, variables={**program.variables, **self._kept(), **self.channels})
 
     def _kept(self) -> dict[str, Variable]:
@@ -137,7 +145,7 @@ class _Crossing:
             return self._as_it_was(node, crossed, place)
         with node.graph.inserting_before(reader):
             if place == TRAINERS and node in self.named:
-                return self._pull(node, self.named[node])
+                return self._pulled(node, self.named[node])
             op = ops.pull_value if place == TRAINERS else ops.send
             if op is ops.pull_value:
                 self._check_whole(node, source, reader)
@@ -157,32 +165,53 @@ class _Crossing:
 
     def _push_gradient(self, mark: Node, parameter: str) -> Node:
         """The trainers' gradients, scaled where they are averaged in step, and merged at the parameter's owners."""
-        sync, sent = self.syncs[parameter], mark
-        grad = grad_variable(self.parts.program, parameter)
+        sync, grad = self.syncs[parameter], grad_variable(self.parts.program, parameter)
         parts = tuple(replace(s, of=grad.name) for s in kept(self.parts, parameter, parameter))
         self.channels[grad.name] = replace(grad, kept=parts)
+        rows = mark.all_input_nodes[0] if mark.all_input_nodes[0].target is ops.dense_rows else None
+        sent = mark if rows is None else rows.args[0]
+        assert isinstance(sent, Node), "gradients are computed"
         if self.share is not None and sync.in_step and sync.reduce == "mean":
-            with behind(mark):
-                sent = self._call(TRAINERS, aten.mul.Tensor, mark, self.share)
+            with behind(sent):
+                sent = self._call(TRAINERS, aten.mul.Tensor, sent, self.share)
         options: dict[str, object] = {} if sync.push is None else {"dtype": mark.meta["val"].dtype}
         if sync.push is not None:
             with behind(sent):
                 sent = self._call(TRAINERS, aten._to_copy.default, sent, dtype=getattr(torch, sync.push))
         take = () if sync.in_step else (sync.take,) if sync.merge == 1 else (sync.take, sync.merge)
+        owners = Owners(parameter)
         with behind(sent):
-            return self._call(Owners(parameter), ops.push_merged, sent, grad.name, sync.reduce, *take, **options)
+            if rows is None:
+                return self._call(owners, ops.push_merged, sent, grad.name, sync.reduce, *take, **options)
+            _, ids, length, *skip = rows.args
+            written, counted = self.rows[parameter], (*(skip or [0]), *take)
+            return self._call(
+                *(owners, ops.push_rows_merged, sent, grad.name, ids, sync.reduce, length, written),
+                *(counted if any(counted) else ()),
+                **options,
+            )
 
-    def _pull(self, node: Node, name: str) -> Node:
-        """The value of a variable that servers keep, for trainers: of this step, the one before, or as it is now."""
+    def _is_served(self, node: object) -> bool:
+        return isinstance(node, Node) and node in self.named
+
+    def _pull_rows(self, taken: Node) -> None:
+        """Trainers ask for the rows that they look up."""
+        table, ids = taken.args
+        with taken.graph.inserting_before(taken):
+            pulled = self._pulled(table, self.named[table], ids)  # type: ignore[arg-type, index]
+        taken.replace_all_uses_with(pulled)
+
+    def _pulled(self, node: Node, name: str, *ids: Node) -> Node:
+        """The value, or rows, of a variable that servers keep, for trainers: of this step, the one before, or now."""
         variable = self.parts.program.variables[name]
-        sync = self.syncs[self.parameter[name]]
+        sync, target = self.syncs[self.parameter[name]], ops.pull_rows_value if ids else ops.pull_value
         when = _WHEN[sync.in_step, sync.staged, sync.merge > 1]
         dtype = None if sync.pull is None else getattr(torch, sync.pull)
         if dtype in (None, variable.dtype) or not variable.dtype.is_floating_point or not variable.shape:
-            return self._call(TRAINERS, ops.pull_value, node, name, *when)
+            return self._call(TRAINERS, target, node, name, *ids, *when)
         channel = replace(self._kept_variable(name), name=f"{name} as {sync.pull}", role=Role.GLOBAL, dtype=dtype)
         self.channels[channel.name] = replace(channel, aliases=())
-        pulled = self._call(TRAINERS, ops.pull_value, node, channel.name, *when, dtype=dtype)
+        pulled = self._call(TRAINERS, target, node, channel.name, *ids, *when, dtype=dtype)
         with behind(pulled):
             return self._call(TRAINERS, aten._to_copy.default, pulled, dtype=variable.dtype)
 

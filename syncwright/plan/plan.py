@@ -19,6 +19,7 @@ from syncwright.typed import Count, Index, check_fields, decode, encode
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
 _RARE = ("clip",)
+Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
 
@@ -39,6 +40,8 @@ class Sharing:
 
     sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
     owners  the server of each piece; () where trainers keep the variable
+    rows    of a table that servers keep: "touched" or "all", the rows that an update writes, while only those travel that a
+            batch looks up; "" where the whole variable travels
     """
 
     variable: str
@@ -46,6 +49,7 @@ class Sharing:
     sizes: tuple[Index, ...]
     owners: tuple[Index, ...] = ()
     axis: Literal[0] = 0
+    rows: Travelling = ""
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -55,6 +59,10 @@ class Sharing:
         if served and len(self.owners) != len(self.sizes):
             found = f"{len(self.sizes)} sizes and {len(self.owners)} owners"
             self._refuse(found, "one owner for each piece", "Give both lists the same length.")
+        if not served and self.rows:
+            self._refuse(
+                f"rows: {self.rows}", "none: trainers keep it", "Take it out, or share it by parameter_server."
+            )
         if not served and (self.owners or len(self.sizes) > 1):
             found = f"sizes {list(self.sizes)} and owners {list(self.owners)}"
             self._refuse(found, "one size and no owner: trainers keep it whole", "Take the rest out.")
@@ -185,6 +193,7 @@ def _written(sharing: Sharing) -> dict[str, Any]:
         "axis": sharing.axis,
         "sizes": sharing.sizes,
         "owners": sharing.owners,
+        **({"rows": sharing.rows} if sharing.rows else {}),
     }
 
 
@@ -203,12 +212,13 @@ def _all_of(node: Node, keys: tuple[str, ...], do: str, rare: tuple[str, ...] = 
 
 
 def _read_sharing(name: str, node: Node) -> Sharing:
-    nodes = _all_of(node, ("sync", "axis", "sizes", "owners"), "Write all four; a plan is complete.")
+    nodes = _all_of(node, ("sync", "axis", "sizes", "owners"), "Write all four; a plan is complete.", ("rows",))
     sync = decode(nodes["sync"], Sync, "Write one of them.")
     sizes = decode(nodes["sizes"], tuple[Index, ...])
     owners = decode(nodes["owners"], tuple[Index, ...])
     axis = decode(nodes["axis"], Literal[0])
+    rows = decode(nodes["rows"], Travelling) if "rows" in nodes else ""
     try:
-        return Sharing(name, sync, sizes, owners, axis)
+        return Sharing(name, sync, sizes, owners, axis, rows)
     except PlanError as fault:
         raise PlanError(f"{node.where}: {fault}") from None

@@ -9,7 +9,7 @@ variables:                                   head.weight   all_reduce        siz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
@@ -18,7 +18,7 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.partition import Whole, axis_length, cut
 from syncwright.plan.placement import place
-from syncwright.plan.plan import Plan, Sharing
+from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
 from syncwright.plan.sync import AllReduce, Local, ParameterServer, Sync
 from syncwright.program import Role, Variable
@@ -34,11 +34,13 @@ def resolve(
     trainers: int,
     servers: int,
     digest: str,
+    still: Collection[str] = (),
 ) -> Plan:
     """The complete plan that `rules` mean for a program.
 
     variables  the parameters in registration order and the buffers that the step writes; others are ignored
     updates    how each parameter's update may be split; None: it is never updated, so it is simply replicated
+    still      tables whose update leaves rows alone that no lookup touches
 
     Raises PlanError: a pattern that matches nothing, servers that are needed and do not exist, a partition of
     a variable whose update needs the whole tensor, a mean of a buffer that is not floating.
@@ -54,7 +56,8 @@ def resolve(
         sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
         sync, sizes = _cut(rules, variable, sync, update, servers, notes)
         chosen.append((variable, sync, sizes))
-    sharings = _placed(chosen, servers)
+    rows = {v.name: _rows(rules, v, sync, updates[v.name], v.name in still, notes) for v, sync, _ in chosen}
+    sharings = tuple(replace(sharing, rows=rows[sharing.variable]) for sharing in _placed(chosen, servers))
     used = [owner for sharing in sharings for owner in sharing.owners]
     return Plan(
         digest=digest,
@@ -98,7 +101,7 @@ def _cut(
             f"least one server. Start servers, or share it another way, such as all_reduce."
         )
     sizes = cut(sync.partition, variable.shape, servers)
-    if len(sizes) == 1 or update == "elementwise":
+    if len(sizes) == 1 or update == "elementwise" or (update == "row-wise" and variable.sparse):
         return sync, sizes
     if rules.uncuttable == "refuse":
         raise PlanError(
@@ -109,6 +112,31 @@ def _cut(
     why = "needs the whole tensor" if update == "whole" else f"is {update}, not elementwise"
     notes.append(f"{variable.name} is kept whole: its update {why}")
     return replace(sync, partition=Whole()), (axis_length(variable.shape),)
+
+
+def _rows(
+    rules: Rules, variable: Variable, sync: Sync, update: Update | None, still: bool, notes: list[str]
+) -> Travelling:
+    """Which rows an update of a table writes whose rows travel; what costs a pass over the table is noted."""
+    if not isinstance(sync, ParameterServer):
+        return ""
+    split = update in ("elementwise", "row-wise")
+    if not variable.sparse or not split:
+        for name, found in (("lazy", sync.lazy), ("reduce", sync.reduce == "mean_by_touch")):
+            if found:
+                why = "its update needs the whole tensor" if variable.sparse else "lookups are not all that reads it"
+                raise PlanError(
+                    f"{rules.source}: variable {variable.name!r}: found {name}: {getattr(sync, name)}, expected it for tables "
+                    f"of which rows travel only: {why}. Leave it out for this variable."
+                )
+        return ""
+    if still or sync.lazy:
+        return "touched"
+    notes.append(
+        f"{variable.name} is updated whole in every step, as its optimizer moves rows that no lookup touches; lazy: true "
+        "would leave them"
+    )
+    return "all"
 
 
 def _placed(chosen: list[tuple[Variable, Sync, tuple[int, ...]]], servers: int) -> tuple[Sharing, ...]:

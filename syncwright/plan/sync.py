@@ -50,7 +50,9 @@ class ParameterServer:
     push, pull  dtype in which gradients and values travel; None: their own
     partition   how the variable is cut along axis 0
     place       which server keeps each piece
-    reduce      "mean": weighted by examples; "sum": for losses that are sums
+    reduce      "mean": weighted by examples; "sum": for losses that are sums; of tables also "mean_by_touch": each row's sum
+                over the trainers that touched it
+    lazy        of tables: an update writes the rows that a batch touched, also where an exact one would write all
 
     Raises PlanError for settings that mean nothing together.
     """
@@ -58,13 +60,14 @@ class ParameterServer:
     mode: Literal["sync", "async"] = "sync"
     partition: Partition = _WHOLE
     place: Placement = _IN_TURN
-    reduce: Literal["mean", "sum"] = "mean"
+    reduce: Literal["mean", "sum", "mean_by_touch"] = "mean"
     staleness: Index | None = field(default=None, metadata=RARE)
     take: Count = field(default=1, metadata=RARE)
     compensate: Amount = field(default=0.0, metadata=RARE)
     merge: Count = field(default=1, metadata=RARE)
     clock: Literal["trainer_step", "global_update"] = field(default="trainer_step", metadata=RARE)
     staged: bool = field(default=False, metadata=RARE)
+    lazy: bool = field(default=False, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
 

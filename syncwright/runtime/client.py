@@ -24,17 +24,22 @@ from syncwright.runtime.messages import (
     Leave,
     Message,
     Pull,
+    PullRows,
     Push,
     Resume,
+    Rows,
     Taken,
     Tick,
     Value,
 )
 from syncwright.runtime.rendezvous import cannot_go_on
+from syncwright.runtime.row_client import RowClient
 from syncwright.runtime.transport import Outlet, Work
 
 Key = tuple[str, int]
 """A channel, and the version or (from `LATEST` down) the number by which its value is asked for."""
+NEVER = -1
+"""The step of rows whose gradient nobody pushes."""
 LATEST = -2
 """By this number stands the latest value that has come; -1 is the version before the first, which is the first."""
 When = Literal["now", "end"]
@@ -59,6 +64,8 @@ class Client:
         self._waiting: dict[str, list[tuple[float, torch.Tensor]]] = {}
         self._under_way: set[str] = set()
         self._released = -1
+        self._training = True
+        self._rows = RowClient(job, self._send)
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -70,13 +77,16 @@ class Client:
         weight: float,
         hypers: Mapping[str, float],
         uses: Mapping[tuple[str, int], int] = MappingProxyType({}),
+        training: bool = True,
     ) -> None:
         """What belongs to all pushes of the step that begins.
 
         uses  how often each channel will be pulled in this step, as of how many steps later (-1: before): after the last
               time it is forgotten
+        training  whether gradients of the rows that are asked for will be pushed
         """
-        self.step, self._weight, self._hypers = step, weight, dict(hypers)
+        self.step, self._weight, self._hypers, self._training = step, weight, dict(hypers), training
+        self._rows.begin(step if training else NEVER)
         self._left = {}
         for (channel, at), count in uses.items():
             key = self._key(channel, step + at)
@@ -131,6 +141,26 @@ class Client:
             if self._left[key] == 0:
                 self._forget(key)
         return value
+
+    def push_rows(self, channel: str, tensor: torch.Tensor, ids: torch.Tensor, skip: int) -> bool:
+        """Sends a contribution to the rows that were asked for in this step, without the first `skip`."""
+        self.transport.progress(self.step, f"push {channel}")
+        for name, rows, left in self._rows.parts(channel, self.step, tensor, skip):
+            known = self.job.channels[name]
+            hypers = {hyper: self._hypers[hyper] for hyper in known.hypers}
+            header = Push(name, self.step, self._weight, hypers, left)
+            self._send(known.server, Message(header, rows.detach().contiguous()))
+        return True
+
+    def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
+        """The rows of these ids as they are in this step, or now."""
+        return self._rows.pull(channel, ids, self._pull_of_rows)
+
+    def _pull_of_rows(self, channel: str) -> PullRows:
+        step = self.step if self._training else NEVER
+        if channel in self._now:
+            return PullRows(channel, self._settings, "now", 0, step)
+        return PullRows(channel, self.step, "step", 0, step)
 
     def _latest(self, channel: str) -> torch.Tensor | None:
         """The value that has come last; once in a step the next is asked for, and comes in its time."""
@@ -247,6 +277,8 @@ class Client:
                 self._got[key] = message.tensor
                 if key[1] == LATEST:
                     self._asked.discard(key)
+            case Rows() as rows if message.tensor is not None:
+                self._rows.take(rows, message.tensor)
             case Taken(channel=channel):
                 self._under_way.discard(channel)
                 self._push_waiting(channel)

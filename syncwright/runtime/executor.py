@@ -23,6 +23,14 @@ class Port(Protocol):
         """False while it cannot be taken."""
         ...
 
+    def push_rows(self, channel: str, tensor: torch.Tensor, ids: torch.Tensor, skip: int) -> bool:
+        """False while it cannot be taken."""
+        ...
+
+    def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
+        """The rows of these ids, zeros for those below 0; None while they are not there."""
+        ...
+
     def pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:
         """The value, or None while it is not there. `later`: as it is after this step; `when`: see `ops`."""
         ...
@@ -102,6 +110,14 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.push:
             yield from _until(node, args[1], lambda: port.push(args[1], args[0]) or None)
             return torch.empty(0)
+        case ops.push_rows:
+            yield from _until(
+                node, args[1], lambda: port.push_rows(args[1], args[0], args[2], *args[3:4] or (0,)) or None
+            )
+            return torch.empty(0)
+        case ops.pull_rows:
+            when = args[4] if len(args) > 4 else "step"
+            return (yield from _until(node, args[1], lambda: port.pull_rows(args[1], args[0], when)))
         case ops.all_reduce:
             given = args[0] if _is_given_away(node) else args[0].clone()
             port.start(args[1], given.contiguous())

@@ -9,7 +9,7 @@ from syncwright.program import Variable
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.wire import Limit
 
-Form = tuple[tuple[int, ...], torch.dtype]
+Form = tuple[tuple[int | range, ...], torch.dtype]
 
 
 def limit_of(job: Job, me: Address) -> Limit:
@@ -18,9 +18,12 @@ def limit_of(job: Job, me: Address) -> Limit:
     pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
     pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}
+    some = {piece for table in job.tables.values() for piece, _ in table.pieces}
+    pulled |= {name: _some_rows(pulled[name]) for name in some & pulled.keys()}
     if me.kind is Kind.TRAINER:
         return {name: pulled[name] for name in job.owners}
-    pushed = {name: _form(channel.sent) for name, channel in job.channels.items() if channel.server == me.rank}
+    own = {name: _form(channel.sent) for name, channel in job.channels.items() if channel.server == me.rank}
+    pushed = {name: _some_rows(form) if name in some else form for name, form in own.items()}
     given = {name for part in job.servers for name, others in part.exports.items() if me.rank in others}
     owned = {name for name, owner in job.owners.items() if owner == me.rank}
     return {name: pulled[name] for name in owned | given} | pushed
@@ -28,6 +31,12 @@ def limit_of(job: Job, me: Address) -> Limit:
 
 def _form(variable: Variable) -> Form:
     return variable.shape, variable.dtype
+
+
+def _some_rows(form: Form) -> Form:
+    """All rows of a piece of a table, or some."""
+    (rows, *rest), dtype = form
+    return (range(rows + 1) if isinstance(rows, int) else rows, *rest), dtype
 
 
 def _computed(part: ServerPart) -> dict[str, Form]:

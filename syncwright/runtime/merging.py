@@ -11,8 +11,10 @@ import torch
 from syncwright.errors import BatchError
 from syncwright.job import Channel
 from syncwright.runtime.messages import Push
+from syncwright.runtime.rows import RowGradient, merge_rows
 
-Given = dict[int, tuple[float, torch.Tensor]]
+Contribution = torch.Tensor | RowGradient
+Given = dict[int, tuple[float, Contribution]]
 """By trainer: the weight of its contribution, and the contribution."""
 LEAD = 64
 """So many steps a trainer's contributions may wait for those of others: what nobody reads holds nobody back."""
@@ -63,11 +65,11 @@ class Counting(Protocol):
         """Why a contribution cannot be taken; None where it can."""
         ...
 
-    def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int | None:
+    def take(self, trainer: int, push: Push, tensor: Contribution) -> int | None:
         """Takes a contribution in; returns the number under which it counts, None where it counts for nothing."""
         ...
 
-    def complete(self) -> list[tuple[int, torch.Tensor]]:
+    def complete(self) -> list[tuple[int, Contribution]]:
         """What has become complete: numbers, each with the merged value."""
         ...
 
@@ -107,11 +109,11 @@ class Rounds:
         oldest = min(self._given, default=push.step)
         return f"it is of step {push.step}, others are at {oldest}" if push.step > oldest + LEAD else None
 
-    def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int:
+    def take(self, trainer: int, push: Push, tensor: Contribution) -> int:
         self._given.setdefault(push.step, {})[trainer] = push.weight, tensor
         return push.step
 
-    def complete(self) -> list[tuple[int, torch.Tensor]]:
+    def complete(self) -> list[tuple[int, Contribution]]:
         """Raises `BatchError` where nobody has examples."""
         found = [(step, self._given.pop(step)) for step in sorted(self._given) if not self._late(step)]
         for step, given in found:
@@ -148,26 +150,35 @@ class Arrivals:
 
     def __init__(self, channel: Channel):
         self.channel = channel
-        self._given: list[tuple[float, torch.Tensor]] = []
-        self._complete: list[tuple[int, torch.Tensor]] = []
+        self._given: list[tuple[float, Contribution]] = []
+        self._complete: list[tuple[int, Contribution]] = []
         self._count = 0
 
     def refusal(self, trainer: int, push: Push) -> str | None:
         return None
 
-    def take(self, trainer: int, push: Push, tensor: torch.Tensor) -> int | None:
+    def take(self, trainer: int, push: Push, tensor: Contribution) -> int | None:
         if push.weight == 0:
             return None
         self._given.append((push.weight, tensor))
         count = self._count
         if len(self._given) == self.channel.take:
-            self._complete.append((count, together(self.channel, self._given)))
+            self._complete.append((count, self._together()))
             self._given, self._count = [], count + 1
         return count
 
-    def complete(self) -> list[tuple[int, torch.Tensor]]:
+    def complete(self) -> list[tuple[int, Contribution]]:
         found, self._complete = self._complete, []
         return found
+
+    def _together(self) -> Contribution:
+        if not self.channel.rows:
+            return together(self.channel, self._given)  # type: ignore[arg-type]
+        if self.channel.merge != "mean" or self.channel.take == 1:
+            return merge_rows(self.channel, self._given)  # type: ignore[arg-type]
+        total = sum(weight for weight, _ in self._given)
+        scaled = [(w, RowGradient(g.ids, g.rows * (w / total))) for w, g in self._given]  # type: ignore[union-attr]
+        return merge_rows(self.channel, scaled)
 
     def drop(self, trainer: int) -> None:
         """Each contribution is whole: what came stays."""
@@ -176,22 +187,32 @@ class Arrivals:
         return []
 
 
-def merge(channel: Channel, given: Mapping[int, tuple[float, torch.Tensor]], trainers: int) -> torch.Tensor:
+def merge(channel: Channel, given: Mapping[int, tuple[float, Contribution]], trainers: int) -> Contribution:
     """One value of all contributions to a step, added in the order of trainers: the same whoever came first.
 
     Contributions are already multiplied by weight / trainers; their sum is divided by the sum of the weights / trainers
     unless that is 1, so that it is a mean over those that are there. g = 1 from three trainers of four gives 1.0.
     """
     ordered = [given[k] for k in sorted(given)]
-    total = ordered[0][1].to(channel.variable.dtype)
+    if channel.rows:
+        merged = merge_rows(channel, ordered)  # type: ignore[arg-type]
+        return RowGradient(merged.ids, _averaged(channel, merged.rows, ordered, trainers))
+    tensors = [tensor for _, tensor in ordered if isinstance(tensor, torch.Tensor)]
+    total = tensors[0].to(channel.variable.dtype)
     if channel.merge == "first":
         return total
-    for _, tensor in ordered[1:]:
+    for tensor in tensors[1:]:
         total = total + tensor
+    return _averaged(channel, total, ordered, trainers)
+
+
+def _averaged(
+    channel: Channel, total: torch.Tensor, given: Sequence[tuple[float, Contribution]], trainers: int
+) -> torch.Tensor:
     if channel.merge == "mean":
-        weight = _sum_of_weights([w for w, _ in ordered], total.dtype) / trainers
+        weight = _sum_of_weights([w for w, _ in given], total.dtype) / trainers
         if weight not in (0, 1):
-            total = total / weight
+            return total / weight
     return total
 
 

@@ -44,12 +44,15 @@ class Push(Header, frozen=True, tag="push"):
 
     weight: this trainer's examples / the nominal number (1.0 when all batches are equal).
     hypers: the values that the user's scheduler set, of the hyper-parameters that the update of this value reads.
+    skip: of rows of a table: they are those that the sender has asked for in this step, in that order, but for the first
+    `skip`.
     """
 
     channel: str
     step: int
     weight: float
     hypers: dict[str, float] = {}
+    skip: int = 0
 
 
 class Pull(Header, frozen=True, tag="pull"):
@@ -62,6 +65,27 @@ class Pull(Header, frozen=True, tag="pull"):
     channel: str
     version: int
     when: Literal["step", "now", "end"] = "step"
+
+
+class PullRows(Header, frozen=True, tag="pull_rows"):
+    """Asks for rows of the table `channel`, whose ids are the tensor, distinct; see `Pull` for `version` and `when`.
+
+    turn: comes back with the answer.
+    step: at which the sender will push the gradient of these rows; -1: never.
+    """
+
+    channel: str
+    version: int
+    when: Literal["step", "now"]
+    turn: int
+    step: int
+
+
+class Rows(Header, frozen=True, tag="rows"):
+    """The answer to `PullRows` with the same turn: the rows, in the order of the ids."""
+
+    channel: str
+    turn: int
 
 
 class Taken(Header, frozen=True, tag="taken"):
@@ -108,12 +132,12 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, Taken, Tick, Go, Value, Resume, Leave, Failure)
+HEADERS = (Hello, Push, Pull, PullRows, Rows, Taken, Tick, Go, Value, Resume, Leave, Failure)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A header and, for `Push` and `Value`, one contiguous tensor."""
+    """A header and, for `Push`, `PullRows`, `Rows` and `Value`, one contiguous tensor."""
 
-    header: Hello | Push | Pull | Taken | Tick | Go | Value | Resume | Leave | Failure
+    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: torch.Tensor | None = None

@@ -84,7 +84,7 @@ class Replica:
 
     def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
         """What a function gives for this trainer's part of a batch, from the values of the steps done."""
-        self.client.begin(self.step_count, 1.0, {})
+        self.client.begin(self.step_count, 1.0, {}, training=False)
         values = {**self.values, **self.binding.hyper_values()}
         return (yield from evaluated.run(values, batch, self.client))
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from syncwright.errors import Disagreement, JobError
-from syncwright.job import Job
+from syncwright.job import Channel, Job
 from syncwright.program import Program, Role
 from syncwright.runtime.executor import NO_PORT, Executor
-from syncwright.runtime.merging import Attendance, Counting, counting
+from syncwright.runtime.merging import Attendance, Contribution, Counting, counting
 from syncwright.runtime.messages import (
     Address,
     Failure,
@@ -27,13 +27,16 @@ from syncwright.runtime.messages import (
     Leave,
     Message,
     Pull,
+    PullRows,
     Push,
     Resume,
+    Rows,
     Taken,
     Tick,
     Value,
 )
 from syncwright.runtime.rendezvous import cannot_go_on
+from syncwright.runtime.rows import RowGradient, update_touched
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
@@ -75,6 +78,14 @@ class Running:
     step: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """Rows that a trainer has asked for: `ids` within the piece that is kept here."""
+
+    header: PullRows
+    ids: torch.Tensor
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """The values of one name, by number. Changes as they come and go.
@@ -89,7 +100,7 @@ class Slot:
     readers: list[Running] = field(default_factory=list)
     kept: int = 0
     values: dict[int, object] = field(default_factory=dict)
-    parked: list[tuple[Address, Pull]] = field(default_factory=list)
+    parked: list[tuple[Address, Pull | Asked]] = field(default_factory=list)
 
     @property
     def newest(self) -> int | None:
@@ -134,6 +145,17 @@ class Server:
             str(r.program.variables[n].of) for r in self._running for n in r.program.reads if _is_pulled(r, n)
         }
         self._pulled: dict[tuple[str, int], object] = {}
+        self._tables = _pieces_here(job, rank)
+        self._shapes = {v.name: v.shape for v in part.holds}
+        self._in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
+        self._asked: dict[tuple[int, str, int], torch.Tensor] = {}
+
+    def _channel(self, name: str) -> Channel:
+        return self._counting[name].channel
+
+    def _written(self, channel: str) -> list[str]:
+        """What the programs write that read a channel."""
+        return [name for running in self._slots[channel, ""].readers for name in running.program.writes]
 
     def _make_slots(self) -> dict[tuple[str, str], Slot]:
         part, staged = self.job.servers[self.rank], self.job.staged
@@ -202,6 +224,9 @@ class Server:
                 return self._take_push(sender, push, message.tensor)
             case Pull() as pull:
                 return self._take_pull(sender, pull)
+            case PullRows() as pull:
+                assert message.tensor is not None, "looked at before"
+                return self._take_pull_of_rows(sender, pull, message.tensor)
             case Tick(clock=clock) as tick:
                 self._attendance.clock[sender.rank] = clock
                 self._ticks.append((sender, tick))
@@ -231,24 +256,47 @@ class Server:
         """Why a message cannot be meant for this server now; None where it can."""
         header, server = message.header, sender.kind is Kind.SERVER
         match header:
-            case Taken() | Go():
+            case Taken() | Go() | Rows():
                 return "servers take none"
-            case Push() | Pull() | Tick() | Leave() | Resume() if server:
+            case Push() | Pull() | PullRows() | Tick() | Leave() | Resume() if server:
                 return "servers send none"
             case Push(channel=channel) as push:
                 counted = self._counting.get(channel)
                 if counted is None or message.tensor is None:
                     return f"this server does not merge '{channel[:80]}'"
+                if counted.channel.rows and len(message.tensor) != len(self._ids(sender.rank, push)):
+                    return "it has other rows than were asked for"
                 return counted.refusal(sender.rank, push)
+            case PullRows(channel=channel):
+                return self._refusal_of_rows(channel, message.tensor)
             case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
                 return f"this server keeps no '{channel[:80]}'"
             case Value(channel=channel) if server is self._slots[channel, ""].held:
                 return "the start values come from trainer 0, values on their way from servers"
             case Value() | Resume() if not server and sender != FIRST:
                 return "trainer 0 sets values"
+            case Value(channel=channel) if not server and message.tensor.shape != self._shapes[channel]:  # type: ignore[union-attr]
+                return f"'{channel[:80]}' has another shape"
             case Pull(channel=channel) if (self._source(channel), "") not in self._slots:
                 return f"this server has no '{channel[:80]}'"
         return None
+
+    def _refusal_of_rows(self, channel: str, ids: torch.Tensor | None) -> str | None:
+        name = self._source(channel)
+        if name not in self._tables or ids is None:
+            return f"this server keeps no table '{channel[:80]}'"
+        start, stop = self._tables[name]
+        if ids.dtype is not torch.int64 or ids.dim() != 1:
+            return "its ids are no list of 64-bit numbers"
+        if len(ids) and not (start <= int(ids.min()) and int(ids.max()) < stop):
+            return f"its ids are not all of [{start}, {stop}), which this server keeps of '{name[:80]}'"
+        return None
+
+    def _ids(self, trainer: int, push: Push) -> torch.Tensor:
+        """The rows that a trainer's contribution is of: those that it has asked for in that step."""
+        table = str(self._channel(push.channel).variable.of)
+        asked = self._asked.get((trainer, table, push.step))
+        return torch.empty(0, dtype=torch.int64) if asked is None else asked[push.skip :]
 
     def _check_digest(self, sender: Address, digest: str) -> None:
         if digest != self.job.digest:
@@ -285,7 +333,11 @@ class Server:
     def _take_push(self, sender: Address, push: Push, tensor: torch.Tensor | None) -> list[Outgoing]:
         counted = self._counting[push.channel]
         assert tensor is not None, "looked at before"
-        count = counted.take(sender.rank, push, tensor)
+        given: Contribution = tensor
+        if counted.channel.rows:
+            given = RowGradient(self._ids(sender.rank, push), tensor)
+            self._asked.pop((sender.rank, str(counted.channel.variable.of), push.step), None)
+        count = counted.take(sender.rank, push, given)
         sent = [(sender, Message(Taken(push.channel)))] if counted.channel.up_to > 1 else []
         if count is None:
             return sent
@@ -345,7 +397,7 @@ class Server:
         return found
 
     def _run(self, running: Running, inputs: Mapping[str, object]) -> list[Outgoing]:
-        results = self._compute(running.program, inputs)
+        results = self._computed(running, inputs)
         step, sent = running.step, []
         running.step += 1
         self._due.append(running)
@@ -357,6 +409,17 @@ class Server:
         for name in running.program.reads:
             self._slots[_key(running, name)].forget()
         return sent
+
+    def _computed(self, running: Running, inputs: Mapping[str, object]) -> Mapping[str, object]:
+        """Runs a program; one that reads a gradient of rows on these rows, or on all of its table."""
+        name = next((name for name, value in inputs.items() if isinstance(value, RowGradient)), None)
+        if name is None:
+            return self._compute(running.program, inputs)
+        if self._channel(name).rows == "touched":
+            return update_touched(self._compute, running.program, inputs)
+        gradient, shape = inputs[name], running.program.variables[name].shape
+        assert isinstance(gradient, RowGradient), "it was found so"
+        return self._compute(running.program, {**inputs, name: gradient.dense(shape[0])})
 
     def _source(self, channel: str) -> str:
         """The variable that stands behind what trainers pull in another dtype."""
@@ -371,25 +434,39 @@ class Server:
         slot.parked.append((sender, pull))
         return self._answer(name, slot)
 
+    def _take_pull_of_rows(self, sender: Address, pull: PullRows, ids: torch.Tensor) -> list[Outgoing]:
+        name = self._source(pull.channel)
+        slot, own = self._slots[name, ""], ids - self._tables[name][0]
+        if pull.step >= 0:
+            self._asked[sender.rank, name, pull.step] = own
+        slot.parked.append((sender, Asked(pull, own)))
+        return self._answer(name, slot)
+
     def _answer(self, name: str, slot: Slot) -> list[Outgoing]:
         """To those who wait for a value of `name` that is there."""
         sent, waiting = [], []
         for sender, pull in slot.parked:
-            number = self._number(slot, pull)
+            header = pull.header if isinstance(pull, Asked) else pull
+            number = self._number(slot, header)
             if number is None or number not in slot.values:
                 waiting.append((sender, pull))
                 continue
             value = slot.values[number]
             if name in self._noted:
                 self._pulled[name, sender.rank] = value
-            tensor = _as_tensor(value)
-            if pull.channel in self.job.casts:
-                tensor = tensor.to(self.job.casts[pull.channel][1])
-            sent.append((sender, Message(Value(pull.channel, pull.version), tensor)))
+            sent.append((sender, self._reply(pull, name, _as_tensor(value))))
         slot.parked = waiting
         return sent
 
-    def _number(self, slot: Slot, pull: Pull) -> int | None:
+    def _reply(self, pull: Pull | Asked, name: str, value: torch.Tensor) -> Message:
+        if isinstance(pull, Asked):
+            header, value = Rows(pull.header.channel, pull.header.turn), value.index_select(0, pull.ids)
+        else:
+            header, value = Value(pull.channel, pull.version), value.clone() if name in self._in_place else value
+        cast = self.job.casts.get(header.channel)
+        return Message(header, value if cast is None else value.to(cast[1]))
+
+    def _number(self, slot: Slot, pull: Pull | PullRows) -> int | None:
         match pull.when:
             case "step":
                 return pull.version if slot.held else pull.version - 1
@@ -416,6 +493,13 @@ class Server:
         free = [(to, t) for to, t in self._ticks if slowest is None or t.clock - slowest <= t.staleness]
         self._ticks = [each for each in self._ticks if each not in free]
         return [(to, Message(Go(tick.clock))) for to, tick in free]
+
+
+def _pieces_here(job: Job, rank: int) -> dict[str, tuple[int, int]]:
+    """The pieces of tables that a server keeps, each with the rows [start, stop) that it has."""
+    held = {v.name: v for v in job.servers[rank].holds}
+    names = {name for table in job.tables.values() for name, _ in table.pieces if name in held}
+    return {name: held[name].part or (0, held[name].shape[0]) for name in names}
 
 
 def _running(program: Program, counted: Mapping[str, Counting]) -> Running:

@@ -18,8 +18,10 @@ from syncwright.runtime.messages import (
     Leave,
     Message,
     Pull,
+    PullRows,
     Push,
     Resume,
+    Rows,
     Taken,
     Tick,
     Value,
@@ -46,8 +48,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-Limit = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""For every channel that may arrive, the shape and the dtype that its tensors have."""
+Limit = Mapping[str, tuple[tuple[int | range, ...], torch.dtype]]
+"""For every channel that may arrive, the shape and the dtype that its tensors have; a range: one of these sizes."""
+WITH_TENSOR = (Push, PullRows, Rows, Value)
 
 
 class WireError(JobError):
@@ -65,7 +68,7 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | Taken | Tick | Go | Value | Resume | Leave | Failure
+    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: TensorHeader | None
 
 
@@ -150,16 +153,16 @@ def _check_header(first: FirstFrame) -> None:
         ):
             if not 0 <= number <= LARGEST:
                 raise WireError(f"{_about(header)}: its step or version is {number}; expected 0 to {LARGEST}")
-    if isinstance(header, Push | Value) and spec is None:
+    if isinstance(header, WITH_TENSOR) and spec is None:
         raise WireError(f"{_about(header)} without a tensor; expected one")
     if spec is None:
         return
-    if not isinstance(header, Push | Value):
+    if not isinstance(header, WITH_TENSOR):
         raise WireError(f"{_about(header)} with a tensor of {spec.nbytes} bytes; expected none")
     _check_tensor(header, spec)
 
 
-def _check_tensor(header: Push | Value, spec: TensorHeader) -> None:
+def _check_tensor(header: Push | PullRows | Rows | Value, spec: TensorHeader) -> None:
     if spec.dtype not in DTYPES:
         raise WireError(f"{_about(header)}: dtype {spec.dtype!r} is none of {', '.join(DTYPES)}")
     if len(spec.shape) > 64:
@@ -179,14 +182,23 @@ def _check_limit(first: FirstFrame, limit: Limit | None, max_nbytes: int) -> Non
     header, spec = first.header, first.tensor
     if spec is not None and spec.nbytes > max_nbytes:
         raise WireError(f"{_about(header)}: {spec.nbytes} bytes; at most {max_nbytes} are accepted")
-    if limit is None or not isinstance(header, Push | Pull | Taken | Value):
+    if limit is None or not isinstance(header, Push | Pull | PullRows | Rows | Taken | Value):
         return
     if header.channel not in limit:
         raise WireError(f"{_about(header)}: this job has no such channel")
     shape, dtype = limit[header.channel]
-    if spec is not None and (spec.shape, spec.dtype) != (tuple(shape), NAMES[dtype]):
+    if isinstance(header, PullRows):
+        shape, dtype = shape[:1], torch.int64
+    if spec is not None and not (_fits(spec.shape, shape) and spec.dtype == NAMES[dtype]):
         found = f"a tensor {spec.dtype} of shape {spec.shape}"
         raise WireError(f"{_about(header)}: {found}; expected {NAMES[dtype]} of shape {tuple(shape)}")
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int | range, ...]) -> bool:
+    return len(found) == len(expected) and all(
+        size in wanted if isinstance(wanted, range) else size == wanted
+        for size, wanted in zip(found, expected, strict=True)
+    )
 
 
 def _check_payload(header: msgspec.Struct, nbytes: int, sizes: list[int]) -> None:
@@ -223,6 +235,13 @@ def _about(header: msgspec.Struct) -> str:
     """`Push of 'w'`; a channel that came over a wire may be long."""
     name = type(header).__name__
     match header:
-        case Push(channel=channel) | Pull(channel=channel) | Taken(channel=channel) | Value(channel=channel):
+        case (
+            Push(channel=channel)
+            | Pull(channel=channel)
+            | PullRows(channel=channel)
+            | Rows(channel=channel)
+            | Taken(channel=channel)
+            | Value(channel=channel)
+        ):
             return f"{name} of {channel[:80]!r}"
     return name

@@ -5,7 +5,7 @@ Nothing runs: programs are lists of sends and waits, servers are tables of what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -122,15 +122,15 @@ def _check_servers(job: Job) -> None:
 
 def _check_sends(job: Job, phase: str, program: Program) -> None:
     pushed: dict[str, Node] = {}
-    for node in _calls(program, ops.push):
-        name, about = _channel(node), f"{phase}: %{node.name}"
+    for name, node in _sends(job, program, ops.push, ops.push_rows):
+        about = f"{phase}: %{node.name}"
         channel = job.channels.get(name)
         if channel is None:
             raise UnknownChannel(about, f"a push to {quote(name)}", "a channel of the job", "give it a channel")
         if name in pushed:
             found = f"a push to {quote(name)}, as %{pushed[name].name} is"
             raise PushedTwice(about, found, "one push to each channel", "push the sum, or use two channels")
-        if not _looks_like(node.args[0].meta["val"], channel.sent):  # type: ignore[union-attr]
+        if not _carries(node, node.args[0].meta["val"], channel.sent):  # type: ignore[union-attr]
             found = f"{_type_of(node.args[0])} pushed to {quote(name)}"
             raise WrongPush(about, found, variable_type_text(channel.sent), "push what the channel carries")
         pushed[name] = node
@@ -209,8 +209,8 @@ def _is_pulled(variable: Variable, table: _Table) -> bool:
 
 
 def _check_pulls(job: Job, phase: str, program: Program, tables: Mapping[int, _Table]) -> None:
-    for node in _calls(program, ops.pull):
-        name, about = _channel(node), f"{phase}: %{node.name}"
+    for name, node in _sends(job, program, ops.pull, ops.pull_rows):
+        about = f"{phase}: %{node.name}"
         owner = job.owners.get(name)
         if owner is None:
             raise PulledFromNobody(about, f"a pull of {quote(name)}", "a value with an owner", "name its owner")
@@ -218,10 +218,10 @@ def _check_pulls(job: Job, phase: str, program: Program, tables: Mapping[int, _T
         if variable is None:
             found = f"a pull of {quote(name)} from server {owner}, which neither keeps nor computes it"
             raise PulledFromNobody(about, found, "an owner that has it", "name the server that has it")
-        if not _looks_like(node.meta["val"], variable):
+        if not _carries(node, node.meta["val"], variable):
             found = f"a pull of {quote(name)} as {type_text(node.meta['val'])}"
             raise WrongPull(about, found, variable_type_text(variable), "pull it as it is kept")
-        if not node.args[0] and name not in tables[owner].held:
+        if (node.target is ops.pull_rows or not node.args[0]) and name not in tables[owner].held:
             found = f"a pull of {quote(name)} that waits for no push"
             remedy = "give it the tokens of those pushes"
             raise PulledTooEarly(about, found, "it after pushes that the value is made of", remedy)
@@ -230,7 +230,7 @@ def _check_pulls(job: Job, phase: str, program: Program, tables: Mapping[int, _T
 def _check_order(job: Job, phase: str, program: Program, tables: Mapping[int, _Table]) -> None:
     """A trainer's step is a line, the servers' programs hang from it: no pull may stand above what it needs."""
     places = {node: place for place, node in enumerate(program.graph.nodes)}
-    pushes = {_channel(node): node for node in _calls(program, ops.push)}
+    pushes = dict(_sends(job, program, ops.push, ops.push_rows))
     ready = _Readiness(job, tables, {name: places[node] for name, node in pushes.items()})
     for node in _calls(program, ops.pull):
         if not node.args[0]:
@@ -286,6 +286,23 @@ class _Readiness:
 def _calls(program: Program, *targets: Callable) -> list[Node]:
     found = [node for t in targets for node in program.graph.find_nodes(op="call_function", target=t)]
     return sorted(found) if len(targets) > 1 else found
+
+
+def _sends(job: Job, program: Program, *targets: Callable) -> Iterator[tuple[str, Node]]:
+    """Pushes, or pulls, with their channels: of rows with the channel of every piece of the table."""
+    for node in _calls(program, *targets):
+        name = _channel(node)
+        if node.target in (ops.push_rows, ops.pull_rows) and name in job.tables:
+            yield from ((piece, node) for piece, _ in job.tables[name].pieces)
+        else:
+            yield name, node
+
+
+def _carries(node: Node, val: object, variable: Variable) -> bool:
+    """Whether a value is what a channel carries: all of it, or some of its rows."""
+    if node.target not in (ops.push_rows, ops.pull_rows):
+        return _looks_like(val, variable)
+    return isinstance(val, torch.Tensor) and (val.shape[1:], val.dtype) == (variable.shape[1:], variable.dtype)
 
 
 def _channel(node: Node) -> str:

@@ -64,7 +64,7 @@ def _check_sources(node: Node, program: Program) -> None:
 def _check_crossing(node: Node, program: Program) -> None:
     """What trainers push goes to servers, what they pull comes from servers, and servers send to one another."""
     source, channel = node.args[:2]
-    from_trainers, to_trainers = node.target is ops.push_merged, node.target is ops.pull_value
+    from_trainers, to_trainers = node.target in ops.PUSHES, node.target in ops.PULLS
     assert isinstance(source, Node), "arguments are checked before places"
     if channel not in program.variables:
         found, remedy = f"the channel {quote(str(channel))}", "add the variable to Program.variables"

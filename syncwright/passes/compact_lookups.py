@@ -1,0 +1,181 @@
+"""Lookups of a table read the rows that a batch needs, and their gradient is of those rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from syncwright import ops
+from syncwright.dead import is_random
+from syncwright.errors import LoweringError
+from syncwright.meaning import find_marks
+from syncwright.passes.insert import before_first_use, behind
+from syncwright.plan import Plan
+from syncwright.program import Program, Role
+from syncwright.schema import argument, put_argument
+from syncwright.shapes import Inference, mode_of
+
+aten = torch.ops.aten
+READS = frozenset(
+    {
+        aten.embedding.default,
+        aten._embedding_bag.default,
+        aten._embedding_bag_forward_only.default,
+        aten._embedding_bag_per_sample_weights_backward.default,
+    }
+)
+"""Operations that read rows of a table."""
+GRADIENTS = frozenset(
+    {
+        aten.embedding_dense_backward.default,
+        aten._embedding_bag_backward.default,
+        aten._embedding_bag_dense_backward.default,
+    }
+)
+
+
+def compact_lookups(program: Program, plan: Plan) -> Program:
+    """Lookups of tables whose rows travel work on the distinct rows of a batch, laid one behind another.
+
+    before  %y = embedding(w, ids), ..., %d = embedding_dense_backward(%gy, ids, 1000, -1, False), %g = gradient(%d, "w")
+    after   %u = unique([ids], -1), %rows = take_rows(w, %u[0]), %y = embedding(%rows, %u[1]), ...,
+            %c = embedding_dense_backward(%gy, %u[1], 12, -1, False), %d = dense_rows(%c, %u[0], 1000), %g = gradient(%d, "w")
+
+    12 is as many ids as the batch has, so shapes do not depend on how many are distinct. Duplicates are summed here, before
+    anything else. A row of padding_idx comes first; its gradient is zero.
+    """
+    names = {s.variable for s in plan.sharings if s.rows} & set(program.placeholders)
+    return compacted(program, names)
+
+
+def compacted(program: Program, names: set[str]) -> Program:
+    """See `compact_lookups`, for the tables of these names."""
+    if not names:
+        return program
+    program = program.edit()
+    known, marks = Inference(mode_of(program.graph)), find_marks(program)
+    for name in sorted(names):
+        table = _Table(name, program.placeholders[name], marks.get(name))
+        if table.reads:
+            _compact(program, table, known)
+    return program
+
+
+@dataclass(slots=True, eq=False)
+class _Table:
+    """The lookups of one table, and the gradients made from them."""
+
+    name: str
+    node: Node
+    mark: Node | None
+    reads: list[Node] = field(init=False)
+    gradients: list[Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reads = [user for user in self.node.users if user.target in READS]
+        source = self.mark.all_input_nodes[0] if self.mark is not None else None
+        self.gradients = sorted(set(_made_by_lookups(source))) if source is not None else []
+
+    @property
+    def calls(self) -> list[Node]:
+        return sorted([*self.reads, *self.gradients])
+
+    @property
+    def padding(self) -> int:
+        """The id whose gradient is zero; -1: none."""
+        given = [argument(node, "padding_idx") for node in self.calls]
+        wanted = {padding for padding in given if isinstance(padding, int) and padding >= 0}
+        if len(wanted) > 1:
+            raise LoweringError(
+                f"'{self.name}' is looked up with padding_idx {' and '.join(map(str, sorted(wanted)))}; expected one for all "
+                "lookups of a table whose rows travel. Use one, or share the variable by: all_reduce."
+            )
+        return wanted.pop() if wanted else -1
+
+    @property
+    def skip(self) -> tuple[int, ...]:
+        """How many rows at the front have no gradient, where there are such."""
+        return (1,) if all(argument(node, "padding_idx") == self.padding != -1 for node in self.gradients) else ()
+
+
+def _made_by_lookups(node: Node) -> Iterator[Node]:
+    """The gradients of lookups that a table's gradient is made from (see `capture.lookups.from_lookups`)."""
+    if node.target in GRADIENTS:
+        yield node
+        return
+    for source in node.all_input_nodes:
+        yield from _made_by_lookups(source)
+
+
+def _compact(program: Program, table: _Table, known: Inference) -> None:
+    graph = program.graph
+    ids = list(dict.fromkeys(_node(argument(node, "indices")) for node in table.calls))
+    if max(ids) > table.calls[0]:
+        _hoist(table, ids)
+    with behind(max(ids)):
+        found = known.call(graph, ops.unique, ids, table.padding)
+    made = [found]
+    for index in range(len(ids) + 1):
+        with graph.inserting_after(made[-1]):
+            made.append(_item(graph, found, index))
+    unique, *places = made[1:]
+    size: object = unique.meta["val"].shape[0]
+    if any(variable.dynamic for variable in program.of_role(Role.INPUT)):
+        with graph.inserting_after(made[-1]):
+            size = graph.call_function(aten.sym_size.int, (unique, 0))
+            size.meta["val"] = int  # type: ignore[attr-defined]
+    _rewrite(table, unique, dict(zip(ids, places, strict=True)), size, known)
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in made:
+            known.infer(node)
+
+
+def _hoist(table: _Table, ids: list[Node]) -> None:
+    """Moves what ids are made of in front of the first lookup, so that all rows of a step are asked for together."""
+    first, wanted, stack = table.calls[0], set(), list(ids)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and node not in wanted:
+            wanted.add(node)
+            stack.extend(node.all_input_nodes)
+    unmovable = next((node for node in sorted(wanted) if node in table.calls or is_random(node)), None)
+    if unmovable is not None:
+        raise LoweringError(
+            f"'{table.name}' is looked up by ids (at {max(ids).name}) that are made from {unmovable.name}, a lookup of it or a "
+            "random draw; expected ids that are known before the first lookup, so that all rows of a step can be asked for "
+            "together. Share the variable by: all_reduce."
+        )
+    for node in sorted(wanted):
+        first.prepend(node)
+
+
+def _rewrite(table: _Table, unique: Node, place: dict[Node, Node], size: object, known: Inference) -> None:
+    """Lookups read the rows of `unique`, and gradients are of them, until the table's is complete."""
+    if table.mark is not None and table.gradients:
+        mark, length = table.mark, table.node.meta["val"].shape[0]
+        (source,) = mark.all_input_nodes
+        with mark.graph.inserting_before(mark):
+            dense = mark.graph.call_function(ops.dense_rows, (source, unique, length, *table.skip))
+        mark.replace_input_with(source, dense)
+    with before_first_use(table.reads):
+        rows = known.call(table.node.graph, ops.take_rows, table.node, unique)
+    for node in table.calls:
+        put_argument(node, "indices", place[_node(argument(node, "indices"))])
+        put_argument(node, *(("weight", rows) if node in table.reads else ("num_weights", size)))
+        if argument(node, "padding_idx") not in (None, -1):
+            put_argument(node, "padding_idx", 0)
+
+
+def _item(graph: Graph, found: Node, index: int) -> Node:
+    node = graph.call_function(operator.getitem, (found, index))
+    node.meta["val"] = found.meta["val"][index]
+    return node
+
+
+def _node(value: object) -> Node:
+    assert isinstance(value, Node), "ids are computed"
+    return value

@@ -1,0 +1,114 @@
+"""A trainer's rows of tables: which it has asked for, and which have come. Changes with every message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from syncwright.job import Job, Table
+from syncwright.runtime.messages import Message, PullRows, Rows
+
+Send = Callable[[int, Message], None]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Rows of one table that have been asked for. Changes as they come.
+
+    count   how many ids there are; behind them are others than ids
+    parts   of each piece of the table its name, and the places of its ids among all; None: all of them
+    came    of each part that has come, its rows
+    """
+
+    ids: torch.Tensor
+    count: int
+    parts: list[tuple[str, torch.Tensor | None]]
+    turn: int
+    came: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """All rows, with zeros behind them; None while some are not there."""
+        if len(self.came) < len(self.parts):
+            return None
+        first = next(iter(self.came.values()))
+        whole = first.new_zeros((len(self.ids), *first.shape[1:]))
+        for name, places in self.parts:
+            if places is None:
+                whole[: self.count] = self.came[name]
+            else:
+                whole[places] = self.came[name]
+        return whole
+
+
+class RowClient:
+    """What one trainer does with rows of tables, for its `Client`."""
+
+    def __init__(self, job: Job, send: Send):
+        self.job, self._send = job, send
+        self._turn = 0
+        self._requests: dict[tuple[str, int], Request] = {}
+        self._by_turn: dict[int, Request] = {}
+
+    def begin(self, step: int) -> None:
+        """What was asked for in earlier steps is done."""
+        for key in [key for key in self._requests if key[1] != step]:
+            self._by_turn.pop(self._requests.pop(key).turn, None)
+
+    def pull(self, channel: str, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> torch.Tensor | None:
+        """The rows of `ids`, asked for the first time; `pull` makes the header for a piece, as of which it is asked."""
+        table = self.job.tables[channel]
+        header = pull(channel)
+        key = (table.of, header.step)
+        request = self._requests.get(key)
+        if request is None or request.ids is not ids:
+            request = self._ask(table, ids, pull)
+            self._requests[key] = request
+        return request.rows
+
+    def parts(self, channel: str, step: int, rows: torch.Tensor, skip: int) -> list[tuple[str, torch.Tensor, int]]:
+        """The rows of a gradient for each piece of the table, and how many at the front of what was asked are left out."""
+        table = self.job.tables[channel]
+        request = self._requests.get((table.of, step))
+        if request is None:
+            return [(name, rows[:0], 0) for name, _ in table.pieces]
+        pieces = [name for name, _ in table.pieces]
+        found = []
+        for name, (_, places) in zip(pieces, request.parts, strict=True):
+            if places is None:
+                found.append((name, rows[skip : request.count], skip))
+            else:
+                left = int((places < skip).sum())
+                found.append((name, rows.index_select(0, places[left:]), left))
+        return found
+
+    def take(self, header: Rows, rows: torch.Tensor) -> None:
+        """Rows that have come; those of an earlier step are late and dropped."""
+        request = self._by_turn.get(header.turn)
+        if request is not None:
+            request.came[header.channel] = rows
+
+    def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
+        count = int((ids >= 0).sum())
+        known = ids[:count]
+        self._turn += 1
+        request = Request(ids, count, _parts(table, known), self._turn)
+        self._by_turn[request.turn] = request
+        for name, places in request.parts:
+            header = pull(name)
+            header = PullRows(name, header.version, header.when, request.turn, header.step)
+            self._send(
+                self.job.owners[name], Message(header, known if places is None else known.index_select(0, places))
+            )
+        return request
+
+
+def _parts(table: Table, ids: torch.Tensor) -> list[tuple[str, torch.Tensor | None]]:
+    """By piece of the table, where its ids stand."""
+    if len(table.pieces) == 1:
+        return [(table.pieces[0][0], None)]
+    stops = torch.tensor([selection.stop for _, selection in table.pieces])
+    piece = torch.bucketize(ids, stops, right=True)
+    return [(name, (piece == index).nonzero().view(-1)) for index, (name, _) in enumerate(table.pieces)]

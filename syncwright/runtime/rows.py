@@ -1,0 +1,77 @@
+"""Rows of tables on their way: a gradient that is zero but for some rows, merged and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from syncwright.job import Channel
+from syncwright.program import Program, Role, Variable
+
+Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowGradient:
+    """The rows of a gradient that may not be zero.
+
+    ids   of the rows, within the piece of the table that a server keeps; distinct
+    rows  of each id the gradient
+    """
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+
+    def dense(self, rows: int) -> torch.Tensor:
+        """The gradient of a piece of so many rows."""
+        return self.rows.new_zeros((rows, *self.rows.shape[1:])).index_add_(0, self.ids, self.rows)
+
+
+def merge_rows(channel: Channel, given: Sequence[tuple[float, RowGradient]]) -> RowGradient:
+    """The sum of trainers' rows, id by id, added in the order of trainers; "mean_by_touch": over those who touched it.
+
+    Ids [0, 1] with [2, 4] and ids [1, 2] with [6, 8] give [2, 10, 8]; by touch [2, 5, 8].
+    """
+    dtype = channel.variable.dtype
+    touching = [gradient for _, gradient in given if len(gradient.ids)] or [given[0][1]]
+    if len(touching) == 1:
+        return RowGradient(touching[0].ids, touching[0].rows.to(dtype))
+    ids, places = torch.unique(torch.cat([each.ids for each in touching]), return_inverse=True)
+    rows = torch.cat([each.rows for each in touching]).to(dtype)
+    total = rows.new_zeros((len(ids), *rows.shape[1:])).index_add_(0, places, rows)
+    if channel.merge == "mean_by_touch":
+        counts = torch.bincount(places, minlength=len(ids)).to(dtype)
+        total = total / counts.view(-1, *[1] * (total.dim() - 1))
+    return RowGradient(ids, total)
+
+
+def update_touched(compute: Compute, program: Program, inputs: Mapping[str, object]) -> dict[str, object]:
+    """Runs a row-wise update on the rows of its gradient alone, and writes them back in place.
+
+    before  reads w, w.sum (f32[1000,4]) and w.grad (rows 3 and 7)
+    after   w and w.sum with rows 3 and 7 changed: the same tensors
+    """
+    gradient = next(value for value in inputs.values() if isinstance(value, RowGradient))
+    ids, kept = gradient.ids, {}
+    given: dict[str, object] = {}
+    for name, value in inputs.items():
+        if isinstance(value, RowGradient):
+            given[name] = value.rows
+        elif isinstance(value, torch.Tensor) and has_rows(program.variables[name]):
+            kept[name] = value
+            given[name] = value.index_select(0, ids)
+        else:
+            given[name] = value
+    results = dict(compute(program, given))
+    for name in [name for name in results if name in kept]:
+        rows = results[name]
+        assert isinstance(rows, torch.Tensor), "rows are tensors"
+        results[name] = kept[name].index_copy_(0, ids, rows)
+    return results
+
+
+def has_rows(variable: Variable) -> bool:
+    """Whether a variable of a table's update goes with its rows: the table, and state that is no single number."""
+    return bool(variable.shape) and variable.role in (Role.PARAM, Role.STATE, Role.BUFFER, Role.GLOBAL)
