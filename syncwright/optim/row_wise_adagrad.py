@@ -42,10 +42,15 @@ class RowWiseAdagrad(Optimizer):
                 raise ValueError(f"RowWiseAdagrad: found {name}={value}; expected a number of at least 0.")
         kept = {"lr": lr, "eps": eps, "initial_accumulator_value": initial_accumulator_value, "maximize": maximize}
         super().__init__(params, kept)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                shape = [size if axis == 0 else 1 for axis, size in enumerate(parameter.shape)]
-                self.state[parameter]["sum"] = parameter.new_full(shape, group["initial_accumulator_value"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more group of parameters; their state begins here."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            shape = [size if axis == 0 else 1 for axis, size in enumerate(parameter.shape)]
+            begin = group["initial_accumulator_value"]
+            self.state[parameter]["sum"] = torch.full(shape, begin, dtype=parameter.dtype, device=parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

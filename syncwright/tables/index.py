@@ -133,16 +133,23 @@ class IdIndex:
 
     def _locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each id its slot, or -1, and the bucket that says so."""
-        slots, found = np.full(len(ids), -1, np.int64), np.zeros(len(ids), np.int64)
-        which, at, step = np.arange(len(ids)), self._home(ids), 0
-        while len(which):
-            codes = self._buckets[at]
-            here = (codes >= FIRST) & (self._keys[np.maximum(codes, FIRST) - FIRST] == ids)
-            slots[which[here]], found[which[here]] = codes[here] - FIRST, at[here]
-            on = np.flatnonzero((codes != EMPTY) & ~here)
+        found = self._home(ids)
+        codes = self._buckets[found]
+        here = self._matches(codes, ids)
+        slots = np.where(here, codes - FIRST, -1).astype(np.int64)
+        on, step = np.flatnonzero((codes != EMPTY) & ~here), 0
+        while len(on):
             step += 1
-            which, ids, at = which[on], ids[on], (at[on] + step) & (len(self._buckets) - 1)
+            at = (found[on] + step) & (len(self._buckets) - 1)
+            codes = self._buckets[at]
+            here = self._matches(codes, ids[on])
+            found[on], slots[on] = at, np.where(here, codes - FIRST, -1)
+            on = on[(codes != EMPTY) & ~here]
         return slots, found
+
+    def _matches(self, codes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Where a bucket says that its id is the one that is looked for."""
+        return (codes >= FIRST) & (self._keys[np.maximum(codes, FIRST) - FIRST] == ids)
 
     def _place(self, ids: np.ndarray, slots: np.ndarray) -> None:
         """Lets the buckets say where `ids`, different and unknown ones, are; there is room."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import astuple, dataclass
 from functools import cache
+from typing import Any
 
 from syncwright.errors import TableError
 from syncwright.tables.admission import (
@@ -62,6 +63,7 @@ class Settings:
 @cache
 def from_text(text: str) -> Settings:
     """The inverse of `Settings.to_text`."""
-    kinds = {tag(kind): kind for kind in _KINDS}
+    kinds: dict[str, Any] = {tag(kind): kind for kind in _KINDS}
     width, seed, *choices, padding_id = json.loads(text)
-    return Settings(width, seed, *(kinds[name](*values) for name, *values in choices), padding_id)
+    initial, admission, eviction = (kinds[name](*values) for name, *values in choices)
+    return Settings(width, seed, initial, admission, eviction, padding_id)
