@@ -61,6 +61,7 @@ optim           optimizers that torch lacks
     row_wise_adagrad
 nn              modules that torch lacks
     slots
+    row_state
     hash_embedding
     hash_embedding_bag
 plan            how each variable is shared

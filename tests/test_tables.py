@@ -199,13 +199,17 @@ def test_ids_that_wait_go_too():
 
 
 def test_columns_are_written_and_read_by_slot():
-    table = Table(Settings(2, initial=Constant(0.0)), {"moment": Column((2,), 0.25), "count": Column((), 3, torch.int64)})
+    table = Table(
+        Settings(2, initial=Constant(0.0)), {"moment": Column((2,), 0.25), "count": Column((), 3, torch.int64)}
+    )
     slots = table.slots(torch.tensor([[5, 6], [7, 5]]), create=True)
     assert table.gather("moment", slots).shape == (2, 2, 2)
     assert table.gather("count", torch.tensor([0, -1])).tolist() == [3, 0]
     table.scatter("count", torch.tensor([-1, 1]), torch.tensor([8, 9]))
     assert table.gather("count", torch.tensor([0, 1, 2])).tolist() == [3, 9, 3]
-    with pytest.raises(TableError, match="found no column 'momentum'; expected one of rows, seen, changed, moment, count"):
+    with pytest.raises(
+        TableError, match="found no column 'momentum'; expected one of rows, seen, changed, moment, count"
+    ):
         table.gather("momentum", slots)
     with pytest.raises(TableError, match="column 'seen': found one of the table's own"):
         Table(Settings(2), {"seen": Column()})
@@ -218,7 +222,9 @@ def test_padding_has_no_row():
 
 
 ROUNDS = st.lists(
-    st.tuples(st.lists(st.integers(-6, 6), max_size=8), st.booleans(), st.sampled_from(["", "shrink", "full", "delta"])),
+    st.tuples(
+        st.lists(st.integers(-6, 6), max_size=8), st.booleans(), st.sampled_from(["", "shrink", "full", "delta"])
+    ),
     max_size=14,
 )
 KINDS = [
@@ -330,7 +336,9 @@ def test_a_whole_export_that_does_not_fit_leaves_the_table_as_it_was():
     seen(table, *range(9))
     kinds = row_columns(table.settings, torch.float32)
     held = {n: torch.zeros(4, *k.shape, dtype=k.dtype) for n, k in kinds.items()}
-    small = Table.over(table.settings, Store(kinds, IdIndex(IdIndex.fixed(4)), held), None, torch.zeros(3, dtype=torch.int64))
+    small = Table.over(
+        table.settings, Store(kinds, IdIndex(IdIndex.fixed(4)), held), None, torch.zeros(3, dtype=torch.int64)
+    )
     seen(small, 1, 2)
     with pytest.raises(TableFull, match="capacity is 4"):
         small.restore(table.export())

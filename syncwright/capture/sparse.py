@@ -22,10 +22,10 @@ class SparseLookups:
         after   %d = embedding_dense_backward(%rows, %ids, 6), %t = embedding_dense_backward(%ones, %ids, 6)
                 %g = gradient(cat([%d, %t], 1), "table.weight"), %grad = slice(%g, 1, 0, 3), %touched = slice(%g, 1, 3)
 
-    A graph holds no sparse tensors. A dense gradient gives SGD, Adagrad and RowWiseAdagrad the same result: a row that is
-    not looked up gets zero. SparseAdam leaves such a row and its state as they are, whatever their values: its parameters (`lazy`)
-    get one more column, how often a row was looked up. It travels and is reduced with the gradient, so that a row counts
-    as touched when any trainer has touched it. Rows of `padding_idx` are never touched.
+    A graph holds no sparse tensors. A dense gradient gives SGD, Adagrad and RowWiseAdagrad the same result: a row that
+    is not looked up gets zero. SparseAdam leaves such a row and its state as they are, whatever their values: its
+    parameters (`lazy`) get one more column, how often a row was looked up. It travels and is reduced with the gradient,
+    so that a row counts as touched when any trainer has touched it. Rows of `padding_idx` are never touched.
 
     Changes while the step is traced: `touched` is what a lazy update reads, by parameter.
     """

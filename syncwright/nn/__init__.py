@@ -1,6 +1,7 @@
 """Modules that torch lacks.
 
 slots                               lookups of ids in a table whose memory is a module's own tensors
+row_state                           what an optimizer keeps for the rows
 hash_embedding, hash_embedding_bag  embeddings of ids that nobody has counted
 """
 

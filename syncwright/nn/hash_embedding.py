@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from syncwright.errors import TableError
+from syncwright.nn.row_state import begin_state, initial, numbers, restore_numbers, row_state
 from syncwright.nn.slots import new_state, open_table, table_find, table_slots
 from syncwright.tables import Admission, Always, Eviction, Forever, Initial, Normal, Saved, Settings, Table
 from syncwright.tables.lazily import zeros
@@ -23,7 +24,8 @@ class HashTable(nn.Module):
 
     `weight` (capacity + 1, dim) holds the rows in the order in which they were made; its last row is zeros, and is what
     ids without a row read. Which id is where is in buffers on the host, wherever the rows are. Memory is taken as rows
-    are made, so a large capacity costs nothing at first. (Saving a `state_dict` writes all of it; `export` what is used.)
+    are made, but for 8 to 16 bytes for each row of `capacity`. (Saving a `state_dict` writes all of it; `export` what is
+    used.)
     """
 
     weight: nn.Parameter
@@ -61,9 +63,10 @@ class HashTable(nn.Module):
             self.register_buffer(name, tensor)
         self._state, self._text = tuple(state), self.settings.to_text()
         self._removals = (Removals(), Removals())
-        self.register_load_state_dict_post_hook(lambda module, _: module._begin_exports())
+        self.register_load_state_dict_post_hook(_begin_exports)
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """How many ids have a row."""
         return len(self._table())
 
     def slots(self, ids: Tensor) -> Tensor:
@@ -88,23 +91,33 @@ class HashTable(nn.Module):
         optimizer  the one that trains `weight`: its state of these rows begins anew, as other ids get their place. None
                    where nothing has been trained with state per row
         """
-        table = self._table()
-        removed = table.shrink()
-        for name, held in _row_state(optimizer, self.weight).items():
-            held.index_fill_(0, removed.slots.to(held.device), _initial(optimizer, self.weight, name))
-        self.weight.detach().index_fill_(0, removed.slots.to(self.weight.device), 0)
+        row_state(optimizer, self.weight)  # refuses before anything has changed
+        removed = self._table().shrink()
+        self._begin_anew(removed.slots, optimizer)
         return removed.ids
 
     def export(self, since: int | None = None, optimizer: Optimizer | None = None) -> Saved:
         """All rows, or those that a step has seen, and those that went, since the export with the mark `since`.
 
-        optimizer  the one that trains `weight`: its state per row is exported with the rows
+        optimizer  the one that trains `weight`: what it keeps for the rows is exported with them
         """
-        return self._table(optimizer).export(since)
+        return replace(self._table(optimizer).export(since), numbers=numbers(optimizer, self.weight))
 
     def restore(self, saved: Saved, optimizer: Optimizer | None = None) -> None:
-        """Holds what was exported, with the same optimizer or none; what changed goes on top of what is there."""
+        """Holds what was exported; what changed goes on top of what is there.
+
+        optimizer  one of the kind that was given to `export`, also one that has not made a step
+        """
+        table = self._table()
+        end = table.rows.index.end
+        if optimizer is not None:
+            begin_state(optimizer, self.weight, saved, table.rows.kinds)
         self._table(optimizer).restore(saved)
+        if optimizer is not None:
+            restore_numbers(optimizer, self.weight, saved)
+        spare = torch.ones(max(end, table.rows.index.end), dtype=torch.bool)
+        spare[table.rows.index.slots()] = False
+        self._begin_anew(spare.nonzero().flatten(), optimizer)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -114,13 +127,14 @@ class HashTable(nn.Module):
         return [self._buffers[name] for name in self._state]  # type: ignore[misc]
 
     def _table(self, optimizer: Optimizer | None = None) -> Table:
-        more = _row_state(optimizer, self.weight)
+        more = row_state(optimizer, self.weight)
         return open_table(self.settings, self.weight, self._tensors(), more, self._removals)
 
-    def _begin_exports(self) -> None:
-        """What went before the state was loaded is not known: the next export is a whole one."""
-        for each in self._removals:
-            each.forget(int(self.get_buffer("clock")[1]) + 1)
+    def _begin_anew(self, slots: Tensor, optimizer: Optimizer | None) -> None:
+        """Free slots hold nothing that the next id there would find."""
+        for name, held in row_state(optimizer, self.weight).items():
+            held.index_fill_(0, slots.to(held.device), initial(optimizer, self.weight, name))
+        self.weight.detach().index_fill_(0, slots.to(self.weight.device), 0)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> HashTable:
         """Only rows move and change their dtype."""
@@ -145,21 +159,7 @@ class HashEmbedding(HashTable):
         return self.rows(ids)
 
 
-def _row_state(optimizer: Optimizer | None, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer keeps for each row."""
-    held = {} if optimizer is None else optimizer.state.get(weight, {})
-    found = {n: t for n, t in held.items() if isinstance(t, Tensor) and t.dim() and len(t) == len(weight)}
-    for name, tensor in found.items():
-        if tensor.is_sparse:
-            raise TableError(
-                f"'{name}' of {type(optimizer).__name__} is a sparse tensor; expected state with a row for each row of the "
-                "table. Use SGD without momentum, Adagrad, SparseAdam or RowWiseAdagrad."
-            )
-    return found
-
-
-def _initial(optimizer: Optimizer | None, weight: nn.Parameter, name: str) -> float:
-    """What an optimizer's state begins with: Adagrad's and RowWiseAdagrad's sums as they are told, all else at zero."""
-    groups = [] if optimizer is None or name != "sum" else optimizer.param_groups
-    mine = [group for group in groups if any(p is weight for p in group["params"])]
-    return mine[0].get("initial_accumulator_value", 0.0) if mine else 0.0
+def _begin_exports(table: HashTable, _: object) -> None:
+    """What went before the state was loaded is not known: the next export is a whole one."""
+    for each in table._removals:
+        each.forget(int(table.get_buffer("clock")[1]) + 1)

@@ -17,10 +17,10 @@ class RowWiseAdagrad(Optimizer):
         w[r]   -= lr * g[r] / (sqrt(sum[r]) + eps)
 
     A row is what one index along axis 0 selects; in a parameter with one axis it is one number, which gives Adagrad. The
-    state `sum` has the parameter's shape with 1 along every axis but the first. `eps` is added to the root, as in
-    `torch.optim.Adagrad` and in FBGEMM's exact row-wise Adagrad. Rows of which no gradient is given, or a gradient of
-    zero, keep their values and their state; with a sparse gradient (`nn.Embedding(sparse=True)`) the cost is that of
-    its rows. Both kinds give the same bits. (Source: Gupta et al., "Training recommender systems at scale", 2020.)
+    state `sum`, made by the first update, has the parameter's shape with 1 along every axis but the first. `eps` is added
+    to the root, as in `torch.optim.Adagrad` and in FBGEMM's exact row-wise Adagrad. Rows of which no gradient is given, or
+    a gradient of zero, keep their values and their state; with a sparse gradient (`nn.Embedding(sparse=True)`) the cost is
+    that of its rows. Both kinds give the same bits.
 
     lr                         learning rate
     eps                        added to the root, so that nothing is divided by 0
@@ -43,15 +43,6 @@ class RowWiseAdagrad(Optimizer):
         kept = {"lr": lr, "eps": eps, "initial_accumulator_value": initial_accumulator_value, "maximize": maximize}
         super().__init__(params, kept)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """One more group of parameters; their state begins here."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for parameter in group["params"]:
-            shape = [size if axis == 0 else 1 for axis, size in enumerate(parameter.shape)]
-            begin = group["initial_accumulator_value"]
-            self.state[parameter]["sum"] = torch.full(shape, begin, dtype=parameter.dtype, device=parameter.device)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update. `closure` computes the loss again and returns it; so does `step` then."""
@@ -63,8 +54,17 @@ class RowWiseAdagrad(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     gradient = -parameter.grad if group["maximize"] else parameter.grad
-                    _update(parameter, gradient, self.state[parameter]["sum"], group["lr"], group["eps"])
+                    _update(parameter, gradient, self._sum(parameter, group), group["lr"], group["eps"])
         return loss
+
+    def _sum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """The state of a parameter; made by its first update."""
+        state = self.state[parameter]
+        if "sum" not in state:
+            shape = [size if axis == 0 else 1 for axis, size in enumerate(parameter.shape)]
+            begin = group["initial_accumulator_value"]
+            state["sum"] = torch.full(shape, begin, dtype=parameter.dtype, device=parameter.device)
+        return state["sum"]
 
 
 def _update(parameter: Tensor, gradient: Tensor, total: Tensor, lr: float, eps: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Saved:
     decays      how often scores have been decayed
     rows        ids that have a row: "rows" itself and every other column
     candidates  ids that have none yet
+    numbers     what an optimizer keeps for all rows together (a count of steps): tensors without axes; whole ones are
+                Python's numbers
     """
 
     since: int | None
@@ -45,6 +47,7 @@ class Saved:
     decays: int
     rows: Part
     candidates: Part | None
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def where(self, keep: Callable[[Tensor], Tensor]) -> Saved:
         """The ids for which `keep(ids)` is true: `saved.where(lambda ids: shard_of(ids, 64) < 32)`."""
@@ -58,7 +61,7 @@ class Saved:
             if part is not None:
                 found |= {f"{name}.ids": part.ids, f"{name}.removed": part.removed}
                 found |= {f"{name}.columns.{n}": c for n, c in part.columns.items()}
-        return found
+        return found | {f"numbers.{n}": t for n, t in self.numbers.items()}
 
     @staticmethod
     def from_dict(tensors: Mapping[str, Tensor]) -> Saved:
@@ -66,7 +69,8 @@ class Saved:
         since, mark, now, decays = tensors["clock"].tolist()
         rows = _part(tensors, "rows")
         candidates = _part(tensors, "candidates") if "candidates.ids" in tensors else None
-        return Saved(None if since < 0 else since, mark, now, decays, rows, candidates)
+        numbers = {n.removeprefix("numbers."): t for n, t in tensors.items() if n.startswith("numbers.")}
+        return Saved(None if since < 0 else since, mark, now, decays, rows, candidates, numbers)
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> Part:
