@@ -46,26 +46,35 @@ class Table:
     order of ids in a call, and of calls in a step, changes slots and nothing else.
     """
 
-    def __init__(self, settings: Settings, columns: Mapping[str, Column] | None = None, **options):
-        """Empty and growing. `columns`: state per row, beside the rows.
+    def __init__(
+        self,
+        settings: Settings,
+        columns: Mapping[str, Column] | None = None,
+        *,
+        capacity: int = 1024,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ):
+        """Empty and growing.
 
-        options  capacity=1024: rows before it first grows; dtype=torch.float32 and device: of the rows, state of a shape
-                 is on that device too
+        columns   state per row, beside the rows
+        capacity  rows before it first grows
+        dtype     of the rows
+        device    of the rows, and of floating columns that have a shape; others are on the host
         """
-        self.settings = settings
-        self._open(_growing(settings, columns or {}, **options), torch.zeros(3, dtype=torch.int64))
+        own, more = row_columns(settings, dtype), columns or {}
+        for name in own.keys() & more.keys():
+            raise TableError(f"column '{name}': found one of the table's own; expected another name.")
+        self.settings, self.clock = settings, torch.zeros(3, dtype=torch.int64)
+        self.rows = Store.growing({**own, **more}, capacity, device)
+        self.candidates = Store.growing(candidate_columns(settings), capacity) if settings.waits else None
 
     @classmethod
     def over(cls, settings: Settings, rows: Store, candidates: Store | None, clock: Tensor) -> Table:
         """Over memory that is somebody else's, which it writes to."""
         table = cls.__new__(cls)
-        table.settings = settings
-        table._open((rows, candidates), clock)
+        table.settings, table.rows, table.candidates, table.clock = settings, rows, candidates, clock
         return table
-
-    def _open(self, stores: tuple[Store, Store | None], clock: Tensor) -> None:
-        self.rows, self.candidates = stores
-        self.clock = clock
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -245,18 +254,3 @@ def candidate_columns(settings: Settings) -> dict[str, Column]:
     """The columns of ids that wait for admission."""
     scored = _SCORED if isinstance(settings.admission, ShowClick) else {}
     return {COUNTS: Column((), 0, torch.int64), **_SEEN, **scored}
-
-
-def _growing(
-    settings: Settings,
-    columns: Mapping[str, Column],
-    *,
-    capacity: int = 1024,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-) -> tuple[Store, Store | None]:
-    own = row_columns(settings, dtype)
-    for name in own.keys() & columns.keys():
-        raise TableError(f"column '{name}': found one of the table's own; expected another name.")
-    candidates = Store.growing(candidate_columns(settings), capacity) if settings.waits else None
-    return Store.growing({**own, **columns}, capacity, device), candidates
