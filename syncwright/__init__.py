@@ -1,5 +1,7 @@
 """Write the training step for one device; choose per variable how it is kept in sync on many."""
 
+from syncwright import nn as nn
+from syncwright import optim as optim
 from syncwright.capture import capture
 from syncwright.plan import AllReduce, Local, ParameterServer, Plan, Rules
 from syncwright.program import Program, Role, Variable

@@ -6,6 +6,8 @@
     ├── PlanError           rules or a plan that cannot be meant
     ├── ClusterError        the machines are not the ones that the plan was made for
     ├── LoweringError       a plan that cannot be carried out exactly on this program
+    ├── TableError          a table of rows by id cannot hold, find or restore what it is asked to
+    │   └── TableFull           its capacity is used up
     ├── BatchError          a batch that does not fit the step
     ├── RequestError        the command line was asked for something that is not there
     └── JobError            a running job cannot go on
@@ -39,6 +41,14 @@ class ClusterError(SyncwrightError):
 
 class LoweringError(SyncwrightError):
     """A plan that cannot be carried out exactly on this program."""
+
+
+class TableError(SyncwrightError):
+    """A table of rows by id cannot hold, find or restore what it is asked to."""
+
+
+class TableFull(TableError):
+    """Its capacity is used up."""
 
 
 class BatchError(SyncwrightError, ValueError):

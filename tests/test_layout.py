@@ -48,6 +48,23 @@ text            Program to stable text and back
     write
     read
     diff
+tables          rows by 64-bit id, on one machine
+    mixing
+    lazily
+    index
+    initial
+    admission
+    settings
+    saved
+    store
+    table
+optim           optimizers that torch lacks
+    row_wise_adagrad
+nn              modules that torch lacks
+    slots
+    row_state
+    hash_embedding
+    hash_embedding_bag
 plan            how each variable is shared
     partition
     placement

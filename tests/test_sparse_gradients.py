@@ -13,6 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 import syncwright
 from syncwright.errors import CaptureError
+from syncwright.optim import RowWiseAdagrad
 from syncwright.plan import Rules
 from syncwright.plan.partition import Even
 from tests.test_sparse import IDS, TARGETS, Table, bag, lookup, several, step, tied, weighted_bag
@@ -28,6 +29,7 @@ MAKE: dict[str, Callable[[nn.Module], Optimizer]] = {
     "SGD": lambda model: SGD(model.parameters(), lr=0.1),
     "momentum": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
     "Adagrad": lambda model: Adagrad(model.parameters(), lr=0.1),
+    "RowWiseAdagrad": lambda model: RowWiseAdagrad(model.parameters(), lr=0.1),
     "SparseAdam": lambda model: SparseAdam(model.parameters(), lr=0.1),
 }
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from syncwright.optim import RowWiseAdagrad
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -161,6 +163,7 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module], OptimizerTree]] = {
     "RAdam": _plain(torch.optim.RAdam, lr=0.05),
     "RMSprop": _plain(torch.optim.RMSprop, lr=0.01),
     "RMSprop-centered": _plain(torch.optim.RMSprop, lr=0.01, centered=True, momentum=0.9),
+    "RowWiseAdagrad": _plain(RowWiseAdagrad, lr=0.05, initial_accumulator_value=0.1),
     "Rprop": _plain(torch.optim.Rprop, lr=0.01),
     "SGD": _plain(torch.optim.SGD, lr=0.1),
     "SGD-dampened": _plain(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),

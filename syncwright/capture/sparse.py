@@ -10,6 +10,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from syncwright import ops
 from syncwright.errors import CaptureError
+from syncwright.optim import RowWiseAdagrad
 
 aten = torch.ops.aten
 
@@ -21,10 +22,10 @@ class SparseLookups:
         after   %d = embedding_dense_backward(%rows, %ids, 6), %t = embedding_dense_backward(%ones, %ids, 6)
                 %g = gradient(cat([%d, %t], 1), "table.weight"), %grad = slice(%g, 1, 0, 3), %touched = slice(%g, 1, 3)
 
-    A graph holds no sparse tensors. A dense gradient gives SGD and Adagrad the same result: a row that is not looked up
-    gets zero. SparseAdam leaves such a row and its state as they are, whatever their values: its parameters (`lazy`)
-    get one more column, how often a row was looked up. It travels and is reduced with the gradient, so that a row counts
-    as touched when any trainer has touched it. Rows of `padding_idx` are never touched.
+    A graph holds no sparse tensors. A dense gradient gives SGD, Adagrad and RowWiseAdagrad the same result: a row that
+    is not looked up gets zero. SparseAdam leaves such a row and its state as they are, whatever their values: its
+    parameters (`lazy`) get one more column, how often a row was looked up. It travels and is reduced with the gradient,
+    so that a row counts as touched when any trainer has touched it. Rows of `padding_idx` are never touched.
 
     Changes while the step is traced: `touched` is what a lazy update reads, by parameter.
     """
@@ -55,12 +56,12 @@ class SparseLookups:
 
     def _check(self, name: str, optimizer: Optimizer, group: Mapping) -> None:
         kind = type(optimizer).__name__
-        if not isinstance(optimizer, SGD | Adagrad | SparseAdam):
+        if not isinstance(optimizer, SGD | Adagrad | SparseAdam | RowWiseAdagrad):
             raise CaptureError(
                 f"{self.lines[name]}: '{name}' is looked up with sparse=True, but {kind} takes no sparse gradients. "
-                "Expected SGD, Adagrad or SparseAdam. Use one of them for this table, or leave sparse=True out."
+                "Expected SGD, Adagrad, RowWiseAdagrad or SparseAdam. Use one of them for this table, or leave sparse=True out."
             )
-        if not isinstance(optimizer, SparseAdam) and group["weight_decay"] != 0:
+        if isinstance(optimizer, SGD | Adagrad) and group["weight_decay"] != 0:
             raise CaptureError(
                 f"{self.lines[name]}: '{name}' is looked up with sparse=True, but its {kind} decays weights, which "
                 "changes rows that no lookup touches. Expected weight_decay=0 for a sparse gradient. Give the table a "
