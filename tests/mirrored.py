@@ -45,6 +45,12 @@ class Mirrored(Interpreter):
                 self.sent[args[1]] = args[0]
                 arriving = len(args) > 3 and args[3] > 0
                 return args[0] if args[2] == "first" or arriving else args[0] * self.trainers
+            case ops.push_rows_merged:
+                skip, take = (*args[6:8], 0, 0)[:2]
+                self.sent[args[1]] = dense = ops.dense_rows(args[0], args[2], args[4], skip)
+                return dense if take else dense * self.trainers
+            case ops.pull_rows_value:
+                return ops.take_rows(args[0], args[2])
             case ops.pull_value | ops.send:
                 return args[0]
             case ops.gather:
