@@ -203,6 +203,8 @@ push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
 COMMUNICATION = frozenset({all_reduce, wait, push, pull, push_rows, pull_rows})
+PORTED = frozenset({*COMMUNICATION, unique})
+"""What a running program hands to its port: communication, and what may have been computed ahead."""
 SENDS = frozenset({all_reduce, push, push_rows})
 PUSHES = frozenset({push_merged, push_rows_merged})
 PULLS = frozenset({pull_value, pull_rows_value})

@@ -156,6 +156,7 @@ runtime         what runs a job
     client
     structure
     kept
+    lookahead
     programs
     sharding
     evaluation

@@ -47,6 +47,7 @@ class ParameterServer:
     clock       async: the hyper-parameters of an update are those of the trainer's step that pushed ("trainer_step"), or
                 follow the scheduler, one tick for as many updates as there are trainers ("global_update")
     staged      sync: steps read values that are one step old, so that pulls never wait
+    prefetch    of tables: rows of the next step are asked for while this one runs; in step they are still exact
     push, pull  dtype in which gradients and values travel; None: their own
     partition   how the variable is cut along axis 0
     place       which server keeps each piece
@@ -68,6 +69,7 @@ class ParameterServer:
     clock: Literal["trainer_step", "global_update"] = field(default="trainer_step", metadata=RARE)
     staged: bool = field(default=False, metadata=RARE)
     lazy: bool = field(default=False, metadata=RARE)
+    prefetch: bool = field(default=True, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
 

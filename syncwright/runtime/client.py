@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Literal
@@ -66,6 +66,7 @@ class Client:
         self._released = -1
         self._training = True
         self._rows = RowClient(job, self._send)
+        self._known: Mapping[str, list[torch.Tensor]] = {}
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -87,6 +88,7 @@ class Client:
         """
         self.step, self._weight, self._hypers, self._training = step, weight, dict(hypers), training
         self._rows.begin(step if training else NEVER)
+        self._known = {}
         self._left = {}
         for (channel, at), count in uses.items():
             key = self._key(channel, step + at)
@@ -154,13 +156,29 @@ class Client:
 
     def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
         """The rows of these ids as they are in this step, or now."""
-        return self._rows.pull(channel, ids, self._pull_of_rows)
+        return self._rows.pull(channel, ids, self._as_of(self.step if self._training else NEVER))
 
-    def _pull_of_rows(self, channel: str) -> PullRows:
-        step = self.step if self._training else NEVER
-        if channel in self._now:
-            return PullRows(channel, self._settings, "now", 0, step)
-        return PullRows(channel, self.step, "step", 0, step)
+    def ask_rows(self, channel: str, ids: torch.Tensor, step: int) -> None:
+        """Asks for the rows of a step, before the step needs them."""
+        self._rows.pull(channel, ids, self._as_of(step))
+
+    def _as_of(self, step: int) -> Callable[[str], PullRows]:
+        """Asks for rows as of a step, whose gradient will be pushed in it; or never."""
+
+        def header(channel: str) -> PullRows:
+            if channel in self._now:
+                return PullRows(channel, self._settings, "now", 0, step)
+            return PullRows(channel, self.step if step == NEVER else max(self._base, step), "step", 0, step)
+
+        return header
+
+    def know(self, found: Mapping[str, list[torch.Tensor]]) -> None:
+        """What nodes of this step's program give was computed ahead."""
+        self._known = found
+
+    def ahead(self, node: str) -> list[torch.Tensor] | None:
+        """See `executor.Port`."""
+        return self._known.get(node)
 
     def _latest(self, channel: str) -> torch.Tensor | None:
         """The value that has come last; once in a step the next is asked for, and comes in its time."""

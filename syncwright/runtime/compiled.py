@@ -59,7 +59,7 @@ class CompiledExecutor:
                     given[index] = carrier.fill_(given[index])  # type: ignore[arg-type]
                 env.update(zip(item.outputs, item.function(*given), strict=True))
                 del given
-            elif item.target in ops.COMMUNICATION:
+            elif item.target in ops.PORTED:
                 env[item] = yield from communicate(item, self._look(env), port)
             else:
                 look = self._look(env)

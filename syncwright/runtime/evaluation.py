@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from syncwright import ops
@@ -16,6 +18,8 @@ from syncwright.capture import Captured, capture_step
 from syncwright.capture.state import Binding
 from syncwright.dead import remove_dead
 from syncwright.errors import BatchError
+from syncwright.job import Job
+from syncwright.passes.compact_lookups import compacted
 from syncwright.passes.insert import before_first_use
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.runtime.executor import Blocked, Port
@@ -26,6 +30,8 @@ from syncwright.shapes import Inference, mode_of
 from syncwright.verify import verify
 
 Gather = Callable[[Sequence[torch.Tensor], str], list[torch.Tensor]]
+Served = tuple[Mapping[str, Variable], Collection[str]]
+"""What servers hold, and of which variables rows travel."""
 
 
 class Evaluated:
@@ -77,31 +83,35 @@ class Evaluations:
         self._binding, self._optimizer, self._compiles, self._busy = binding, optimizer, compiles, busy
         self._kept: Kept[Evaluated] = Kept()
 
-    def for_batch(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:
+    def for_batch(self, fn: Callable, batch: tuple, rows: int, job: Job | None) -> Evaluated:
         """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
+        held, tables = ({}, {}) if job is None else (job.held, job.tables)
         given = Given.of(batch, self._binding, (_identity(fn), *held))
         found = self._kept.find(given)
         if found is None:
-            found = self._captured(fn, batch, rows, held)
+            found = self._captured(fn, batch, rows, (held, tables))
             self._kept.keep(given.key(found.program), found)
         return found
 
-    def _captured(self, fn: Callable, batch: tuple, rows: int, held: Mapping[str, Variable]) -> Evaluated:
+    def _captured(self, fn: Callable, batch: tuple, rows: int, served: Served) -> Evaluated:
         with self._busy("capturing an evaluation"):
             captured = capture_step(_without_gradients(fn), self._binding, self._optimizer, batch)
-            program = pulling(captured.program, captured.outputs, held)
+            program = pulling(captured.program, captured.outputs, *served)
             verify(program)
         interpreted = INTERPRETED_FIRST if len(self._kept) else 0
         warming = Warming(program, self._compiles(), interpreted, "an evaluation", self._busy)
         return Evaluated(fn, captured, warming, rows)
 
 
-def pulling(program: Program, outputs: Sequence[str], held: Mapping[str, Variable]) -> Program:
-    """Only the outputs are computed, from values that servers hold as they are now.
+def pulling(
+    program: Program, outputs: Sequence[str], held: Mapping[str, Variable], tables: Collection[str] = ()
+) -> Program:
+    """Only the outputs are computed, from values that servers hold as they are now; of tables the rows that are looked up.
 
     before  %w = placeholder, %y = mm(%x, %w), output({"loss": %y, "mean": %m})               (w in two pieces on servers)
     after   %a = pull([], "w[0]"), %b = pull([], "w[1]"), %c = cat([%a, %b]), %y = mm(%x, %c), output({"loss": %y})
     """
+    program = compacted(program, set(tables) & set(program.placeholders))
     program = program.edit()
     set_results(program, {name: node for name, node in program.results.items() if name in outputs})
     remove_dead(program.graph)
@@ -109,6 +119,8 @@ def pulling(program: Program, outputs: Sequence[str], held: Mapping[str, Variabl
     pieces: dict[str, list[Variable]] = {}
     for variable in held.values():
         pieces.setdefault(variable.whole or variable.name, []).append(variable)
+    for taken in program.graph.find_nodes(op="call_function", target=ops.take_rows):
+        _pull_rows(program, taken, known)
     for name, node in program.placeholders.items():
         if name in pieces and node.users:
             _pull(program, node, pieces[name], known)
@@ -126,6 +138,15 @@ def _pull(program: Program, node, pieces: list[Variable], known: Inference) -> N
         whole = pulled[0] if len(pulled) == 1 else known.call(graph, torch.ops.aten.cat.default, pulled)
     for user in users:
         user.replace_input_with(node, whole)
+
+
+def _pull_rows(program: Program, taken: Node, known: Inference) -> None:
+    table, ids = cast(tuple[Node, Node], taken.args)
+    val = taken.meta["val"]
+    with program.graph.inserting_before(taken):
+        pulled = known.call(program.graph, ops.pull_rows, ids, table.meta["variable"], list(val.shape), val.dtype)
+    taken.replace_all_uses_with(pulled)
+    program.graph.erase_node(taken)
 
 
 def _without_gradients(fn: Callable) -> Callable:

@@ -27,6 +27,10 @@ class Port(Protocol):
         """False while it cannot be taken."""
         ...
 
+    def ahead(self, node: str) -> list[torch.Tensor] | None:
+        """What a node that makes ids distinct gives, where it was computed ahead."""
+        ...
+
     def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
         """The rows of these ids, zeros for those below 0; None while they are not there."""
         ...
@@ -79,7 +83,7 @@ class Executor:
         env: dict[Node, object] = {node: values[name] for name, node in self._reads}
         for instruction in self._code:
             node = instruction.node
-            if node.target in ops.COMMUNICATION:
+            if node.target in ops.PORTED:
                 env[node] = yield from communicate(node, env, port)
             else:
                 args, kwargs = substitute((node.args, node.kwargs), env.__getitem__)
@@ -110,6 +114,9 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.push:
             yield from _until(node, args[1], lambda: port.push(args[1], args[0]) or None)
             return torch.empty(0)
+        case ops.unique:
+            found = port.ahead(node.name) if port is not None else None
+            return ops.unique(*args) if found is None else found
         case ops.push_rows:
             yield from _until(
                 node, args[1], lambda: port.push_rows(args[1], args[0], args[2], *args[3:4] or (0,)) or None

@@ -82,10 +82,16 @@ class PullRows(Header, frozen=True, tag="pull_rows"):
 
 
 class Rows(Header, frozen=True, tag="rows"):
-    """The answer to `PullRows` with the same turn: the rows, in the order of the ids."""
+    """The answer to `PullRows` with the same turn: the rows, in the order of the ids.
+
+    some: these are the rows alone whose bits are set. Empty: all.
+    last: nothing follows; else the others do, and with them again what has changed since.
+    """
 
     channel: str
     turn: int
+    some: bytes = b""
+    last: bool = True
 
 
 class Taken(Header, frozen=True, tag="taken"):

@@ -30,6 +30,7 @@ from syncwright.runtime import inductor
 from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor, pulled_when
 from syncwright.runtime.kept import Given, Kept
+from syncwright.runtime.lookahead import IndexProgram
 from syncwright.runtime.structure import difference, skeleton
 
 log = logging.getLogger("syncwright")
@@ -74,6 +75,7 @@ class Prepared:
     """A step ready to run on batches of one shape. Changes as it is used: executors are made when they are needed.
 
     pulls  channels that the step pulls before it sends anything, and may ask for ahead; as of how many steps later
+    index  what leads from a batch to ids of rows
     uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it
     """
 
@@ -81,6 +83,7 @@ class Prepared:
         self.captured, self.job, self.compiled = captured, job, compiled
         pulls = {phase: [_pull(node) for node in _pulls(program)] for phase, program in job.trainer.items()}
         self.pulls = tuple((channel, at) for channel, at in pulls["step"] if at < 1)
+        self.index = IndexProgram(job.trainer["step"])
         self.uses = {phase: Counter(each) for phase, each in pulls.items()}
         self._phases = {
             "step": Warming(job.trainer["step"], compiled, interpreted, "the step", busy),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,10 +11,11 @@ from syncwright.errors import SyncwrightError
 from syncwright.near import did_you_mean
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.loopback import Loopback, Network, stream
-from syncwright.runtime.messages import Address, Kind, Leave, Message, Pull, Push, Tick
+from syncwright.runtime.messages import Address, Kind, Leave, Message, Pull, PullRows, Push, Tick
 
 Act = Literal["pushes", "pulls", "ticks", "leaves"]
 Run = Generator[Blocked, None, None]
+Following = Callable[[int, int], tuple | None]
 
 
 class ScheduleError(SyncwrightError):
@@ -69,9 +70,12 @@ class Replay:
 
     A trainer runs until it waits for an answer. Its messages to a server arrive in the order in which they were sent, each
     when an event says so; answers come at once. Changes with every event.
+
+    following  what a trainer takes for the batch of its next step, by its rank and the number of the step that begins
     """
 
-    def __init__(self, job: Loopback, batches: Sequence[Sequence[tuple]]):
+    def __init__(self, job: Loopback, batches: Sequence[Sequence[tuple]], following: Following | None = None):
+        self._following = following
         self.job, self.returned = job, [[] for _ in range(job.trainers)]
         self.waits: list[Blocked | None] = [None] * job.trainers
         first = next(part for mine in batches for part in mine)
@@ -125,10 +129,11 @@ class Replay:
 
     def _steps(self, rank: int, batches: Sequence[tuple]) -> Run:
         session = self.job.session
-        for batch in batches:
+        for number, batch in enumerate(batches):
             part = session.part(batch)
             prepared = session.prepared(part)
-            self.returned[rank].append((yield from session.replicas[rank].step(prepared, part)))
+            following = None if self._following is None else self._following(rank, number)
+            self.returned[rank].append((yield from session.replicas[rank].step(prepared, part, following)))
 
     def _advance(self) -> None:
         """Runs every trainer until it waits for what is not there; collectives complete as the last one joins."""
@@ -146,7 +151,7 @@ def _event(sender: Address, message: Message) -> Event:
     match message.header:
         case Push(channel=channel):
             return Event(sender.rank, "pushes", _variable(channel))
-        case Pull(channel=channel):
+        case Pull(channel=channel) | PullRows(channel=channel):
             return Event(sender.rank, "pulls", channel)
         case Tick():
             return Event(sender.rank, "ticks")

@@ -14,10 +14,12 @@ from syncwright.errors import BatchError, JobError
 from syncwright.job import Job
 from syncwright.passes.flatten import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
+from syncwright.plan import ParameterServer, Sync
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
 from syncwright.runtime.programs import Prepared
 
@@ -42,6 +44,7 @@ class Replica:
         self.step_count = 0
         self.nominal = 1.0
         self._layout: Prepared | None = None
+        self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
         served = {v.whole or v.name for v in job.held.values()}
         self.values: dict[str, object] = {
@@ -52,10 +55,11 @@ class Replica:
         self.values |= _added(job.trainer["step"])
 
     @torch.no_grad()
-    def step(self, prepared: Prepared, part: Part) -> Generator[Blocked, None, object]:
+    def step(self, prepared: Prepared, part: Part, following: tuple | None = None) -> Generator[Blocked, None, object]:
         """This trainer's part of one step; gives `Blocked` while it waits; returns what the user's step returns.
 
         A part without examples runs the `idle` program and returns the reduced values with the others.
+        following  the next step's part, if it is known
         """
         self._adopt(prepared)
         phase = "step" if part.examples > 0 else "idle"
@@ -63,6 +67,7 @@ class Replica:
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers, prepared.uses[phase])
+        self._look_ahead(prepared, part.batch, following)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
         results = yield from executor.run(values, self.client)
@@ -74,6 +79,30 @@ class Replica:
         self.client.ask(prepared.pulls, self.step_count)
         yield from self._keep_together()
         return _returned(prepared, results)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether rows are asked for ahead where the next batch is known."""
+        return any(s.rows == "touched" and _prefetches(s.sync) for s in self.job.plan.sharings)
+
+    def _look_ahead(self, prepared: Prepared, batch: tuple, following: tuple | None) -> None:
+        """Uses what was found out about this batch while the last step ran, and asks for rows of the next."""
+        known, self._found = self._found, None
+        if following is None or not prepared.index.lookups or not is_alike(batch, following):
+            if known is not None and is_same(known[0], batch):
+                self.client.know(known[1])
+            return
+        if known is None or not is_same(known[0], batch):
+            known = batch, self._asked(prepared, batch, self.step_count)
+        self.client.know(known[1])
+        self._found = following, self._asked(prepared, following, self.step_count + 1)
+
+    def _asked(self, prepared: Prepared, batch: tuple, step: int) -> Found:
+        """Asks for the rows that a batch looks up, as of a step."""
+        found = prepared.index.run(_inputs(prepared, batch))
+        for lookup in prepared.index.lookups:
+            self.client.ask_rows(lookup.channel, found[lookup.unique][0], step)
+        return found
 
     def _keep_together(self) -> Generator[Blocked, None, None]:
         """Waits while another trainer is further behind than the plan allows."""
@@ -202,6 +231,10 @@ class Replica:
             self.client.transport.broadcast(flat, f"the initial values of type {dtype}")
             for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
                 value.copy_(part.view(value.shape))
+
+
+def _prefetches(sync: Sync) -> bool:
+    return isinstance(sync, ParameterServer) and sync.prefetch
 
 
 def _added(program: Program) -> dict[str, torch.Tensor]:

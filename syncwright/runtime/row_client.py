@@ -9,6 +9,7 @@ import torch
 
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
+from syncwright.runtime.rows import from_bits
 
 Send = Callable[[int, Message], None]
 
@@ -19,28 +20,38 @@ class Request:
 
     count   how many ids there are; behind them are others than ids
     parts   of each piece of the table its name, and the places of its ids among all; None: all of them
-    came    of each part that has come, its rows
+    waiting  pieces of which rows are still to come
     """
 
     ids: torch.Tensor
     count: int
     parts: list[tuple[str, torch.Tensor | None]]
     turn: int
-    came: dict[str, torch.Tensor] = field(default_factory=dict)
+    waiting: set[str] = field(init=False)
+    _whole: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.waiting = {name for name, _ in self.parts}
 
     @property
     def rows(self) -> torch.Tensor | None:
         """All rows, with zeros behind them; None while some are not there."""
-        if len(self.came) < len(self.parts):
-            return None
-        first = next(iter(self.came.values()))
-        whole = first.new_zeros((len(self.ids), *first.shape[1:]))
-        for name, places in self.parts:
-            if places is None:
-                whole[: self.count] = self.came[name]
-            else:
-                whole[places] = self.came[name]
-        return whole
+        return None if self.waiting else self._whole
+
+    def take(self, header: Rows, rows: torch.Tensor) -> None:
+        """Puts rows in their places."""
+        if self._whole is None:
+            self._whole = rows.new_zeros((len(self.ids), *rows.shape[1:]))
+        places = dict(self.parts)[header.channel]
+        if header.last:
+            self.waiting.discard(header.channel)
+        if header.some:
+            mask = from_bits(header.some, self.count if places is None else len(places))
+            places = mask.nonzero().view(-1) if places is None else places[mask]
+        if places is None:
+            self._whole[: self.count] = rows
+        else:
+            self._whole.index_copy_(0, places, rows)
 
 
 class RowClient:
@@ -54,7 +65,7 @@ class RowClient:
 
     def begin(self, step: int) -> None:
         """What was asked for in earlier steps is done."""
-        for key in [key for key in self._requests if key[1] != step]:
+        for key in [key for key in self._requests if key[1] < step]:
             self._by_turn.pop(self._requests.pop(key).turn, None)
 
     def pull(self, channel: str, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> torch.Tensor | None:
@@ -88,7 +99,7 @@ class RowClient:
         """Rows that have come; those of an earlier step are late and dropped."""
         request = self._by_turn.get(header.turn)
         if request is not None:
-            request.came[header.channel] = rows
+            request.take(header, rows)
 
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
         count = int((ids >= 0).sum())

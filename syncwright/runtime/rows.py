@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from syncwright.job import Channel
@@ -70,6 +71,39 @@ def update_touched(compute: Compute, program: Program, inputs: Mapping[str, obje
         assert isinstance(rows, torch.Tensor), "rows are tensors"
         results[name] = kept[name].index_copy_(0, ids, rows)
     return results
+
+
+class Settled:
+    """Which rows of a piece of a table the step that runs will not change: those that no trainer has asked for in it.
+
+    Changes with every request: remembers in which step each row was asked for last.
+    """
+
+    def __init__(self, rows: int):
+        self._asked = torch.full((rows,), -1, dtype=torch.int64)
+        self._latest: dict[int, int] = {}
+
+    def ask(
+        self, trainer: int, ids: torch.Tensor, step: int, running: int | None, live: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Notes that a trainer will change rows in a step. Of rows for the step behind the one that runs: which have the
+        value that they will have then; None where that is not known, or they are not for that step."""
+        before = self._asked.index_select(0, ids)
+        self._asked[ids] = before.clamp(min=step)
+        self._latest[trainer] = max(step, self._latest.get(trainer, step))
+        if running is None or step != running + 1 or any(self._latest.get(k, -1) < running for k in live):
+            return None
+        return before < running
+
+
+def bits(mask: torch.Tensor) -> bytes:
+    """A mask as bytes, eight to one."""
+    return np.packbits(mask.numpy()).tobytes()
+
+
+def from_bits(packed: bytes, count: int) -> torch.Tensor:
+    """The first `count` bits, as a mask."""
+    return torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool))
 
 
 def has_rows(variable: Variable) -> bool:

@@ -115,7 +115,7 @@ class _Cutter:
             self._close()
 
     def _receive(self, node: Node) -> None:
-        fresh = node.target is ops.pull and not node.args[0]
+        fresh = node.target is ops.pull_rows or (node.target is ops.pull and not node.args[0])
         if not fresh or len(self.open.nodes) >= self.enough:
             self._close()
         self.items.append(node)
@@ -138,7 +138,7 @@ class _Cutter:
 
 def runs_alone(node: Node) -> bool:
     """Arithmetic on the host, the 0-d state that it reads, and operations whose numbers no tensor can stand for."""
-    if is_host(node.meta["val"]):
+    if is_host(node.meta["val"]) or node.target is ops.unique:
         return True
     if _is_counter(node):
         return True
@@ -158,9 +158,10 @@ def _is_counter(node: Node) -> bool:
 
 
 def _views(program: Program) -> set[Node]:
-    """Views of what a program is given: of its variables, and of what a wait or pull brings."""
+    """Views of what a program is given: of its variables, and of what a wait or pull brings, or is computed ahead."""
     found: set[Node] = set()
-    sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in (ops.wait, ops.pull)}
+    given = (ops.wait, ops.pull, ops.pull_rows, ops.unique)
+    sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in given}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _VIEWS:
             first = node.args[0]

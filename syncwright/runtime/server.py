@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,7 +36,7 @@ from syncwright.runtime.messages import (
     Value,
 )
 from syncwright.runtime.rendezvous import cannot_go_on
-from syncwright.runtime.rows import RowGradient, update_touched
+from syncwright.runtime.rows import RowGradient, Settled, bits, update_touched
 from syncwright.shapes import is_host
 
 Outgoing = tuple[Address, Message]
@@ -80,10 +80,14 @@ class Running:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """Rows that a trainer has asked for: `ids` within the piece that is kept here."""
+    """Rows that a trainer has asked for: `ids` within the piece that is kept here.
+
+    missing  which of them it does not have as they will be; None: all
+    """
 
     header: PullRows
     ids: torch.Tensor
+    missing: torch.Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -149,6 +153,7 @@ class Server:
         self._shapes = {v.name: v.shape for v in part.holds}
         self._in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
         self._asked: dict[tuple[int, str, int], torch.Tensor] = {}
+        self._ahead: dict[str, Settled] = {}
 
     def _channel(self, name: str) -> Channel:
         return self._counting[name].channel
@@ -436,11 +441,35 @@ class Server:
 
     def _take_pull_of_rows(self, sender: Address, pull: PullRows, ids: torch.Tensor) -> list[Outgoing]:
         name = self._source(pull.channel)
-        slot, own = self._slots[name, ""], ids - self._tables[name][0]
+        slot, own, sent = self._slots[name, ""], ids - self._tables[name][0], []
+        asked = Asked(pull, own)
         if pull.step >= 0:
             self._asked[sender.rank, name, pull.step] = own
-        slot.parked.append((sender, Asked(pull, own)))
-        return self._answer(name, slot)
+        if pull.step >= 0 and pull.when == "step" and name in self._in_place:
+            self._unsettle(slot, pull.step, own)
+            settled = self._settled(name).ask(sender.rank, own, pull.step, slot.newest, self._attendance.live)
+            if settled is not None:
+                asked = Asked(pull, own, ~settled)
+                rows = self._rows_of(name, slot.values[slot.newest or 0], own[settled], pull)
+                sent.append((sender, Message(Rows(pull.channel, pull.turn, bits(settled), last=False), rows)))
+        slot.parked.append((sender, asked))
+        return sent + self._answer(name, slot)
+
+    def _unsettle(self, slot: Slot, step: int, ids: torch.Tensor) -> None:
+        """Rows that a trainer asks for late, for the step that runs, change after all: who has them gets them again."""
+        for index, (to, other) in enumerate(slot.parked):
+            if isinstance(other, Asked) and other.missing is not None and other.header.step > step:
+                missing = other.missing | torch.isin(other.ids, ids)
+                slot.parked[index] = to, replace(other, missing=missing)
+
+    def _settled(self, name: str) -> Settled:
+        if name not in self._ahead:
+            self._ahead[name] = Settled(self._shapes[name][0])
+        return self._ahead[name]
+
+    def _rows_of(self, name: str, table: object, ids: torch.Tensor, pull: PullRows) -> torch.Tensor:
+        rows, cast = _as_tensor(table).index_select(0, ids), self.job.casts.get(pull.channel)
+        return rows if cast is None else rows.to(cast[1])
 
     def _answer(self, name: str, slot: Slot) -> list[Outgoing]:
         """To those who wait for a value of `name` that is there."""
@@ -460,11 +489,13 @@ class Server:
 
     def _reply(self, pull: Pull | Asked, name: str, value: torch.Tensor) -> Message:
         if isinstance(pull, Asked):
-            header, value = Rows(pull.header.channel, pull.header.turn), value.index_select(0, pull.ids)
-        else:
-            header, value = Value(pull.channel, pull.version), value.clone() if name in self._in_place else value
-        cast = self.job.casts.get(header.channel)
-        return Message(header, value if cast is None else value.to(cast[1]))
+            some = b"" if pull.missing is None else bits(pull.missing)
+            ids = pull.ids if pull.missing is None else pull.ids[pull.missing]
+            return Message(
+                Rows(pull.header.channel, pull.header.turn, some), self._rows_of(name, value, ids, pull.header)
+            )
+        cast, value = self.job.casts.get(pull.channel), value.clone() if name in self._in_place else value
+        return Message(Value(pull.channel, pull.version), value if cast is None else value.to(cast[1]))
 
     def _number(self, slot: Slot, pull: Pull | PullRows) -> int | None:
         match pull.when:

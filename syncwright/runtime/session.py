@@ -65,6 +65,16 @@ class Session:
         self._programs: Programs | None = None
         self._evaluations: Evaluations | None = None
         self._peers: Peers | None = None
+        self._next: tuple | None = None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it helps to know the batch of the next step: rows of tables are asked for while this one runs."""
+        return any(replica.looks_ahead for replica in self.replicas)
+
+    def announce(self, batch: object) -> None:
+        """This process's part of the next step, if the batch that comes then is this very one."""
+        self._next = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
     @property
     def step_count(self) -> int:
@@ -109,7 +119,8 @@ class Session:
 
     def step(self, prepared: Sequence[Prepared], parts: Sequence[Part]) -> list[object]:
         """One global step: every replica's part of it; what the user's step returns, by replica."""
-        runs = [r.step(p, part) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
+        following, self._next = self._next, None
+        runs = [r.step(p, part, following) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
         returned = self._joined.drive(runs)
         if self.training.check_replicas:
             self._check_replicas(prepared[0].captured.program)
@@ -182,11 +193,11 @@ class Session:
     ) -> None:
         """Every trainer of this process takes its part of a batch; before they have met, this one the whole."""
         ranks = [replica.rank for replica in self.replicas] or [0]
-        held, runs = (self.job.held if self.job is not None else {}), []
+        runs: list[Generator[Blocked, None, list]] = []
         for index, rank in enumerate(ranks):
             span = rows.span(rank)
             part = cast(tuple, rows_of(batch, *((span.start, span.stop) if span.start < span.stop else (0, 1)), whole))
-            evaluated = evaluations.for_batch(fn, part, max(1, span.stop - span.start), held)
+            evaluated = evaluations.for_batch(fn, part, max(1, span.stop - span.start), self.job)
             rows.structure = evaluated.structure
             if span.start == span.stop:
                 runs.append(_given(evaluated.nothing()))

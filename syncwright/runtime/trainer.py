@@ -22,6 +22,7 @@ from syncwright.runtime.hosting import Hosted
 from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.joined import Joined
 from syncwright.runtime.limits import limit_of
+from syncwright.runtime.lookahead import looking_ahead
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.membership import Membership, disabled_passes, membership
 from syncwright.runtime.messages import Kind
@@ -152,8 +153,10 @@ class Trainer:
         """This trainer's parts of the global batches that `loader` yields (see `runtime.sharding.shard`).
 
         Tensors as long as the first are cut, but for those named in `whole` ("batch.2" is the third): they go to all.
+        Where rows of tables travel, the next batch is read before this one is given: its rows are asked for ahead.
         """
-        for batch in shard(loader, self.trainers, self.rank, self._meeting.share_state, whole):
+        parts = shard(loader, self.trainers, self.rank, self._meeting.share_state, whole)
+        for batch in looking_ahead(parts, self._session):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
     def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
