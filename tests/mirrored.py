@@ -60,6 +60,11 @@ class Mirrored(Interpreter):
                 return args[0]
             case ops.wait:
                 return args[0] * self.trainers if self.peers is None else args[0] + self.peers[args[1]]
+            case ops.push_rows:
+                self.sent[args[1]] = args[0]
+                return torch.empty(0)
+            case ops.pull_rows:
+                return self.truth[args[1], False].to(args[3]).expand(args[2])
             case ops.pull:
                 return self.truth[args[1], bool(args[0])].to(args[3]).expand(args[2])
         return super().call_function(target, args, kwargs)

@@ -57,14 +57,14 @@ def test_show_prints_the_program_of_a_role(role):
 
 def test_show_prints_the_program_after_a_pass():
     text = shown("show", "mixed.py", *ONE_SERVER, "--after", "serve_parameters")
-    assert 'syncwright.push.merged(%mul_tensor, "table.weight.grad", "mean") at owners "table.weight"' in text
+    assert 'syncwright.push.rows(%mul_tensor, "table.weight.grad", %getitem_10, "mean", 13, "all") at owners' in text
     assert "all_reduce" not in text
 
 
 def test_show_prints_what_a_pass_changed():
     text = shown("show", "mixed.py", *ONE_SERVER, "--diff", "serve_parameters")
     check_golden("cli/diff", text)
-    assert text == shown("show", "mixed.py", *ONE_SERVER, "--diff", "captured..serve_parameters")
+    assert text == shown("show", "mixed.py", *ONE_SERVER, "--diff", "compact_lookups..serve_parameters")
     assert shown("show", "mixed.py", "--plan", "all_reduce", "--diff", "serve_parameters").startswith("no difference")
 
 

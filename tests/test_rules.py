@@ -119,13 +119,13 @@ MISTAKES = [
     ),
     (
         "",
-        "rules: found nothing, expected a mapping (keys: default, variables, buffers, uncuttable). "
+        "rules: found nothing, expected a mapping (keys: default, variables, buffers, clip, uncuttable). "
         'Add a line such as "default: all_reduce".',
     ),
     (
         "default: local\nvarables: []",
         "rules, line 2, at varables: found the key 'varables', expected one of default, variables, buffers, "
-        "uncuttable. Did you mean 'variables'?",
+        "clip, uncuttable. Did you mean 'variables'?",
     ),
     (
         "default: all-reduce",
@@ -153,8 +153,8 @@ MISTAKES = [
         "Correct it, or leave `bucket_mb` out: it is then 25.0.",
     ),
     (
-        "default: {parameter_server: {mode: async}}",
-        "rules, line 1, at default.parameter_server.mode: found 'async', expected sync. "
+        "default: {parameter_server: {mode: later}}",
+        "rules, line 1, at default.parameter_server.mode: found 'later', expected one of sync, async. "
         "Correct it, or leave `mode` out: it is then sync.",
     ),
     (
@@ -261,7 +261,7 @@ def test_any_text_is_rules_or_a_plan_error(text: str):
             lambda: ParameterServer(place="hash"),
             "ParameterServer.place: found 'hash', expected one of RoundRobin(), ",
         ),
-        (lambda: ParameterServer(mode="async"), "ParameterServer.mode: found 'async', expected sync."),
+        (lambda: ParameterServer(mode="later"), "ParameterServer.mode: found 'later', expected one of sync, async."),
     ],
 )
 def test_a_mistake_in_python_is_told(make, message: str):

@@ -164,8 +164,8 @@ def test_an_evaluation_as_a_program():
     job = trained(MIXED, 2, 2)
     evaluations = Evaluations(job.binding, job.optimizer, lambda: False)
     assert job.job is not None
-    evaluated = evaluations.for_batch(lambda model, x, y: model(x), data(4, 9), 4, job.job.held)
-    program = pulling(evaluated._captured.program, evaluated._captured.outputs, job.job.held)
+    evaluated = evaluations.for_batch(lambda model, x, y: model(x), data(4, 9), 4, job.job)
+    program = pulling(evaluated._captured.program, evaluated._captured.outputs, job.job.held, job.job.tables)
     check_golden("evaluate/mixed", to_text(program))
 
 

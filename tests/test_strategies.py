@@ -73,7 +73,7 @@ def test_balanced_goes_by_bytes_and_by_traffic_for_tables():
 def test_partitioned_cuts_in_blocks_in_turn():
     found = plan("parameter_server_partitioned")
     blocks = ParameterServer(partition=Blocks(8192), place=RoundRobin())
-    assert found.sharing("embed.weight") == Sharing("embed.weight", blocks, (1000,), (0,))
+    assert found.sharing("embed.weight") == Sharing("embed.weight", blocks, (1000,), (0,), rows="all")
     assert found.sharing("head.weight") == Sharing("head.weight", blocks, (3, 3, 3, 1), (1, 2, 3, 0))
     assert found.sharing("head.bias") == Sharing("head.bias", blocks, (10,), (1,))
     assert plan("parameter_server_partitioned", min_elements=1).sharing("head.bias").sizes == (3, 3, 3, 1)
@@ -83,14 +83,16 @@ def test_partitioned_keeps_whole_what_cannot_be_cut_and_says_so():
     found = plan("parameter_server_partitioned", update="whole")
     kept = ParameterServer(partition=Whole(), place=RoundRobin())
     assert found.sharing("head.weight") == Sharing("head.weight", kept, (10,), (1,))
-    assert found.notes == ("head.weight is kept whole: its update needs the whole tensor",)
+    assert found.notes[0] == "head.weight is kept whole: its update needs the whole tensor"
     rows = plan("parameter_server_partitioned", update="row-wise")
-    assert rows.notes == ("head.weight is kept whole: its update is row-wise, not elementwise",)
+    assert rows.notes[0] == "head.weight is kept whole: its update is row-wise, not elementwise"
 
 
 def test_parallax_serves_sparse_and_reduces_dense():
     found = plan("parallax")
-    assert found.sharing("embed.weight") == Sharing("embed.weight", ParameterServer(place=LeastLoaded()), (1000,), (0,))
+    assert found.sharing("embed.weight") == Sharing(
+        "embed.weight", ParameterServer(place=LeastLoaded()), (1000,), (0,), rows="all"
+    )
     assert found.sharing("head.weight") == Sharing("head.weight", AllReduce(), (10,))
 
 

@@ -138,7 +138,7 @@ class _Cutter:
 
 def runs_alone(node: Node) -> bool:
     """Arithmetic on the host, the 0-d state that it reads, and operations whose numbers no tensor can stand for."""
-    if is_host(node.meta["val"]) or node.target is ops.unique:
+    if is_host(node.meta["val"]) or ops.unique in (node.target, *(n.target for n in node.all_input_nodes)):
         return True
     if _is_counter(node):
         return True
@@ -158,9 +158,9 @@ def _is_counter(node: Node) -> bool:
 
 
 def _views(program: Program) -> set[Node]:
-    """Views of what a program is given: of its variables, and of what a wait or pull brings, or is computed ahead."""
+    """Views of what a program is given: of its variables, and of what a wait or pull brings."""
     found: set[Node] = set()
-    given = (ops.wait, ops.pull, ops.pull_rows, ops.unique)
+    given = (ops.wait, ops.pull, ops.pull_rows)
     sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in given}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _VIEWS:

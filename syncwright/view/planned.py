@@ -61,7 +61,7 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives
-    as many; a push sends all, a pull receives all."""
+    as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are fewer."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for node in communications(unbucketed.trainer["step"]):
@@ -86,10 +86,10 @@ def _traffic(node: Node, trainers: int) -> Traffic | None:
         case ops.all_reduce:
             ring = 2 * (trainers - 1) / trainers * _nbytes(node)
             return Traffic(ring, ring)
-        case ops.push:
+        case ops.push | ops.push_rows:
             return Traffic(sent=_nbytes(node.args[0]))
-        case ops.pull:
-            return Traffic(received=_nbytes(node))
+        case ops.pull | ops.pull_rows:
+            return Traffic(_nbytes(node.args[0]) if node.target is ops.pull_rows else 0, _nbytes(node))
     return None
 
 
@@ -151,6 +151,9 @@ def _bytes(traffic: Traffic) -> tuple[str, str]:
 
 def _messages(job: Job) -> str:
     nodes = [n.target for n in communications(job.trainer["step"])]
-    kinds = ((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls"))
+    kinds = (
+        *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
+        *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),
+    )
     counts = [counted(nodes.count(target), *nouns) for target, *nouns in kinds if target in nodes]
     return f"a step of one trainer: {', '.join(counts) or 'no communication'}"
