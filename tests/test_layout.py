@@ -120,6 +120,10 @@ runtime         what runs a job
     collectives
     wire
     limits
+    traffic
+    guard
+    intake
+    metrics
     sockets
     meeting
     launch

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.hosting import Hosted
 from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.joined import Joined
-from syncwright.runtime.limits import limit_of
+from syncwright.runtime.limits import limits_of
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.membership import Membership, disabled_passes, membership
 from syncwright.runtime.messages import Kind
@@ -51,6 +52,7 @@ def distribute(
     deadlines: Deadlines | None = None,
     check_replicas: bool | None = None,
     dynamic_shapes: object = None,
+    metrics: bool | None = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -67,12 +69,14 @@ def distribute(
               None: as SYNCWRIGHT_CHECK_REPLICAS=1 says
     dynamic_shapes  axes of the batch that may have any size without another capture, as `torch.export` takes them:
               `({0: "n"}, {0: "n"})`; or mark the first batch by `torch._dynamo.mark_dynamic(tensor, axis)`
+    metrics   every role serves its numbers over HTTP (see docs/metrics.md). None: as SYNCWRIGHT_METRICS=1 says
 
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
     """
     place = membership(os.environ)
+    place = place if metrics is None else replace(place, metrics=metrics)
     given = Training(
         *(step, model, optimizer, state, examples),
         plan=lambda program: make_plan(plan, program, place.trainers, _server_count(place, plan)),
@@ -280,7 +284,7 @@ class Trainer:
             self.place.me,
             self._meeting.rendezvous,
             len(job.servers),
-            limit=limit_of(job, self.place.me),
+            limit=limits_of(job, self.place.me),
             context=self._hosted.context,
             deadlines=self._meeting.deadlines,
             heartbeat=self._meeting.heartbeat,
