@@ -29,14 +29,17 @@ from syncwright.runtime.wire import CHUNK_NBYTES, encode
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
 
+VISITOR_MESSAGES = 4096
+"""How many messages of one visitor a server keeps that it has not read; the others wait where they were sent."""
+
 
 class SocketTransport:
     """Changes: holds sockets, a heartbeat and the trainers' process group. Used from the role's own thread.
 
     A server binds a ROUTER; every trainer connects a DEALER to each server, a server connects one to another
     server when it first sends to it. What a server sends to a trainer goes back through its ROUTER. Order is
-    kept between two roles. Queues are unbounded: what may be under way is bounded by the protocol above (a
-    step's pushes), and a bound here would block one role on the slowness of another.
+    kept between two roles. Queues of what is sent are unbounded: what may be under way is bounded by the protocol
+    above (a step's pushes), and a bound here would block one role on the slowness of another.
 
     A connection that breaks is not mended, since messages may be lost with it: `receive` and collectives then
     raise `PeerLost`. Servers that live in the trainers' processes make a transport of their own in their own
@@ -213,6 +216,7 @@ class SocketTransport:
             return
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.RCVHWM, VISITOR_MESSAGES)
         self._token = secrets.token_hex(16)
         self._intake.visitors |= {identity(peer, self._token): peer for peer in self._everyone}
         if not embedded:
