@@ -126,7 +126,9 @@ runtime         what runs a job
     metrics
     sockets
     meeting
+    announce
     launch
+    watching
     executor
     inductor
     segments
@@ -157,6 +159,7 @@ view            tables and diffs for people
     script
     look
     checked
+    top
 demo            the main job on real data
     course
 cli             the command `syncwright`

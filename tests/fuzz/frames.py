@@ -47,7 +47,7 @@ from syncwright.runtime.wire import CHUNK_NBYTES, WireError, decode, encode
 
 T0, T1, S0 = Address(Kind.TRAINER, 0), Address(Kind.TRAINER, 1), Address(Kind.SERVER, 0)
 LARGEST_GROWTH_NBYTES = 64 << 20
-PATIENT = Deadlines(join=120.0, wait=120.0)
+PATIENT = Deadlines(join=120.0, wait=1800.0)
 ROOT = Path(__file__).parents[2]
 
 Frames = list[bytes]
