@@ -98,9 +98,13 @@ class Membership:
         return [Address(Kind.SERVER, rank) for rank in range(self.me.rank, servers, self.trainers)]
 
 
-def membership(environment: Mapping[str, str]) -> Membership:
-    """This process's place, from what `syncwright run` or torchrun set; alone if neither did."""
-    return replace(_place(environment), metrics=environment.get(METRICS) == "1")
+def membership(environment: Mapping[str, str], metrics: bool | None = None) -> Membership:
+    """This process's place, from what `syncwright run` or torchrun set; alone if neither did.
+
+    metrics: whether roles serve their numbers; None: as the environment says.
+    """
+    asked = environment.get(METRICS) == "1" if metrics is None else metrics
+    return replace(_place(environment), metrics=asked)
 
 
 def _place(environment: Mapping[str, str]) -> Membership:

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,8 +74,7 @@ def distribute(
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
     """
-    place = membership(os.environ)
-    place = place if metrics is None else replace(place, metrics=metrics)
+    place = membership(os.environ, metrics)
     given = Training(
         *(step, model, optimizer, state, examples),
         plan=lambda program: make_plan(plan, program, place.trainers, _server_count(place, plan)),
@@ -281,9 +279,7 @@ class Trainer:
         self._hosted.start(job)
         atexit.register(self._at_exit)
         self._transport = SocketTransport(
-            self.place.me,
-            self._meeting.rendezvous,
-            len(job.servers),
+            *(self.place.me, self._meeting.rendezvous, len(job.servers)),
             limit=limits_of(job, self.place.me),
             context=self._hosted.context,
             deadlines=self._meeting.deadlines,

@@ -233,11 +233,13 @@ class Attack:
             long = b"\x06" + struct.pack(">Q", drawn.choice([2**62, 5 << 20]))
             outsider.sendall(drawn.choice([noise, greeting.ljust(64, b"\0") + drawn.choice([noise, long])]))
         guess = self.connected(b"guess", drawn.randbytes(16).hex())
-        guess.send_multipart([b"x"] * 1000)
+        with contextlib.suppress(zmq.Again):  # it was turned away already
+            guess.send_multipart([b"x"] * 1000, flags=zmq.DONTWAIT)
         guess.close(linger=200)
         self.guesses += 1
         large = self.connected(b"large", self.endpoint.token)
-        large.send(bytes(CHUNK_NBYTES + 1))
+        with contextlib.suppress(zmq.Again):
+            large.send(bytes(CHUNK_NBYTES + 1), flags=zmq.DONTWAIT)
         large.close(linger=200)
 
 
