@@ -86,7 +86,7 @@ class Collected:
         waits = [({"peer": str(peer)}, flow.waited) for peer, flow in traffic.flows.items() if flow.waited]
         waits.append(({"peer": "anyone"}, traffic.waited_for_anyone))
         yield "syncwright_wait_seconds", "Seconds of waiting for messages of a role.", waits
-        drops = [({"peer": who, "reason": why}, n) for (who, why), n in list(traffic.drops.counts.items())]
+        drops = [({"peer": who, "reason": why}, float(n)) for (who, why), n in list(traffic.drops.counts.items())]
         yield "syncwright_dropped_messages", "Messages that were no message of this job.", drops
         if self._guard is not None:
             refused = [({}, float(self._guard.refused))]
