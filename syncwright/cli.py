@@ -66,19 +66,20 @@ def run(
     trainers: Annotated[int, typer.Option(min=1, help="How many trainers.")] = 2,
     servers: Annotated[int, typer.Option(min=0, help="How many server processes; 0: threads of the trainers.")] = 0,
     disable_passes: Disabled = "",
+    metrics: Annotated[bool, typer.Option("--metrics", help="Every role serves its numbers, for top too.")] = False,
 ) -> None:
     """Run SCRIPT as a job of several processes on this machine; all behind SCRIPT is its own."""
     from syncwright.lower import pipeline
     from syncwright.passes import PIPELINE
     from syncwright.runtime.launch import launch
-    from syncwright.runtime.membership import DISABLED_PASSES
+    from syncwright.runtime.membership import DISABLED_PASSES, METRICS
 
     with _errors():
         pipeline(PIPELINE, _listed(disable_passes))
         if not Path(script).is_file():
             raise RequestError(f"script: found no file {script!r}, expected a Python script. Check the path.")
-        environment = {**os.environ, DISABLED_PASSES: disable_passes} if disable_passes else None
-        raise typer.Exit(launch(script, _behind(arguments), trainers, servers, environment=environment))
+        asked = ({DISABLED_PASSES: disable_passes} if disable_passes else {}) | ({METRICS: "1"} if metrics else {})
+        raise typer.Exit(launch(script, _behind(arguments), trainers, servers, environment={**os.environ, **asked}))
 
 
 @app.command(cls=TakesScript, context_settings=_OPTIONS_ANYWHERE)
@@ -163,6 +164,20 @@ def verify(
         seen = look(script, arguments or (), plan, trainers, servers)
         if not show_check(Console(), Console(stderr=True), seen, steps, _listed(disable_passes)):
             raise typer.Exit(1)
+
+
+@app.command()
+def top(
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="HOST:PORT", help="The job's store. [default: the job of this host]")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+) -> None:
+    """Watch a running job: how far each role is, what it sends and takes in, for whom it waits."""
+    from syncwright.view.top import show_top
+
+    with _errors():
+        show_top(Console(), at, once)
 
 
 @app.command()

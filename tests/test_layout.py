@@ -142,9 +142,15 @@ runtime         what runs a job
     collectives
     wire
     limits
+    traffic
+    guard
+    intake
+    metrics
     sockets
     meeting
+    announce
     launch
+    watching
     executor
     inductor
     segments
@@ -179,6 +185,7 @@ view            tables and diffs for people
     script
     look
     checked
+    top
 demo            the main job on real data
     course
 cli             the command `syncwright`

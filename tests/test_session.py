@@ -19,7 +19,7 @@ from syncwright.lower import lower
 from syncwright.plan import Even
 from syncwright.planning import make_plan
 from syncwright.runtime.evaluation import Evaluations, pulling
-from syncwright.runtime.limits import limit_of
+from syncwright.runtime.limits import limit_of, limits_of
 from syncwright.runtime.loopback import Loopback, Network
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.structure import difference, skeleton
@@ -228,6 +228,7 @@ def test_every_message_of_a_job_is_what_its_receiver_accepts(monkeypatch, plan, 
     def checked(self, sender, to, message):
         assert job.job is not None
         decode(encode(message), limit_of(job.job, to))
+        limits_of(job.job, to).check(sender, message.header)
         posted.append(message)
         post(self, sender, to, message)
 

@@ -37,7 +37,7 @@ class Binding:
         if embedded:
             return cls._on(router, f"inproc://syncwright/{id(rendezvous)}/{me}")
         if not place.one_host:
-            own = _own_address(place)
+            own = own_address(place)
             router.setsockopt(zmq.IPV6, ":" in own)
             return cls._on(router, f"tcp://[{own}]:*" if ":" in own else f"tcp://{own}:*")
         folder = tempfile.TemporaryDirectory(prefix="syncwright-") if place.sockets is None else None
@@ -62,7 +62,7 @@ class Binding:
             self.folder.cleanup()
 
 
-def _own_address(place: Membership) -> str:
+def own_address(place: Membership) -> str:
     """The address of this host on the network that leads to the store."""
     if place.address is not None:
         return str(socket.getaddrinfo(place.address, None)[0][4][0])

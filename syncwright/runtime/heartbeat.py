@@ -17,6 +17,9 @@ from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.messages import Address
 from syncwright.runtime.rendezvous import STAY, Rendezvous, cannot_go_on, failure, names, tell_failure
 
+ROLES = "roles"
+"""The key, above the generations, where the roles of the latest one say how many they are."""
+
 
 class Beat(msgspec.Struct, frozen=True):
     """One role, now.
@@ -39,6 +42,13 @@ class Beat(msgspec.Struct, frozen=True):
     rested: float | None = None
 
 
+class Roles(msgspec.Struct, frozen=True):
+    """What there is to watch: the job that runs now, the n-th of its script, and how many trainers it has."""
+
+    generation: int
+    trainers: int
+
+
 class Heartbeat:
     """Changes: a thread writes this role's beat to the store and reads who failed; it waits for nobody.
 
@@ -56,6 +66,7 @@ class Heartbeat:
         self.store_lost: str | None = None
         self._store, self._job = rendezvous.clients()
         self._host = rendezvous.place.host
+        self._roles = Roles(rendezvous.generation, rendezvous.place.trainers)
         self._every, self._silent, self._longest = every, silent, longest
         self._at = (0, "start")
         self._busy: tuple[str, float] | None = None
@@ -175,6 +186,8 @@ class Heartbeat:
             rested=None if rested is None else now - rested,
         )
         try:
+            if self._number == 1:
+                self._job.set(ROLES, msgspec.json.encode(self._roles).decode())
             self._store.set(f"beat/{self.me}", msgspec.json.encode(beat).decode())
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
@@ -189,7 +202,7 @@ class Heartbeat:
 
     def _read(self, peer: Address) -> Beat | None:
         try:
-            return _read(self._store, peer)
+            return beat_of(self._store, peer)
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
             return None
@@ -239,7 +252,8 @@ class Heartbeat:
         return ""
 
 
-def _read(store: Store, peer: Address) -> Beat | None:
+def beat_of(store: Store, peer: Address) -> Beat | None:
+    """The last beat of a role; None before its first."""
     key = f"beat/{peer}"
     return msgspec.json.decode(store.get(key), type=Beat) if store.check([key]) else None
 

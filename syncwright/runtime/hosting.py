@@ -8,7 +8,7 @@ import zmq
 
 from syncwright.job import Job
 from syncwright.runtime.heartbeat import Heartbeat
-from syncwright.runtime.limits import limit_of
+from syncwright.runtime.limits import limits_of
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import cannot_go_on
@@ -71,7 +71,7 @@ class Hosted:
             address,
             self._meeting.rendezvous,
             len(job.servers),
-            limit=limit_of(job, address),
+            limit=limits_of(job, address),
             context=self.context,
             deadlines=self._meeting.deadlines,
             heartbeat=heartbeat,

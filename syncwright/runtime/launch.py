@@ -20,6 +20,7 @@ from typing import IO
 from torch.distributed import PrefixStore, TCPStore
 
 from syncwright.errors import ClusterError
+from syncwright.runtime.announce import Announced, announce
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import FAILED
 
@@ -107,6 +108,7 @@ def launch(
             store = TCPStore(
                 *(LOOPBACK, port), is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
             )
+            announce(folder, Announced(os.getpid(), f"{LOOPBACK}:{port}", script))
             base = dict(os.environ if environment is None else environment)
             for me in _roles(trainers, servers):
                 own = _environment(base, me, trainers, servers, port, folder)

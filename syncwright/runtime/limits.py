@@ -1,15 +1,112 @@
-"""What each role may be sent: of every channel, the shape and dtype that its tensors have in this job."""
+"""What each role may be sent, and by whom: of every channel, the shape and dtype that its tensors have in this job."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from syncwright.job import Job, ServerPart
 from syncwright.program import Variable
-from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.wire import Limit
+from syncwright.runtime.messages import (
+    Address,
+    Failure,
+    Go,
+    Header,
+    Hello,
+    Kind,
+    Leave,
+    Pull,
+    PullRows,
+    Push,
+    Resume,
+    Rows,
+    Taken,
+    Tick,
+    Value,
+)
+from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError
 
 Form = tuple[tuple[int | range, ...], torch.dtype]
+
+FIRST = Address(Kind.TRAINER, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one role may be sent. What depends on how far a job is (a step, a version) is not known here.
+
+    forms   of every channel, the shape and the dtype that its tensors have
+    pushed  what is pushed to it, with the hyper-parameters that travel along
+    pulled  what it is asked for
+    given   whose values it takes, by channel
+    serves  whether it is a server, to which trainers come and from which they go
+    """
+
+    forms: Limit
+    pushed: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pulled: frozenset[str] = frozenset()
+    given: Mapping[str, frozenset[Address]] = field(default_factory=dict)
+    serves: bool = False
+
+    @property
+    def frames(self) -> int:
+        """The most frames of a message: a header and the chunks of the largest tensor."""
+        sizes = [_most_nbytes(shape, dtype) for shape, dtype in self.forms.values()]
+        return 1 + -(-max(sizes, default=0) // CHUNK_NBYTES)
+
+    def check(self, sender: Address, header: Header) -> None:
+        """`WireError` if `sender` has no business to send this."""
+        by_trainer = sender.kind is Kind.TRAINER
+        match header:
+            case Push(channel=channel, hypers=hypers):
+                self._check(sender, header, by_trainer and channel in self.pushed)
+                if hypers.keys() != self.pushed[channel]:
+                    found, wanted = (
+                        ", ".join(sorted(hypers)) or "none",
+                        ", ".join(sorted(self.pushed[channel])) or "none",
+                    )
+                    raise WireError(f"Push of {channel!r}: its hypers are {found[:200]}; expected {wanted}")
+            case Pull(channel=channel) | PullRows(channel=channel):
+                self._check(sender, header, by_trainer and channel in self.pulled)
+            case Taken() | Go():
+                self._check(sender, header, not by_trainer and not self.serves)
+            case Value(channel=channel) | Rows(channel=channel):
+                self._check(sender, header, sender in self.given.get(channel, ()))
+            case Resume():
+                self._check(sender, header, sender == FIRST and self.serves)
+            case Hello() | Leave() | Tick():
+                self._check(sender, header, by_trainer and self.serves)
+            case Failure():
+                pass
+
+    def _check(self, sender: Address, header: Header, allowed: bool) -> None:
+        if not allowed:
+            about = f" of {header.channel!r}" if isinstance(header, Push | Pull | PullRows | Rows | Value) else ""
+            raise WireError(f"a {type(header).__name__}{about}, which {sender} does not send to this role")
+
+
+def limits_of(job: Job, me: Address) -> Limits:
+    """What `me` may be sent in `job`."""
+    forms = limit_of(job, me)
+    if me.kind is Kind.TRAINER:
+        owners = {name: frozenset({Address(Kind.SERVER, owner)}) for name, owner in job.owners.items()}
+        return Limits(forms, given=owners)
+    held = {variable.name for variable in job.servers[me.rank].holds}
+    exporters = {
+        name: frozenset({Address(Kind.SERVER, part.rank)})
+        for part in job.servers
+        for name, others in part.exports.items()
+        if me.rank in others
+    }
+    return Limits(
+        forms,
+        pushed={name: frozenset(c.hypers) for name, c in job.channels.items() if c.server == me.rank},
+        pulled=frozenset(name for name, owner in job.owners.items() if owner == me.rank),
+        given=exporters | {name: frozenset({FIRST}) for name in held},
+        serves=True,
+    )
 
 
 def limit_of(job: Job, me: Address) -> Limit:
@@ -31,6 +128,13 @@ def limit_of(job: Job, me: Address) -> Limit:
 
 def _form(variable: Variable) -> Form:
     return variable.shape, variable.dtype
+
+
+def _most_nbytes(shape: tuple[int | range, ...], dtype: torch.dtype) -> int:
+    """The size of the largest tensor of a form; of some rows at least as much as their ids take."""
+    sizes = [size[-1] if isinstance(size, range) else size for size in shape]
+    ids = 8 * sizes[0] if shape and isinstance(shape[0], range) else 0
+    return max(ids, torch.Size(sizes).numel() * dtype.itemsize)
 
 
 def _some_rows(form: Form) -> Form:

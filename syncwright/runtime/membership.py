@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -15,6 +15,7 @@ _START = "Start all roles with `syncwright run` or torchrun, which set these var
 
 
 DISABLED_PASSES = "SYNCWRIGHT_DISABLE_PASSES"
+METRICS = "SYNCWRIGHT_METRICS"
 
 
 class Host(StrEnum):
@@ -57,6 +58,7 @@ class Membership:
     address      by which other hosts reach this one, where SYNCWRIGHT_HOST says so; None: found by trial
     attempt      tells a restarted job from the one before, on the same store
     sockets      a private folder that outlives this process and is removed by its owner; None: make one
+    metrics      whether every role serves its numbers over HTTP
     """
 
     me: Address
@@ -69,6 +71,7 @@ class Membership:
     address: str | None = None
     attempt: str = "0"
     sockets: Path | None = None
+    metrics: bool = False
 
     @property
     def alone(self) -> bool:
@@ -95,8 +98,16 @@ class Membership:
         return [Address(Kind.SERVER, rank) for rank in range(self.me.rank, servers, self.trainers)]
 
 
-def membership(environment: Mapping[str, str]) -> Membership:
-    """This process's place, from what `syncwright run` or torchrun set; alone if neither did."""
+def membership(environment: Mapping[str, str], metrics: bool | None = None) -> Membership:
+    """This process's place, from what `syncwright run` or torchrun set; alone if neither did.
+
+    metrics: whether roles serve their numbers; None: as the environment says.
+    """
+    asked = environment.get(METRICS) == "1" if metrics is None else metrics
+    return replace(_place(environment), metrics=asked)
+
+
+def _place(environment: Mapping[str, str]) -> Membership:
     if "SYNCWRIGHT_ROLE" in environment:
         return _from_launcher(environment)
     if "RANK" in environment and "WORLD_SIZE" in environment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 import time
@@ -16,16 +15,22 @@ from syncwright.errors import JobError, PeerLost
 from syncwright.runtime.collectives import Collectives
 from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.endpoint import Binding
+from syncwright.runtime.guard import Guard, present
 from syncwright.runtime.heartbeat import Heartbeat
+from syncwright.runtime.intake import Intake
+from syncwright.runtime.limits import Limits
 from syncwright.runtime.messages import Address, Kind, Message
+from syncwright.runtime.metrics import Metrics
 from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
+from syncwright.runtime.traffic import Traffic
 from syncwright.runtime.transport import Work
-from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode, encode
+from syncwright.runtime.wire import CHUNK_NBYTES, encode
 
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
 
-log = logging.getLogger(__name__)
+VISITOR_MESSAGES = 4096
+"""How many messages of one visitor a server keeps that it has not read; the others wait where they were sent."""
 
 
 class SocketTransport:
@@ -33,16 +38,19 @@ class SocketTransport:
 
     A server binds a ROUTER; every trainer connects a DEALER to each server, a server connects one to another
     server when it first sends to it. What a server sends to a trainer goes back through its ROUTER. Order is
-    kept between two roles. Queues are unbounded: what may be under way is bounded by the protocol above (a
-    step's pushes), and a bound here would block one role on the slowness of another.
+    kept between two roles. Queues of what is sent are unbounded: what may be under way is bounded by the protocol
+    above (a step's pushes), and a bound here would block one role on the slowness of another.
 
     A connection that breaks is not mended, since messages may be lost with it: `receive` and collectives then
     raise `PeerLost`. Servers that live in the trainers' processes make a transport of their own in their own
     thread, and must have it before the trainer makes its: a trainer looks for all servers when it starts.
 
+    What is no message of this job is counted, told seldom and dropped, whoever sent it: whoever waits for what it should
+    have been names it when its deadline is over (`late`).
+
     me          the role that this transport serves
     servers     how many servers the plan names
-    limit       what tensors the job's channels carry; None accepts anything that is well formed
+    limit       what this role may be sent, and by whom; None accepts anything that is well formed
     context     given: servers in one process with the only trainer are reached through it (inproc)
     heartbeat   of the role, where it beats already; the transport ends it
     """
@@ -53,15 +61,16 @@ class SocketTransport:
         rendezvous: Rendezvous,
         servers: int,
         *,
-        limit: Limit | None = None,
+        limit: Limits | None = None,
         context: zmq.Context | None = None,
         deadlines: Deadlines | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         self.me = me
-        self.limit = limit
         self._place = rendezvous.place
         self._everyone = rendezvous.place.everyone(servers)
+        self.traffic = Traffic(me, self._everyone)
+        self._intake = Intake(limit, self.traffic)
         self._servers = [peer for peer in self._everyone if peer.kind is Kind.SERVER]
         self._deadlines = deadlines or Deadlines()
         self._own_context = context is None
@@ -70,18 +79,20 @@ class SocketTransport:
         self._ready: deque[zmq.Socket] = deque()
         self._dealers: dict[Address, zmq.Socket] = {}
         self._monitors: dict[Address, zmq.Socket] = {}
-        self._peers: dict[zmq.Socket, Address] = {}
         self._sockets: list[zmq.Socket] = []
         self._ended: set[Address] = set()
         self._binding: Binding | None = None
+        self._guard: Guard | None = None
+        self._metrics: Metrics | None = None
         self._token = ""
-        self._visitors: dict[bytes, Address] = {}
         self._closed = False
         self._store = rendezvous.client()
         self._heartbeat = heartbeat or Heartbeat(me, rendezvous, longest=self._deadlines.compile)
         self._collectives = Collectives(me, rendezvous, self._deadlines, self._heartbeat, self.watch)
         try:
             self._start(rendezvous, embedded=rendezvous.place.alone and context is not None)
+            if rendezvous.place.metrics:
+                self._metrics = Metrics(self.traffic, self._guard, rendezvous.place, self._store)
         except BaseException:
             self.close()
             raise
@@ -91,11 +102,13 @@ class SocketTransport:
         frames = encode(message)
         if to.kind is Kind.SERVER:
             self._dealer(to).send_multipart(frames, copy=False)
+            self.traffic.sent(to, message.header, frames)
             return
         if self._binding is None:
             raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
         try:
             self._binding.socket.send_multipart([identity(to, self._token), *frames], copy=False)
+            self.traffic.sent(to, message.header, frames)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -108,9 +121,9 @@ class SocketTransport:
         while True:
             left = max(0.0, deadline - time.monotonic())
             if not self._ready:
-                self._poll(min(left, SLICE_SECONDS))
+                self._pause(min(left, SLICE_SECONDS))
             while self._ready:
-                got = self._take(self._ready.popleft())
+                got = self._intake.take(self._ready.popleft())
                 if got is not None:
                     return got
             self.watch()
@@ -135,15 +148,21 @@ class SocketTransport:
 
     def progress(self, step: int, node: str) -> None:
         """Notes how far this role is."""
+        self.traffic.progress(step)
         self._heartbeat.progress(step, node)
 
     def wait(self, peers: list[Address], seconds: float) -> Wait:
-        """A wait for `peers` that begins now, and goes on while one of them says that it captures or compiles."""
+        """A wait for `peers` that begins now, and goes on while one of them says that it captures or compiles.
+
+        A trainer names the one first that has what it waits for.
+        """
+        self.traffic.wait_for(peers[0] if peers and self.me.kind is Kind.TRAINER else None)
         return self._heartbeat.wait(peers, seconds)
 
     def late(self, peers: list[Address]) -> str:
-        """Who among `peers` is silent or behind, as a sentence for an error."""
-        return self._heartbeat.late(peers)
+        """Who among `peers` is silent or behind, or has dropped messages, as a sentence for an error."""
+        told = self.traffic.drops.told()
+        return self._heartbeat.late(peers) + (f"; {self.me}: {told}" if told else "")
 
     def fail(self, reason: str) -> None:
         """Tells all roles, also those that wait in a collective, that this one cannot go on."""
@@ -176,6 +195,8 @@ class SocketTransport:
         if self._closed:
             return
         self._closed = True
+        if self._metrics is not None:
+            self._metrics.close()
         self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone
         self._collectives.close()
         linger = round(1000 * self._deadlines.linger)
@@ -195,8 +216,13 @@ class SocketTransport:
             return
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.RCVHWM, VISITOR_MESSAGES)
         self._token = secrets.token_hex(16)
-        self._visitors = {identity(peer, self._token): peer for peer in self._everyone}
+        self._intake.visitors |= {identity(peer, self._token): peer for peer in self._everyone}
+        if not embedded:
+            self._guard = Guard(self.me, self._context, self._token)
+            self._guard.protect(router)
+            self._guard.start()
         self._binding = Binding.bound(router, self.me, rendezvous, embedded)
         self._poller.register(router, zmq.POLLIN)
         publish(self._store, self.me, Endpoint(self._binding.url, self._token))
@@ -207,11 +233,13 @@ class SocketTransport:
         for server, endpoint in found.items():
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.IDENTITY, identity(self.me, endpoint.token))
+            present(dealer, self.me, endpoint.token)
             monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             dealer.setsockopt(zmq.IPV6, endpoint.url.startswith("tcp://["))
             dealer.connect(endpoint.url)
             self._sockets.append(monitor)
-            self._dealers[server], self._monitors[server], self._peers[dealer] = dealer, monitor, server
+            self._dealers[server], self._monitors[server] = dealer, monitor
+            self._intake.peers[dealer] = server
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
 
@@ -237,19 +265,12 @@ class SocketTransport:
             ready = self._poller.poll(0)  # the last words of who is lost came before the loss
         self._ready.extend(socket for socket, _ in ready if socket not in monitors)
 
-    def _take(self, socket: zmq.Socket) -> tuple[Address, Message] | None:
-        frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
-        peer = self._peers.get(socket)
-        if peer is None:
-            visitor = bytes(frames.pop(0))
-            peer = self._visitors.get(visitor)
-            if peer is None:
-                log.warning("%s drops a message from a stranger that calls itself %r", self.me, visitor[:80])
-                return None
-        try:
-            return peer, decode(frames, self.limit)
-        except WireError as error:
-            raise WireError(f"{self.me} cannot read a message from {peer}: {error}") from error
+    def _pause(self, seconds: float) -> None:
+        """Waits for messages, and notes for how long."""
+        begun, self.traffic.is_waiting = time.monotonic(), True
+        self._poll(seconds)
+        self.traffic.is_waiting = False
+        self.traffic.add_wait(time.monotonic() - begun)
 
 
 def identity(me: Address, token: str) -> bytes:

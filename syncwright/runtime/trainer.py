@@ -21,7 +21,7 @@ from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.hosting import Hosted
 from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.joined import Joined
-from syncwright.runtime.limits import limit_of
+from syncwright.runtime.limits import limits_of
 from syncwright.runtime.lookahead import looking_ahead
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.membership import Membership, disabled_passes, membership
@@ -52,6 +52,7 @@ def distribute(
     deadlines: Deadlines | None = None,
     check_replicas: bool | None = None,
     dynamic_shapes: object = None,
+    metrics: bool | None = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -68,12 +69,13 @@ def distribute(
               None: as SYNCWRIGHT_CHECK_REPLICAS=1 says
     dynamic_shapes  axes of the batch that may have any size without another capture, as `torch.export` takes them:
               `({0: "n"}, {0: "n"})`; or mark the first batch by `torch._dynamo.mark_dynamic(tensor, axis)`
+    metrics   every role serves its numbers over HTTP (see docs/metrics.md). None: as SYNCWRIGHT_METRICS=1 says
 
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
     """
-    place = membership(os.environ)
+    place = membership(os.environ, metrics)
     given = Training(
         *(step, model, optimizer, state, examples),
         plan=lambda program: make_plan(plan, program, place.trainers, _server_count(place, plan)),
@@ -282,10 +284,8 @@ class Trainer:
         self._hosted.start(job)
         atexit.register(self._at_exit)
         self._transport = SocketTransport(
-            self.place.me,
-            self._meeting.rendezvous,
-            len(job.servers),
-            limit=limit_of(job, self.place.me),
+            *(self.place.me, self._meeting.rendezvous, len(job.servers)),
+            limit=limits_of(job, self.place.me),
             context=self._hosted.context,
             deadlines=self._meeting.deadlines,
             heartbeat=self._meeting.heartbeat,

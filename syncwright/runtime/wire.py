@@ -182,7 +182,7 @@ def _check_limit(first: FirstFrame, limit: Limit | None, max_nbytes: int) -> Non
     header, spec = first.header, first.tensor
     if spec is not None and spec.nbytes > max_nbytes:
         raise WireError(f"{_about(header)}: {spec.nbytes} bytes; at most {max_nbytes} are accepted")
-    if limit is None or not isinstance(header, Push | Pull | PullRows | Rows | Taken | Value):
+    if limit is None or not isinstance(header, Push | Pull | PullRows | Rows | Value):
         return
     if header.channel not in limit:
         raise WireError(f"{_about(header)}: this job has no such channel")

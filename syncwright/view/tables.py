@@ -29,7 +29,7 @@ class Table:
 def show_table(console: Console, table: Table) -> None:
     """Prints `table`; only on a terminal with lines and colours."""
     if console.is_terminal:
-        console.print(_rich(table))
+        console.print(rich_table(table))
     else:
         show_text(console, plain(table))
 
@@ -79,7 +79,8 @@ def _line(table: Table, line: Sequence[str], widths: list[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-def _rich(table: Table) -> rich.table.Table:
+def rich_table(table: Table) -> rich.table.Table:
+    """`table` with lines and colours."""
     made = rich.table.Table(title=table.title, title_justify="left")
     for heading in table.columns:
         made.add_column(heading, justify="right" if heading in table.right else "left", overflow="fold")

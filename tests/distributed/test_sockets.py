@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ import torch
 import zmq
 
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError, PeerLost
+from syncwright.runtime.guard import present
 from syncwright.runtime.launch import Patience, launch
+from syncwright.runtime.limits import Limits
 from syncwright.runtime.membership import Host, Membership, StoreAddress, membership
-from syncwright.runtime.messages import Address, Hello, Kind, Leave, Message, Push, Value
+from syncwright.runtime.messages import Address, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
 from syncwright.runtime.rendezvous import FAILED, Rendezvous
-from syncwright.runtime.sockets import Deadlines, SocketTransport
-from syncwright.runtime.wire import WireError
+from syncwright.runtime.sockets import Deadlines, SocketTransport, identity
+from syncwright.runtime.wire import encode
 
 T0, T1 = Address(Kind.TRAINER, 0), Address(Kind.TRAINER, 1)
 S0, S1 = Address(Kind.SERVER, 0), Address(Kind.SERVER, 1)
@@ -141,22 +144,95 @@ def test_trainers_send_to_servers_only(transport: Open) -> None:
         transport(T0).send(T1, Message(Leave(1)))
 
 
-def test_strangers_are_not_heard(transport: Open, caplog: pytest.LogCaptureFixture) -> None:
-    server = transport(S0)
+@contextmanager
+def visitor(server: SocketTransport, name: bytes, secret: str | None) -> Iterator[zmq.Socket]:
+    """A socket that connects to `server` as anybody could."""
     assert server._binding is not None
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.setsockopt(zmq.IDENTITY, b"trainer 0 guess")
-        stranger.connect(server._binding.url)
-        stranger.send(b"hello", copy=True)
-        assert server.receive(0.3) is None
-    assert "stranger that calls itself b'trainer 0 guess'" in caplog.text
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.setsockopt(zmq.IDENTITY, name)
+        if secret is not None:
+            present(socket, T0, secret)
+        socket.connect(server._binding.url)
+        yield socket
 
 
-def test_what_does_not_fit_the_job_is_refused_with_the_sender(transport: Open) -> None:
-    server = transport(S0, limit={"w": ((2,), torch.float32)})
-    transport(T0).send(S0, Message(Push("w", 1, 1.0), torch.ones(3)))
-    with pytest.raises(WireError, match=r"server 0 cannot read a message from trainer 0: Push of 'w'"):
-        server.receive(5)
+def test_who_does_not_know_the_secret_is_turned_away(transport: Open, caplog: pytest.LogCaptureFixture) -> None:
+    server = transport(S0)
+    with visitor(server, b"a", None) as silent, visitor(server, b"b", "guess") as guessing:
+        for stranger in (silent, guessing):
+            stranger.send_multipart([b"x"] * 100)
+        assert server.receive(0.5) is None
+    assert server._guard is not None
+    assert server._guard.refused == 1  # the other one did not come so far
+    assert server.traffic.drops.counts == {}
+    assert "server 0 turns a visitor away that does not know the job's secret" in caplog.text
+
+
+def test_who_is_not_of_the_job_is_not_heard_and_the_log_is_not_flooded(
+    transport: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = transport(S0)
+    with visitor(server, b"trainer 7", server._token) as stranger:
+        for _ in range(500):
+            stranger.send_multipart([b"hello", b"you"])
+        zero = transport(T0)
+        zero.send(S0, Message(Hello("x")))
+        assert heard(server)[0] == T0
+        while server.receive(0.2) is not None:
+            continue
+    assert server.traffic.drops.counts == {("stranger", "stranger"): 500}
+    assert [r.getMessage() for r in caplog.records] == [
+        "server 0 drops a message of a stranger: it calls itself b'trainer 7'"
+    ]
+
+
+LIMITS = Limits({"w": ((2,), torch.float32)}, {"w": frozenset({"lr"})}, frozenset({"w"}), {"w": frozenset({T0})}, True)
+ONES = torch.ones(2)
+UNFIT = [
+    (Message(Push("w", 1, 1.0, {"lr": 0.1}), torch.ones(3)), "malformed", "float32 of shape (3,); expected"),
+    (Message(Push("v", 1, 1.0), ONES), "malformed", "Push of 'v': this job has no such channel"),
+    (Message(Pull("v", 1)), "malformed", "Pull of 'v': this job has no such channel"),
+    (Message(Push("w", 1, 1.0), ONES), "refused", "Push of 'w': its hypers are none; expected lr"),
+    (Message(Push("w", 1, 1.0, {"lr": 0.1, "w": 0.0}), ONES), "refused", "its hypers are lr, w; expected lr"),
+    (Message(Value("w", 1), ONES), "refused", "a Value of 'w', which trainer 1 does not send to this role"),
+    (Message(Resume(3)), "refused", "a Resume, which trainer 1 does not send to this role"),
+]
+
+
+@pytest.mark.parametrize(("message", "reason", "said"), UNFIT, ids=[said for *_, said in UNFIT])
+def test_what_does_not_fit_the_job_is_dropped_and_named_by_who_waits(
+    transport: Open, message: Message, reason: str, said: str
+) -> None:
+    server, one = transport(S0, limit=LIMITS), transport(T1)
+    one.send(S0, message)
+    one.send(S0, Message(Push("w", 1, 1.0, {"lr": 0.1}), ONES))
+    assert heard(server)[1].header == Push("w", 1, 1.0, {"lr": 0.1})
+    assert server.traffic.drops.counts == {("trainer 1", reason): 1}
+    late = server.late([T1])
+    assert "; server 0: it dropped 1 message of trainer 1, the last: " in late
+    assert said in late
+
+
+def test_a_message_of_too_many_frames_is_dropped_whole(transport: Open) -> None:
+    server = transport(S0, limit=LIMITS)
+    with visitor(server, identity(T1, server._token), server._token) as member:
+        member.send_multipart([b"x"] * 100_000)
+        member.send_multipart([bytes(frame) for frame in encode(Message(Leave(3)))])
+        assert heard(server)[1].header == Leave(3)
+    assert server.traffic.drops.counts == {("trainer 1", "oversized"): 1}
+    assert "it has 100000 frames; expected at most 2" in server.late([])
+
+
+def test_a_trainer_takes_values_of_their_server_only(transport: Open) -> None:
+    server = transport(S0)
+    zero = transport(T0, limit=Limits({"w": ((2,), torch.float32)}, given={"w": frozenset({S1})}))
+    zero.send(S0, Message(Hello("x")))
+    heard(server)
+    for message in (Message(Value("w", 1), ONES), Message(Leave(1)), Message(Push("w", 1, 1.0), ONES)):
+        server.send(T0, message)
+    assert zero.receive(0.3) is None
+    assert zero.traffic.drops.counts == {("server 0", "refused"): 3}
 
 
 def test_a_server_that_is_missing_is_named(transport: Open) -> None:
