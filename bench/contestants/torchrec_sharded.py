@@ -35,8 +35,6 @@ class Model(nn.Module):
             for place, rows in enumerate(recommender.rows)
         ]
         self.tables = EmbeddingBagCollection(configs, device=DEVICE)
-        for place, values in enumerate(recommender.tables()):
-            self.tables.embedding_bags[f"t{place}"].weight.data.copy_(torch.from_numpy(values))
         self.dense = Dense(recommender)
 
     def forward(self, dense: torch.Tensor, ids: object, label: torch.Tensor) -> torch.Tensor:
@@ -53,6 +51,7 @@ def start(workload: Recommender, seat: Seat, sharding: str) -> Running:
     module = Model(workload)
     plan = planner(workload, seat, sharding).collective_plan(module, sharders, dist.group.WORLD)
     model = DistributedModelParallel(module, device=DEVICE, plan=plan, sharders=sharders)
+    fill(model, workload)
     dense = [parameter for name, parameter in model.named_parameters() if "embedding_bags" not in name]
     optimizer = workload.optimizer_of(dense)
 
@@ -65,6 +64,17 @@ def start(workload: Recommender, seat: Seat, sharding: str) -> Running:
 
     batches = [(x, lookups(ids, workload), label) for x, ids, label in workload.batches(seat.rank)]
     return Running(step, dist.destroy_process_group, itertools.cycle(batches))
+
+
+def fill(model: nn.Module, workload: Recommender) -> None:
+    """Every trainer's shards get the workload's initial values."""
+    state = model.state_dict()
+    for place, values in enumerate(workload.tables()):
+        (name,) = (name for name in state if name.endswith(f".t{place}.weight"))
+        for shard in state[name].local_shards():
+            (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            part = torch.from_numpy(values)[row : row + rows, column : column + columns]
+            shard.tensor.detach().copy_(part)
 
 
 def sharder(workload: Recommender) -> object:
