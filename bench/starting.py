@@ -63,7 +63,9 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 def python_of(contestant: Contestant) -> str:
-    """The interpreter of the peer's environment, or ours. Raises Unavailable when it is not installed."""
+    """The interpreter of the peer's environment, or ours. Raises Unavailable when it is not there, or cannot do it."""
+    if contestant.unavailable is not None:
+        raise Unavailable(contestant.unavailable)
     if contestant.environment is None:
         return sys.executable
     folder = ROOT / f".venv-peer-{contestant.environment}"

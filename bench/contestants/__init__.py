@@ -36,6 +36,7 @@ class Contestant:
     environment     the peer's environment that it runs in (`make bench-peers`); None: the driver's
     imports         what every process imports before time counts
     loss_reference  whose first losses its own must equal; None: nobody's
+    unavailable     why it cannot run at all; None: it may
     wire            options that send what it would send otherwise over TCP, where it can be counted; None: it does
     """
 
@@ -50,6 +51,7 @@ class Contestant:
     environment: str | None = None
     imports: str = "torch"
     loss_reference: str | None = None
+    unavailable: str | None = None
     wire: Mapping[str, object] | None = None
 
     @property
