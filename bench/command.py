@@ -8,6 +8,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,14 @@ def chosen(names: str, known: Mapping[str, Contestant], default: Sequence[str]) 
     if unknown:
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def interpreted(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """The same, but who could compile first does not: to see soon whether all works."""
+    return [
+        replace(one, options={**one.options, "compile": False}) if "compile" in one.options else one
+        for one in contestants
+    ]
 
 
 def write_json(found: dict, path: Path | None) -> None:

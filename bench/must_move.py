@@ -17,7 +17,5 @@ def bytes_per_step(unique_rows: Sequence[Sequence[int]], row_nbytes: int, dense_
 
     unique_rows: of each trainer, for each of its batches.
     """
-    per_trainer = [
-        sum(rows) / len(rows) * (2 * row_nbytes + ID_NBYTES) + 2 * dense_nbytes for rows in unique_rows
-    ]
+    per_trainer = [sum(rows) / len(rows) * (2 * row_nbytes + ID_NBYTES) + 2 * dense_nbytes for rows in unique_rows]
     return sum(per_trainer)

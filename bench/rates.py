@@ -10,6 +10,7 @@ import numpy as np
 from bench.report import Figure, Times, bootstrap, difference_from_reference, fastest, measured, pick
 
 LOSS_BAR = 1e-5
+UNKNOWN = Figure(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class Rate:
 
     name: str
     status: str
-    per_second: Figure = Figure(None)
-    over_best: Figure = Figure(None)
-    over_limit: Figure = Figure(None)
+    per_second: Figure = UNKNOWN
+    over_best: Figure = UNKNOWN
+    over_limit: Figure = UNKNOWN
     step_mb: float | None = None
     over_needed: float | None = None
     rank_mb: float | None = None
@@ -68,8 +69,8 @@ def rate(
         name,
         "measured",
         per_second=per_second(times, name),
-        over_best=faster(times, name, best) if best else Figure(None),
-        over_limit=faster(times, name, limit) if limit in times else Figure(None),
+        over_best=faster(times, name, best) if best else UNKNOWN,
+        over_limit=faster(times, name, limit) if limit in times else UNKNOWN,
         step_mb=None if sent is None else sent / 1e6,
         over_needed=None if sent is None or not needed else sent / needed,
         rank_mb=max(ranks, default=None),
@@ -113,7 +114,7 @@ class Transfer:
 
     name: str
     status: str
-    milliseconds: Figure = Figure(None)
+    milliseconds: Figure = UNKNOWN
     gigabytes: float | None = None
     over: tuple[Figure, ...] = ()
 
@@ -127,7 +128,7 @@ def transfers(results: Mapping[str, Mapping], nbytes: int, trainers: int, bare: 
             found.append(Transfer(name, result["status"]))
             continue
         moved = 2 * nbytes * trainers / 1e9
-        over = tuple(slower(times, name, base) if base in times else Figure(None) for base in bare)
+        over = tuple(slower(times, name, base) if base in times else UNKNOWN for base in bare)
         whole = bootstrap(pick(times, name), lambda medians, name=name: 1e3 * medians[name])
         found.append(Transfer(name, "measured", whole, moved / float(np.median(times[name])), over))
     return found

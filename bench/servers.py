@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import typer
 
 from bench import rates, table
-from bench.command import chosen, environment, load_average, run, say, use_cores, write_json
+from bench.command import chosen, environment, interpreted, load_average, run, say, use_cores, write_json
 from bench.contestants import Kind
 from bench.lists.servers import BARE, MODES, Setting, trainings, transfers
 from bench.measure import Settings, measure
@@ -35,7 +35,7 @@ def measure_transfer(size: int, setting: Setting, contestants: str, settings: Se
     results = measure(Work(WORKLOADS, f"transfer-{size}", isolated=True), everyone, settings, say)
     found = rates.transfers(results, size * MEGABYTE, setting.trainers, BARE)
     printer = table.console()
-    title = f"{size} MB pushed and pulled by every trainer, {setting}: medians, 90% intervals; x: time over that transport's"
+    title = f"{size} MB, {setting}: medians, 90% intervals"
     printer.print(table.transfer_table(title, found, BARE))
     for line in table.absent(found):
         printer.print(line, soft_wrap=True)
@@ -47,9 +47,12 @@ def measure_transfer(size: int, setting: Setting, contestants: str, settings: Se
     }
 
 
-def measure_training(contestants: str, settings: Settings) -> dict:
+def measure_training(contestants: str, settings: Settings, quick: bool) -> dict:
+    """The MLP trained by everyone, as it stands in the JSON file."""
     known = trainings(TRAINERS, SERVERS)
     everyone = chosen(contestants, known, tuple(known))
+    if quick:
+        everyone = interpreted(everyone)
     results = measure(Work(WORKLOADS, "mlp", isolated=True), everyone, settings, say)
     peers = [contestant.name for contestant in everyone if contestant.kind is Kind.PEER]
     found = rates.rates(results, peers, "alone", None)
@@ -72,7 +75,9 @@ def checked(given: Sequence, known: Sequence, option: str) -> list:
 
 def main(
     part: Annotated[list[str] | None, typer.Option(help="transfer or mlp; may be given twice")] = None,
-    size: Annotated[list[int] | None, typer.Option(help=f"megabytes of a transfer: {SIZES}; may be given again")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help=f"megabytes of a transfer: {SIZES}; may be given again")
+    ] = None,
     mode: Annotated[list[str] | None, typer.Option(help="sync or async; may be given twice")] = None,
     trainers: Annotated[list[int] | None, typer.Option(help="of a transfer: 1 to 4; may be given again")] = None,
     servers: Annotated[list[int] | None, typer.Option(help="of a transfer: 1 or 2; may be given twice")] = None,
@@ -82,7 +87,9 @@ def main(
     patience: Annotated[float, typer.Option(help="seconds that any one answer may take")] = 300.0,
     cores: Annotated[int, typer.Option(min=1, help="for everybody together")] = CORES,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every figure here")] = None,
-    quick: Annotated[bool, typer.Option(help="3 short repeats, 2 trainers, 1 server: does it work at all?")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="3 short repeats, 2 trainers, 1 server, nothing compiled: does it work?")
+    ] = False,
 ) -> None:
     """Measure pushes and pulls of whole variables, and an MLP trained over servers."""
     parts = checked(part or PARTS, PARTS, "--part")
@@ -100,7 +107,7 @@ def main(
             found["transfers"].append(measure_transfer(size_, setting, contestants, settings))
             write_json(found, json_file)
     if "mlp" in parts:
-        found["mlp"] = measure_training(contestants, settings)
+        found["mlp"] = measure_training(contestants, settings, quick)
     found["environment"]["load_average_at_end"] = load_average()
     write_json(found, json_file)
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import typer
 
 from bench import rates, table
-from bench.command import chosen, environment, load_average, run, say, use_cores, write_json
+from bench.command import chosen, environment, interpreted, load_average, run, say, use_cores, write_json
 from bench.contestants import Contestant, Kind
 from bench.lists.sparse import CONTESTANTS, DEFAULT, LIMIT, TRAINERS
 from bench.measure import Settings, measure
@@ -41,26 +41,29 @@ def run_workload(workload: str, contestants: list[Contestant], settings: Setting
 
 
 def main(
-    workload: Annotated[list[str] | None, typer.Option(help=f"any of {', '.join(WORKLOADS)}; may be given again")] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help=f"any of {', '.join(WORKLOADS)}; may be given again")
+    ] = None,
     contestants: Annotated[str, typer.Option(help=f"comma-separated; any of {', '.join(CONTESTANTS)}")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="timed blocks per contestant")] = 15,
     seconds: Annotated[float, typer.Option(help="what one block should last")] = 1.5,
     patience: Annotated[float, typer.Option(help="seconds that any one answer may take")] = 600.0,
     cores: Annotated[int, typer.Option(min=1, help="for everybody together")] = CORES,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every figure here")] = None,
-    quick: Annotated[bool, typer.Option(help="3 short repeats: does it work at all?")] = False,
+    quick: Annotated[bool, typer.Option(help="3 short repeats, nothing compiled: does it work at all?")] = False,
 ) -> None:
     """Measure recommenders: every contestant is kept alive and asleep, and runs in turn."""
     workloads = workload or list(DEFAULT_WORKLOADS)
     if set(workloads) - set(WORKLOADS):
         raise typer.BadParameter(f"--workload is one of {', '.join(WORKLOADS)}, not {', '.join(workloads)}")
+    everyone = chosen(contestants, CONTESTANTS, DEFAULT)
     use_cores(cores)
     settings = Settings(repeats, seconds, starts=1, warmup=12, patience=patience)
     if quick:
         settings = Settings(3, 0.3, 1, warmup=8, patience=patience)
     found = {"environment": environment(), "settings": asdict(settings), "workloads": {}}
     for name in workloads:
-        found["workloads"][name] = run_workload(name, chosen(contestants, CONTESTANTS, DEFAULT), settings)
+        found["workloads"][name] = run_workload(name, interpreted(everyone) if quick else everyone, settings)
         write_json(found, json_file)
     found["environment"]["load_average_at_end"] = load_average()
     write_json(found, json_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,8 +57,8 @@ class Recommender:
     def layers(self) -> tuple[list[Layer], list[Layer]]:
         """The bottom's and the top's."""
         source = np.random.default_rng(SEED + 1)
-        bottom = [layer(source, *sizes) for sizes in pairs((DENSE, *self.bottom))]
-        top = [layer(source, *sizes) for sizes in pairs((self.joined, *self.top, 1))]
+        bottom = [layer(source, *sizes) for sizes in pairwise((DENSE, *self.bottom))]
+        top = [layer(source, *sizes) for sizes in pairwise((self.joined, *self.top, 1))]
         return bottom, top
 
     @property
@@ -122,10 +123,6 @@ class Recommender:
         return kind(parameters, lr=self.lr, fused=True if fused else None)
 
 
-def pairs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    return list(zip(sizes[:-1], sizes[1:], strict=True))
-
-
 def layer(source: np.random.Generator, before: int, after: int) -> Layer:
     scale = np.float32(2 * before**-0.5)
     return (source.random((after, before), np.float32) - 0.5) * scale, np.zeros(after, np.float32)
@@ -149,16 +146,12 @@ def log_spaced(least: int, most: int, count: int) -> tuple[int, ...]:
 
 
 def bag(optimizer_name: str, lr: float) -> Recommender:
-    return Recommender(
-        f"bag-{optimizer_name}", (200_000,), 32, 8, None, (), False, (64,), 512, optimizer_name, lr
-    )
+    return Recommender(f"bag-{optimizer_name}", (200_000,), 32, 8, None, (), False, (64,), 512, optimizer_name, lr)
 
 
 def dlrm(optimizer_name: str, lr: float) -> Recommender:
     rows = log_spaced(1_000, 2_000_000, 26)
-    return Recommender(
-        f"dlrm-{optimizer_name}", rows, 16, 1, 1.05, (64, 16), True, (64,), 1024, optimizer_name, lr
-    )
+    return Recommender(f"dlrm-{optimizer_name}", rows, 16, 1, 1.05, (64, 16), True, (64,), 1024, optimizer_name, lr)
 
 
 WORKLOADS = {

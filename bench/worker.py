@@ -105,7 +105,9 @@ def main() -> None:
     namespace.end_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=int, required=True)
-    parser.add_argument("--given", required=True, help="JSON: module, options, imports, workloads, workload, seat, network")
+    parser.add_argument(
+        "--given", required=True, help="JSON: module, options, imports, workloads, workload, seat, network"
+    )
     arguments = parser.parse_args()
     given = json.loads(arguments.given)
     if given["network"] is not None:

@@ -51,9 +51,7 @@ def training(workload: Training, job: Job) -> Running:
     def step(iterator: object) -> tf.Tensor:
         x, label = next(iterator)
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(
-                tf.nn.sparse_softmax_cross_entropy_with_logits(label, outputs(x, layers, tf.nn.relu))
-            )
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(label, outputs(x, layers, tf.nn.relu)))
         for update, gradient in zip(updates, tape.gradient(loss, variables), strict=True):
             update.dense(gradient)
         return loss

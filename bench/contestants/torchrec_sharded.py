@@ -82,9 +82,7 @@ def sharder(workload: Recommender) -> object:
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
     kind = {"sgd": EmbOptimType.EXACT_SGD, "adagrad": EmbOptimType.EXACT_ADAGRAD}[workload.optimizer_name]
-    return EmbeddingBagCollectionSharder(
-        fused_params={"optimizer": kind, "learning_rate": workload.lr, "eps": EPSILON}
-    )
+    return EmbeddingBagCollectionSharder(fused_params={"optimizer": kind, "learning_rate": workload.lr, "eps": EPSILON})
 
 
 def planner(workload: Recommender, seat: Seat, sharding: str) -> object:
