@@ -86,7 +86,7 @@ def measure(work: Work, contestants: Sequence[Contestant], settings: Settings, s
         for round_ in range(settings.repeats):
             block_round(work.workload, everyone, settings, round_, say)
         attempt_all(everyone, record_memory, say)
-        if work.isolated:
+        if work.bytes_counted:
             attempt_all(everyone, lambda one: record_traffic(one, work, folder, settings, say), say)
         end_all(everyone)
     except BaseException:
@@ -227,7 +227,7 @@ def record_traffic(one: Measured, work: Work, folder: Path, settings: Settings, 
 
     Who sends in other ways (Unix sockets, shared memory) is started anew, with options that send the same over TCP.
     """
-    if one.crew.network is None:
+    if one.crew.network is None or not one.contestant.counted:
         return
     try:
         if one.contestant.wire is not None:

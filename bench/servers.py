@@ -53,7 +53,7 @@ def measure_training(contestants: str, settings: Settings, quick: bool) -> dict:
     everyone = chosen(contestants, known, tuple(known))
     if quick:
         everyone = interpreted(everyone)
-    results = measure(Work(WORKLOADS, "mlp", isolated=True), everyone, settings, say)
+    results = measure(Work(WORKLOADS, "mlp", isolated=True, bytes_counted=True), everyone, settings, say)
     peers = [contestant.name for contestant in everyone if contestant.kind is Kind.PEER]
     found = rates.rates(results, peers, "alone", None)
     printer = table.console()

@@ -27,7 +27,9 @@ CORES = 2
 def run_workload(workload: str, contestants: list[Contestant], settings: Settings) -> dict:
     """One workload measured and summarised, as it stands in the JSON file."""
     needed = WORKLOADS[workload].must_move(TRAINERS)
-    results = measure(Work("bench.sparse_workloads", workload, isolated=True), contestants, settings, say)
+    results = measure(
+        Work("bench.sparse_workloads", workload, isolated=True, bytes_counted=True), contestants, settings, say
+    )
     peers = [contestant.name for contestant in contestants if contestant.kind is Kind.PEER]
     found = rates.rates(results, peers, LIMIT, needed)
     printer = table.console()

@@ -22,14 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 class Work:
     """What a contestant is started for.
 
-    workloads  the module whose WORKLOADS holds it
-    workload   its name there
-    isolated   give the contestant a network of its own
+    workloads      the module whose WORKLOADS holds it
+    workload       its name there
+    isolated       give the contestant a network of its own
+    bytes_counted  count there what a step sends
     """
 
     workloads: str
     workload: str
     isolated: bool = False
+    bytes_counted: bool = False
 
 
 def spawn(

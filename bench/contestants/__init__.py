@@ -37,7 +37,8 @@ class Contestant:
     imports         what every process imports before time counts
     loss_reference  whose first losses its own must equal; None: nobody's
     unavailable     why it cannot run at all; None: it may
-    wire            options that send what it would send otherwise over TCP, where it can be counted; None: it does
+    wire            options that send over TCP, where it can be counted, what it sends otherwise; None: it does anyway
+    counted         what it sends can be counted; False: it goes through memory that processes share, and no other way
     """
 
     name: str
@@ -53,6 +54,7 @@ class Contestant:
     loss_reference: str | None = None
     unavailable: str | None = None
     wire: Mapping[str, object] | None = None
+    counted: bool = True
 
     @property
     def minibatches_per_step(self) -> int:

@@ -58,13 +58,18 @@ def values() -> list[torch.Tensor]:
     return _KEEPERS[0].shelf.values()
 
 
-def meet(seat: Seat, name: str, rank: int) -> None:
+def meet(seat: Seat, name: str, rank: int, tcp: bool) -> None:
+    """tcp: through sockets only; otherwise through the memory of the host, too, as RPC chooses."""
+    only_tcp = {"_transports": ["uv"], "_channels": ["basic"]} if tcp else {}
     rpc.init_rpc(
         name,
         rank=rank,
         world_size=seat.processes + seat.count("server"),
         rpc_backend_options=rpc.TensorPipeRpcBackendOptions(
-            init_method=f"tcp://127.0.0.1:{seat.ports[-1]}", num_worker_threads=2 * seat.processes, rpc_timeout=600
+            init_method=f"tcp://127.0.0.1:{seat.ports[-1]}",
+            num_worker_threads=2 * seat.processes,
+            rpc_timeout=600,
+            **only_tcp,
         ),
     )
 
@@ -74,11 +79,11 @@ def kept_by(workload: Workload, servers: int) -> tuple[list[torch.Tensor], list[
     return parameters, shares([parameter.numel() for parameter in parameters], servers)
 
 
-def start(workload: Workload, seat: Seat, mode: str) -> Running:
+def start(workload: Workload, seat: Seat, mode: str, tcp: bool = False) -> Running:
     servers = [f"server{server}" for server in range(seat.count("server"))]
     parameters, kept = kept_by(workload, len(servers))
     learn = workload.learner(seat.rank)
-    meet(seat, f"trainer{seat.rank}", seat.rank)
+    meet(seat, f"trainer{seat.rank}", seat.rank, tcp)
 
     def placed(answers: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         by_place = {
@@ -103,9 +108,9 @@ def start(workload: Workload, seat: Seat, mode: str) -> Running:
     return Running(step, rpc.shutdown)
 
 
-def serve(workload: Workload, seat: Seat, mode: str) -> None:
+def serve(workload: Workload, seat: Seat, mode: str, tcp: bool = False) -> None:
     parameters, kept = kept_by(workload, seat.count("server"))
     shelf = Shelf(parameters, kept[seat.rank], workload.optimizer_of)
     _KEEPERS.append(Keeper(shelf, seat.processes if mode == "sync" else 1))
-    meet(seat, f"server{seat.rank}", seat.processes + seat.rank)
+    meet(seat, f"server{seat.rank}", seat.processes + seat.rank, tcp)
     rpc.shutdown()

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from bench.contestants import Running, Seat
+from bench.contestants import NotAvailable, Running, Seat
 from bench.contestants.group import join
 from bench.sparse_models import Dense
 from bench.sparse_workloads import Recommender
@@ -45,11 +45,15 @@ class Model(nn.Module):
 def start(workload: Recommender, seat: Seat, sharding: str) -> Running:
     """sharding: "table_wise", "column_wise" or "row_wise", of all tables. Batches are made ready ahead of time."""
     from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.planner.types import PlannerError
 
     join(seat)
     sharders = [sharder(workload)]
     module = Model(workload)
-    plan = planner(workload, seat, sharding).collective_plan(module, sharders, dist.group.WORLD)
+    try:
+        plan = planner(workload, seat, sharding).collective_plan(module, sharders, dist.group.WORLD)
+    except PlannerError as error:
+        raise NotAvailable(f"PlannerError: {error}") from error
     model = DistributedModelParallel(module, device=DEVICE, plan=plan, sharders=sharders)
     fill(model, workload)
     dense = [parameter for name, parameter in model.named_parameters() if "embedding_bags" not in name]

@@ -39,12 +39,15 @@ def ours(name: str, setting: Setting, compile: bool | str) -> Contestant:
         {"plan": PLANS[setting.mode], "compile": compile, "shard": False},
         processes=setting.trainers,
         helpers=("store", *["server"] * setting.servers),
+        wire={"tcp": True},
     )
 
 
 def rpc(name: str, setting: Setting) -> Contestant:
     servers = ("server",) * setting.servers
-    return Contestant(name, Kind.PEER, RPC, {"mode": setting.mode}, setting.trainers, helpers=servers)
+    return Contestant(
+        *(name, Kind.PEER, RPC, {"mode": setting.mode}, setting.trainers), helpers=servers, wire={"tcp": True}
+    )
 
 
 def ray(name: str, setting: Setting) -> Contestant:
@@ -56,6 +59,7 @@ def ray(name: str, setting: Setting) -> Contestant:
         processes=1,
         minibatches=setting.trainers,
         environment="ray",
+        counted=False,
     )
 
 
