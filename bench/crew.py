@@ -163,12 +163,14 @@ def sent_bytes(crew: Crew) -> int:
 # --- ending ----------------------------------------------------------------------------------------------
 
 
-def end(crew: Crew, patience: float = 15.0) -> None:
-    """Close the ranks, then the helpers, then the network; terminate and kill who stays. Returns when all are gone."""
-    others = proc.descendants(child.process.pid for child in [*crew.ranks, *crew.helpers])
-    end_all(crew.ranks, patience)
-    end_all(crew.helpers, min(patience, 5.0))
-    end_all([crew.network] if crew.network else [], 5.0)
+def end(*crews: Crew, patience: float = 15.0) -> None:
+    """Close the ranks, then the helpers, then the networks; terminate and kill who stays. Returns when all are gone."""
+    ranks = [child for crew in crews for child in crew.ranks]
+    helpers = [child for crew in crews for child in crew.helpers]
+    others = proc.descendants(child.process.pid for child in [*ranks, *helpers])
+    end_all(ranks, patience)
+    end_all(helpers, min(patience, 5.0))
+    end_all([crew.network for crew in crews if crew.network], 5.0)
     end_others(others)
 
 

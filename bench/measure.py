@@ -98,8 +98,7 @@ def measure(work: Work, contestants: Sequence[Contestant], settings: Settings, s
 
 
 def end_all(everyone: Sequence[Measured], patience: float = 15.0) -> None:
-    for one in everyone:
-        crew.end(one.crew, patience)
+    crew.end(*(one.crew for one in everyone), patience=patience)
 
 
 def bare_memory(workload: str, settings: Settings) -> dict:

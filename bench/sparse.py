@@ -15,7 +15,7 @@ import typer
 from bench import rates, table
 from bench.command import chosen, environment, interpreted, load_average, run, say, use_cores, write_json
 from bench.contestants import Contestant, Kind
-from bench.lists.sparse import CONTESTANTS, DEFAULT, LIMIT, TRAINERS
+from bench.lists.sparse import CONTESTANTS, LIMIT, TRAINERS, default
 from bench.measure import Settings, measure
 from bench.sparse_workloads import WORKLOADS
 from bench.starting import Work
@@ -58,13 +58,13 @@ def main(
     workloads = workload or list(DEFAULT_WORKLOADS)
     if set(workloads) - set(WORKLOADS):
         raise typer.BadParameter(f"--workload is one of {', '.join(WORKLOADS)}, not {', '.join(workloads)}")
-    everyone = chosen(contestants, CONTESTANTS, DEFAULT)
     use_cores(cores)
     settings = Settings(repeats, seconds, starts=1, warmup=12, patience=patience)
     if quick:
         settings = Settings(3, 0.3, 1, warmup=8, patience=patience)
     found = {"environment": environment(), "settings": asdict(settings), "workloads": {}}
     for name in workloads:
+        everyone = chosen(contestants, CONTESTANTS, default(name))
         found["workloads"][name] = run_workload(name, interpreted(everyone) if quick else everyone, settings)
         write_json(found, json_file)
     found["environment"]["load_average_at_end"] = load_average()

@@ -147,6 +147,7 @@ def begin(seat: Seat, processes: int):
         num_cpus=processes,
         include_dashboard=False,
         object_store_memory=2 * 2**30,
+        _memory=2**30,  # said, not found out: it is only counted, and others may use the machine's now
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
