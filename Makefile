@@ -20,7 +20,7 @@ help:
 	@echo "make golden                         rewrite the golden files, then look at git diff"
 	@echo "make docs                           run what the documents show"
 	@echo "make bench [NAME=dense] [JSON=FILE] measure bench/NAME.py"
-	@echo "make bench-peers                    other systems to measure against, each in an environment of its own (5 GB)"
+	@echo "make bench-peers                    other systems to measure against, each in an environment of its own (4 GB)"
 	@echo "make test-torch VERSION=2.12.1      the tests with another torch"
 
 # The stamp is newer than what it was made from; an environment that is already there is completed.

@@ -38,8 +38,8 @@ class Model(nn.Module):
         self.dense = Dense(recommender)
 
     def forward(self, dense: torch.Tensor, ids: object, label: torch.Tensor) -> torch.Tensor:
-        found = self.tables(ids).values()
-        return self.dense(dense, found.view(len(dense), len(ids.keys()), -1), label)
+        found = self.tables(ids).to_dict()  # by feature: sharding moves their order
+        return self.dense(dense, torch.stack([found[key] for key in ids.keys()], dim=1), label)  # noqa: SIM118
 
 
 def start(workload: Recommender, seat: Seat, sharding: str) -> Running:
