@@ -45,15 +45,14 @@ class Model(nn.Module):
 def start(workload: Recommender, seat: Seat, sharding: str) -> Running:
     """sharding: "table_wise", "column_wise" or "row_wise", of all tables. Batches are made ready ahead of time."""
     from torchrec.distributed import DistributedModelParallel
-    from torchrec.distributed.planner.types import PlannerError
 
     join(seat)
     sharders = [sharder(workload)]
     module = Model(workload)
     try:
         plan = planner(workload, seat, sharding).collective_plan(module, sharders, dist.group.WORLD)
-    except PlannerError as error:
-        raise NotAvailable(f"PlannerError: {error}") from error
+    except RuntimeError as error:
+        raise NotAvailable(f"TorchRec's planner: {error}") from error
     model = DistributedModelParallel(module, device=DEVICE, plan=plan, sharders=sharders)
     fill(model, workload)
     dense = [parameter for name, parameter in model.named_parameters() if "embedding_bags" not in name]
