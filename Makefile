@@ -6,9 +6,10 @@ JSON ?= out/$(NAME).json
 
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
+PEERS := $(filter-out %.no-deps,$(basename $(notdir $(wildcard bench/peers/*.txt))))
 PYTEST := -m pytest -n 2 -m "not bench"
 
-.PHONY: help demo test matrix check golden docs bench test-torch
+.PHONY: help demo test matrix check golden docs bench bench-peers test-torch
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make golden                         rewrite the golden files, then look at git diff"
 	@echo "make docs                           run what the documents show"
 	@echo "make bench [NAME=dense] [JSON=FILE] measure bench/NAME.py"
+	@echo "make bench-peers                    other systems to measure against, each in an environment of its own (4 GB)"
 	@echo "make test-torch VERSION=2.12.1      the tests with another torch"
 
 # The stamp is newer than what it was made from; an environment that is already there is completed.
@@ -57,6 +59,22 @@ docs: .venv/ready
 bench: .venv/ready-bench
 	@mkdir -p '$(dir $(JSON))'
 	$(BIN)/python bench/$(NAME).py --json '$(JSON)' $(ARGS)
+
+# A peer that cannot be had does not keep the others away; what is measured without it says so.
+bench-peers:
+	@status=0; \
+	for peer in $(PEERS); do \
+	  $(MAKE) --no-print-directory .venv-peer-$$peer/ready || { echo "$$peer: not installed" >&2; status=1; }; \
+	done; \
+	exit $$status
+
+.venv-peer-%/ready: bench/peers/%.txt $(wildcard bench/peers/*.no-deps.txt)
+	$(PYTHON) -m venv .venv-peer-$*
+	.venv-peer-$*/bin/python $(PIP) -r bench/peers/$*.txt
+	if test -f bench/peers/$*.no-deps.txt; then \
+	  .venv-peer-$*/bin/python $(PIP) --no-deps -r bench/peers/$*.no-deps.txt; \
+	fi
+	@touch $@
 
 test-torch:
 	@test -n '$(VERSION)' || { echo "say which torch: make test-torch VERSION=2.12.1" >&2; exit 2; }

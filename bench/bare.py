@@ -8,8 +8,8 @@ import socket
 
 import torch
 
+from bench.proc import peak_mb
 from bench.wire import Channel
-from bench.worker import peak_mb
 from bench.workloads import WORKLOADS
 
 
@@ -21,10 +21,10 @@ def main() -> None:
     torch.set_num_threads(1)
     channel = Channel(socket.socket(fileno=given.socket))
     model = WORKLOADS[given.workload].model()
-    bare = peak_mb()
+    bare = peak_mb("self")
     importlib.import_module("torch._inductor.compile_fx")
     parameters = sum(p.numel() for p in model.parameters())
-    channel.send({"answer": "bare", "bare_mb": bare, "with_inductor_mb": peak_mb(), "parameters": parameters})
+    channel.send({"answer": "bare", "bare_mb": bare, "with_inductor_mb": peak_mb("self"), "parameters": parameters})
     channel.receive()
 
 

@@ -1,28 +1,27 @@
-"""The processes of one contestant, seen from the driver: started, asked, waited for with a deadline, ended.
+"""The processes of one contestant, seen from the driver: asked, waited for with a deadline, ended.
 
     BenchError
     ├── Late         a rank did not answer in time
-    ├── Died         a rank's process ended, or raised
+    ├── Died         a process ended, or raised
     └── Unavailable  the contestant says that it cannot run here
 
-Only processes that this file started are ever signalled, each by its own Popen.
+Only processes that `bench/starting.py` started, and those that descend from them, are ever signalled.
 """
 
 from __future__ import annotations
 
-import os
 import selectors
-import socket
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.contestants import Contestant
-from bench.wire import Channel
+import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import proc
+from bench.wire import Channel
 
 
 class BenchError(Exception):
@@ -34,7 +33,7 @@ class Late(BenchError):
 
 
 class Died(BenchError):
-    """A rank's process ended, or raised."""
+    """A process ended, or raised."""
 
 
 class Unavailable(BenchError):
@@ -51,104 +50,65 @@ class Child:
     log: Path
 
 
-def spawn(label: str, module: str, arguments: list[str], folder: Path, variables: dict[str, str]) -> Child:
-    """Start `python -m module --socket N arguments...`; its output goes to a log in `folder`.
+@dataclass(slots=True)
+class Crew:
+    """All processes of a contestant. Changes while it is started.
 
-    A session of its own: Ctrl-C reaches the driver alone, which then ends everybody in order.
+    ranks    those that are asked to step
+    helpers  its further processes, in the contestant's order
+    network  the process that holds the network of their own; None: they share the machine's
     """
-    here, there = socket.socketpair()
-    log = folder / f"{label.replace(' ', '-')}-{time.monotonic_ns()}.log"
-    with there, log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "--socket", str(there.fileno()), *arguments],
-            cwd=ROOT,
-            env=environment(variables),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(there.fileno(),),
-            start_new_session=True,
-        )
-    return Child(label, process, Channel(here), log)
 
+    ranks: list[Child] = field(default_factory=list)
+    helpers: list[Child] = field(default_factory=list)
+    network: Child | None = None
 
-def environment(variables: dict[str, str]) -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    local = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
-    return {**os.environ, **one_thread, **local, **variables}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(contestant: Contestant, workload: str, cache: Path, folder: Path) -> list[Child]:
-    """All ranks of a contestant; they import torch and wait to be asked to begin."""
-    store = folder / f"store-{contestant.name}-{time.monotonic_ns()}"
-    port = free_port()
-    crew: list[Child] = []
-    try:
-        for rank in range(contestant.processes):
-            crew.append(start_rank(contestant, workload, rank, store, port, cache, folder))
-    except BaseException:
-        end(crew)
-        raise
-    return crew
-
-
-def start_rank(
-    contestant: Contestant, workload: str, rank: int, store: Path, port: int, cache: Path, folder: Path
-) -> Child:
-    count = str(contestant.processes)
-    torchrun = {"RANK": str(rank), "WORLD_SIZE": count, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": count}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return spawn(
-        f"{contestant.name} rank {rank}",
-        "bench.worker",
-        [
-            *("--contestant", contestant.name, "--workload", workload),
-            *("--rank", str(rank), "--processes", count, "--store", str(store)),
-        ],
-        folder,
-        {**torchrun, **meeting, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
-    )
+    def __bool__(self) -> bool:
+        return bool(self.ranks or self.helpers or self.network)
 
 
 # --- asking and waiting --------------------------------------------------------------------------------
 
 
-def ask(crew: list[Child], request: dict, seconds: float) -> list[dict]:
+def begin(crew: Crew, seconds: float) -> list[dict]:
+    """Everyone has imported and begins; the ranks' answers when they have run their first step."""
+    wait([*crew.ranks, *crew.helpers], "imported", seconds)
+    for child in crew.helpers:
+        child.channel.send({"ask": "begin"})
+    return ask(crew.ranks, {"ask": "begin"}, seconds, crew.helpers)
+
+
+def ask(ranks: Sequence[Child], request: dict, seconds: float, watched: Sequence[Child] = ()) -> list[dict]:
     """The same request to all ranks at once; their answers in rank order.
 
-    Raises Late, Died or Unavailable, as soon as one rank gives cause.
+    Raises Late, Died or Unavailable, as soon as one of them gives cause, or one of `watched`, who do not answer.
     """
-    for child in crew:
+    for child in ranks:
         try:
             child.channel.send(request)
         except (BrokenPipeError, ConnectionResetError):
             raise dead(child, request["ask"]) from None
-    return wait(crew, request["ask"], seconds)
+    return wait(ranks, request["ask"], seconds, watched)
 
 
-def wait(crew: list[Child], expected: str, seconds: float) -> list[dict]:
+def wait(ranks: Sequence[Child], expected: str, seconds: float, watched: Sequence[Child] = ()) -> list[dict]:
     """One answer of the kind `expected` from every rank."""
     deadline = time.monotonic() + seconds
     answers: dict[str, dict] = {}
     with selectors.DefaultSelector() as selector:
-        for child in crew:
+        for child in [*ranks, *watched]:
             selector.register(child.channel.end, selectors.EVENT_READ, child)
-        while len(answers) < len(crew):
+        while len(answers) < len(ranks):
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise late(crew, answers, expected, seconds)
+                raise late(ranks, answers, expected, seconds)
             for key, _ in ready:
-                child = key.data
-                answers[child.label] = checked(child, child.channel.receive(), expected)
+                child, message = key.data, key.data.channel.receive()
                 selector.unregister(child.channel.end)
-    return [answers[child.label] for child in crew]
+                if message is None and child in watched and ended_well(child):
+                    continue  # a server without anything to keep
+                answers[child.label] = checked(child, message, expected)
+    return [answers[child.label] for child in ranks]
 
 
 def checked(child: Child, message: dict | None, expected: str) -> dict:
@@ -163,8 +123,12 @@ def checked(child: Child, message: dict | None, expected: str) -> dict:
     return message
 
 
-def late(crew: list[Child], answers: dict[str, dict], expected: str, seconds: float) -> Late:
-    missing = ", ".join(child.label for child in crew if child.label not in answers)
+def ended_well(child: Child) -> bool:
+    return gone([child], 5.0) and child.process.returncode == 0
+
+
+def late(ranks: Sequence[Child], answers: dict[str, dict], expected: str, seconds: float) -> Late:
+    missing = ", ".join(child.label for child in ranks if child.label not in answers)
     return Late(f"{missing}: no answer to {expected!r} within {seconds:.0f} s")
 
 
@@ -177,31 +141,69 @@ def dead(child: Child, at: str) -> Died:
     return Died(f"{child.label} ended with status {status} at {at!r}; it last wrote: {last or 'nothing'}")
 
 
-# --- ending --------------------------------------------------------------------------------------------
+# --- what they use ---------------------------------------------------------------------------------------
 
 
-def end(crew: list[Child], patience: float = 15.0) -> None:
-    """Ask every rank to close, then terminate, then kill; returns when all are gone."""
-    for child in crew:
+def peaks_mb(crew: Crew) -> dict[str, float]:
+    """Peak MiB by process: ranks and helpers by their labels, and who descends from them by its program and number."""
+    known = {child.process.pid: child.label for child in [*crew.ranks, *crew.helpers]}
+    others = {process.pid: f"{process.name()} {process.pid}" for process in proc.descendants(known)}
+    found = {}
+    for pid, label in {**known, **others}.items():
+        with suppress(ProcessLookupError):  # a descendant may come and go
+            found[label] = proc.peak_mb(pid)
+    return found
+
+
+def sent_bytes(crew: Crew) -> int:
+    """Bytes over the loopback that the crew sees: its own, where it has a network."""
+    return proc.loopback_bytes(crew.ranks[0].process.pid)
+
+
+# --- ending ----------------------------------------------------------------------------------------------
+
+
+def end(*crews: Crew, patience: float = 15.0) -> None:
+    """Close the ranks, then the helpers, then the networks; terminate and kill who stays. Returns when all are gone."""
+    ranks = [child for crew in crews for child in crew.ranks]
+    helpers = [child for crew in crews for child in crew.helpers]
+    others = proc.descendants(child.process.pid for child in [*ranks, *helpers])
+    end_all(ranks, patience)
+    end_all(helpers, min(patience, 5.0))
+    end_all([crew.network for crew in crews if crew.network], 5.0)
+    end_others(others)
+
+
+def end_all(children: Sequence[Child], patience: float) -> None:
+    for child in children:
         try:
             child.channel.send({"ask": "close"})
         except OSError:
             continue  # already gone
-    if not gone(crew, patience):
-        for child in crew:
+    if not gone(children, patience):
+        for child in children:
             child.process.terminate()
-    if not gone(crew, 5.0):
-        for child in crew:
+    if not gone(children, 5.0):
+        for child in children:
             child.process.kill()
-        gone(crew, 30.0)
-    for child in crew:
+        gone(children, 30.0)
+    for child in children:
         child.channel.end.close()
 
 
-def gone(crew: list[Child], seconds: float) -> bool:
+def end_others(others: Sequence[psutil.Process]) -> None:
+    """Who descends from a process that has ended, and is still there."""
+    _, alive = psutil.wait_procs(others, timeout=5.0)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10.0)
+
+
+def gone(children: Sequence[Child], seconds: float) -> bool:
     """Whether all processes ended within that time (in total, not each)."""
     deadline = time.monotonic() + seconds
-    for child in crew:
+    for child in children:
         try:
             child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import signal
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # `bench` as a package, `syncwright` beside it
 
-import psutil
 import typer
 
 from bench import report, table
-from bench.contestants import CONTESTANTS, DEFAULT, Contestant, Kind
-from bench.measure import LOSS_REFERENCE, Settings, bare_memory, measure, measure_update
+from bench.command import chosen, environment, load_average, run, say, write_json
+from bench.contestants import Contestant, Kind
+from bench.lists.dense import CONTESTANTS, DEFAULT, LOSS_REFERENCE
+from bench.measure import Settings, bare_memory, measure, measure_update
+from bench.starting import Work
 
 OURS, LIMIT = "syncwright", "limit"
 REFERENCE = LOSS_REFERENCE[Kind.OURS]
 WORKLOADS = ("mlp", "gpt")
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def environment() -> dict:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average": list(os.getloadavg()),
-    }
-
-
-def chosen(contestants: str) -> list[Contestant]:
-    names = [name.strip() for name in contestants.split(",") if name.strip()] or list(DEFAULT)
-    unknown = [name for name in names if name not in CONTESTANTS]
-    if unknown:
-        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(CONTESTANTS)}")
-    return [CONTESTANTS[name] for name in dict.fromkeys(names)]
-
-
 def run_workload(workload: str, contestants: list[Contestant], settings: Settings, limit: str) -> dict:
     """One workload measured and summarised, as it stands in the JSON file."""
     bare = bare_memory(workload, settings)
-    results = measure(workload, contestants, settings, say)
+    results = measure(Work("bench.workloads", workload), contestants, settings, say)
     peers = [contestant.name for contestant in contestants if contestant.kind is Kind.PEER]
     rows = report.rows(results, peers, limit, bare["bare_mb"])
     shows = report.workload_shows(workload, results, peers, OURS, limit, REFERENCE)
@@ -93,7 +65,7 @@ def main(
         settings = Settings(3, 0.3, 1, warmup=8, patience=patience)
     found = {"environment": environment(), "settings": asdict(settings), "workloads": {}}
     for name in workloads:
-        found["workloads"][name] = run_workload(name, chosen(contestants), settings, limit)
+        found["workloads"][name] = run_workload(name, chosen(contestants, CONTESTANTS, DEFAULT), settings, limit)
     found["update"] = measure_update(settings.repeats, 20, settings, say)
     finish(found, json_file, plot)
 
@@ -103,23 +75,16 @@ def finish(found: dict, json_file: Path | None, plot: Path | None) -> None:
     update = report.update_show(found["update"], OURS, "torch fused AdamW")
     shows = [report.Show(**show) for result in found["workloads"].values() for show in result.pop("shows")]
     found["shows"] = [asdict(show) for show in [*shows, update]]
-    found["environment"]["load_average_at_end"] = list(os.getloadavg())
+    found["environment"]["load_average_at_end"] = load_average()
     printer = table.console()
     printer.print(table.update_table(found["update"]))
     printer.print(table.show_table([*shows, update]))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_json(found, json_file)
     if plot is not None:
         from bench.plot import save
 
         save(found["workloads"], plot)
 
 
-def interrupted(number: int, frame: object) -> None:
-    """A polite end signal takes the same way out as Ctrl-C: all processes are ended."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupted)
-    typer.run(main)
+    run(main)

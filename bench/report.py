@@ -167,7 +167,7 @@ def row(
 ) -> Row:
     result = results[name]
     absolute, relative = difference_from_reference(result, results)
-    peak = max(result["peak_mb"])
+    peak = max(result["peaks_mb"].values())
     unknown = Figure(None)
     return Row(
         name=name,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.rates import Rate, Transfer
 from bench.report import Figure, Row, Show, median_seconds
 
 PLAIN_WIDTH = 150
@@ -50,7 +51,7 @@ def speed_table(workload: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def absent(rows: Sequence[Row]) -> list[str]:
+def absent(rows: Sequence[Row | Rate | Transfer]) -> list[str]:
     """A line for everyone who was not measured, with the reason."""
     return [escape(f"{row.name}: {row.status}") for row in rows if row.status != "measured"]
 
@@ -90,6 +91,48 @@ def update_table(update: dict) -> Table:
         table.add_row(f"update: {name} ms", shown(median_seconds({name: seconds}, name), "{:.2f}", 1e3))
     for name, reason in update["missing"].items():
         table.add_row(f"update: {name} ms", escape(f"not available: {reason}"))
+    return table
+
+
+def rate_table(title: str, rates: Sequence[Rate]) -> Table:
+    table = new_table(
+        title,
+        (
+            "contestant",
+            "minibatches/s",
+            "x best peer",
+            "x limit",
+            "MB/step",
+            "x needed",
+            "rank MiB",
+            "others MiB",
+            "losses differ",
+        ),
+    )
+    for rate in (rate for rate in rates if rate.status == "measured"):
+        table.add_row(
+            rate.name,
+            shown(rate.per_second, "{:.1f}"),
+            shown(rate.over_best, "{:.2f}"),
+            shown(rate.over_limit, "{:.2f}"),
+            number(rate.step_mb, "{:.2f}"),
+            number(rate.over_needed, "{:.2f}"),
+            number(rate.rank_mb, "{:.0f}"),
+            number(rate.other_mb, "{:.0f}"),
+            number(rate.loss, "{:.1e}"),
+        )
+    return table
+
+
+def transfer_table(title: str, transfers: Sequence[Transfer], bare: Sequence[str]) -> Table:
+    table = new_table(title, ("contestant", "ms", "GB/s", *(f"x {name}" for name in bare)))
+    for one in (one for one in transfers if one.status == "measured"):
+        table.add_row(
+            one.name,
+            shown(one.milliseconds, "{:.1f}"),
+            number(one.gigabytes, "{:.2f}"),
+            *(shown(figure, "{:.2f}") for figure in one.over),
+        )
     return table
 
 

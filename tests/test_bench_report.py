@@ -19,7 +19,7 @@ def result(seconds, losses=(3.0, 2.0), cold=(), warm=(1.0,), reference="ddp-comp
         "losses": list(losses),
         "loss_reference": reference,
         "first_step_seconds": {"cold": list(cold), "warm": list(warm)},
-        "peak_mb": [300.0, 310.0],
+        "peaks_mb": {"rank 0": 300.0, "rank 1": 310.0},
     }
 
 

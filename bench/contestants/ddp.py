@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -17,12 +19,16 @@ def start(
     compile: bool = False,
     fused: bool = False,
     bucket_view: bool = False,
+    model: Mapping[str, object] | None = None,
 ) -> Running:
-    """Forward and backward compiled on request; the optimizer stays eager: torch's default, or fused."""
+    """Forward and backward compiled on request; the optimizer stays eager: torch's default, or fused.
+
+    model: arguments of the workload's model.
+    """
     join(seat)
-    model = DistributedDataParallel(workload.model(), gradient_as_bucket_view=bucket_view)
-    optimizer = workload.optimizer(model, fused)
-    forward = torch.compile(model) if compile else model
+    module = DistributedDataParallel(workload.model(**(model or {})), gradient_as_bucket_view=bucket_view)
+    optimizer = workload.optimizer(module, fused)
+    forward = torch.compile(module) if compile else module
 
     def step(*batch: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
