@@ -1,7 +1,7 @@
 """Write the training step for one device; choose per variable how it is kept in sync on many."""
 
 from syncwright.capture import capture
-from syncwright.plan import AllReduce, Local, ParameterServer, Plan, Rules
+from syncwright.plan import AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.loopback import loopback
 from syncwright.runtime.trainer import Trainer, distribute
@@ -9,6 +9,7 @@ from syncwright.runtime.trainer import Trainer, distribute
 __all__ = [
     "AllReduce",
     "Local",
+    "LocalSteps",
     "ParameterServer",
     "Plan",
     "Program",

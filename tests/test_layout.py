@@ -14,6 +14,7 @@ ROOT = Path(syncwright.__file__).parent
 PUBLIC = [
     "AllReduce",
     "Local",
+    "LocalSteps",
     "ParameterServer",
     "Plan",
     "Program",
@@ -50,9 +51,11 @@ text            Program to stable text and back
 plan            how each variable is shared
     partition
     placement
+    outer
     sync
     rules
     plan
+    spans
     resolve
     check
 job             programs by role and phase, and what crosses between them
@@ -107,6 +110,7 @@ passes          one rewrite of the whole program per file
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
+exchanges       what trainers that train alone do when they meet: an outer step, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
     messages
@@ -135,6 +139,7 @@ runtime         what runs a job
     programs
     sharding
     evaluation
+    outer
     replica
     agreement
     session

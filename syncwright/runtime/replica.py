@@ -19,6 +19,7 @@ from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.merging import no_examples
+from syncwright.runtime.outer import Outer, begun
 from syncwright.runtime.programs import Prepared
 
 Examples = Callable[..., float] | float | None
@@ -33,11 +34,15 @@ class Part:
 
 
 class Replica:
-    """Trainer `rank`. Changes with every step: its values, its step count, its random stream's state."""
+    """Trainer `rank`. Changes with every step: its values, its counts, its random stream's state.
+
+    step_count  of steps and of times that all values were set anew: versions of what servers keep
+    trained     how many steps it has taken
+    """
 
     def __init__(self, rank: int, binding: Binding, client: Client, job: Job):
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
-        self.step_count = 0
+        self.step_count = self.trained = 0
         self.nominal = 1.0
         self._layout: Prepared | None = None
         self._parts: dict[str, list[Variable]] = {}
@@ -48,6 +53,12 @@ class Replica:
             if name not in served
         }
         self.values |= _added(job.trainer["step"])
+        self.outers = [Outer(each, Client(each.job, client.transport)) for each in job.exchanges]
+
+    @property
+    def shared(self) -> dict[str, object]:
+        """What stands for one device: of variables that trainers train alone, what they had after their last meeting."""
+        return {**self.values, **{name: value for outer in self.outers for name, value in outer.shared.items()}}
 
     @torch.no_grad()
     def step(self, prepared: Prepared, part: Part) -> Generator[Blocked, None, object]:
@@ -55,7 +66,9 @@ class Replica:
 
         A part without examples runs the `idle` program and returns the reduced values with the others.
         """
+        prepared = prepared.at(self.trained)
         self._adopt(prepared)
+        self._begin_alone()
         phase = "step" if part.examples > 0 else "idle"
         executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
@@ -69,13 +82,38 @@ class Replica:
         self._keep(results)
         self.binding.set_modes(prepared.captured.modes)
         self.step_count += 1
+        self.trained += 1
         self.client.ask(prepared.pulls, self.step_count)
+        for outer in self.outers:
+            if outer.has_begun:
+                outer.add(weight)
+            if outer.is_due:
+                yield from self._meet(outer)
         return _returned(prepared, results)
+
+    def finish(self) -> Generator[Blocked, None, None]:
+        """Ends the steps taken alone: meets the others over those since the last meeting, where there are any."""
+        for outer in self.outers:
+            if outer.is_open:
+                yield from self._meet(outer)
+
+    def _begin_alone(self) -> None:
+        for outer in self.outers:
+            if not outer.has_begun and outer.clock.has_begun(self.trained):
+                outer.begin(self.values)
+
+    def _meet(self, outer: Outer) -> Generator[Blocked, None, None]:
+        parts = {part.name for parts in self._parts.values() for part in parts}
+        for name, value in (yield from outer.meet(self.values)).items():
+            if name in parts:
+                self.values[name].copy_(value)  # type: ignore[attr-defined]
+            else:
+                self.values[name] = value.clone()
 
     def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
         """What a function gives for this trainer's part of a batch, from the values of the steps done."""
         self.client.begin(self.step_count, 1.0, {})
-        values = {**self.values, **self.binding.hyper_values()}
+        values = {**self.shared, **self.binding.hyper_values()}
         return (yield from evaluated.run(values, batch, self.client))
 
     def _adopt(self, prepared: Prepared) -> None:
@@ -124,7 +162,8 @@ class Replica:
     def reload(self) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new.
 
-        State that passes have added begins anew: the user's objects do not hold it.
+        State that passes have added begins anew: the user's objects do not hold it. So do meetings of trainers that train
+        alone: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
         self.values = {
@@ -132,6 +171,8 @@ class Replica:
         }
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
+        for outer in self.outers:
+            outer.forget()
         self.step_count += 1
         self.client.restart(self.step_count)
 
@@ -150,7 +191,7 @@ class Replica:
         """Sends servers their slices of `values`."""
         for name, variable in self.job.held.items():
             if variable.initial is not None:
-                self.client.give(name, version, _begun(variable))
+                self.client.give(name, version, begun(variable))
                 continue
             value = values[variable.whole or name]
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -174,15 +215,10 @@ class Replica:
 def _added(program: Program) -> dict[str, torch.Tensor]:
     """The state that passes have added to a trainer's program, as it begins."""
     return {
-        name: _begun(program.variables[name], node.meta["val"].device)
+        name: begun(program.variables[name], node.meta["val"].device)
         for name, node in program.placeholders.items()
         if program.variables[name].initial is not None
     }
-
-
-def _begun(variable: Variable, device: torch.device | None = None) -> torch.Tensor:
-    assert variable.initial is not None, f"'{variable.name}' is the user's"
-    return torch.full(variable.shape, variable.initial, dtype=variable.dtype, device=device)
 
 
 def count_examples(batch: tuple, examples: Examples) -> float:

@@ -173,7 +173,11 @@ class Trainer:
             return self._session.evaluate(fn, loader, whole)
 
     def sync(self) -> None:
-        """Writes the trained values, whole, into the user's model and optimizer."""
+        """Writes the trained values, whole, into the user's model and optimizer.
+
+        Of variables under `local_steps` these are the values of the last exchange, the same on all trainers; optimizer state
+        is this trainer's own.
+        """
         with self._noting():
             self._session.sync()
 
@@ -188,8 +192,9 @@ class Trainer:
             self._session.load_state_dict(state)
 
     def close(self) -> None:
-        """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
+        """Writes the trained values back, leaves the job and frees everything. Safe to call twice. All trainers call it.
 
+        Under `local_steps` trainers exchange first what they have trained since the last exchange, so that all end alike.
         After an error that ended the job only the last: there are no values to be had from those who are gone.
         """
         if self._closed:
@@ -198,6 +203,7 @@ class Trainer:
             self._abandon(self._failure)
             return
         try:
+            self._session.finish()
             self.sync()
             self._session.leave()
         except BaseException as error:
