@@ -374,3 +374,33 @@ def test_golden_exchange() -> None:
         (exchange,) = lower(program, plan).exchanges
         check_golden(f"exchanges/{name}/captured", to_text(outer.program))
         check_golden(f"exchanges/{name}/lowered", to_text(exchange.job.trainer["step"]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    ],
+)
+def test_any_optimizer_is_an_outer_one(name: str) -> None:
+    """Three exchanges, in which trainers have moved by 1, 2 and 1 in the mean."""
+    job = numbers(Rules(LocalSteps(2, Optimizer(name))), [[(0.5,), (1.5,)], [(0.5,), (1.5,)]], lr=0.5)
+    base = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = getattr(torch.optim, name)([base])
+    for grads in [(1.0, 1.0), (1.0, 3.0), (0.5, 1.5)]:
+        base.grad = torch.tensor(sum(grads) / 2, dtype=torch.float64)
+        optimizer.step()
+    for part in [(1.0, 3.0), (1.0, 3.0), (0.5, 1.5), (0.5, 1.5)]:
+        job.step([(torch.tensor([x], dtype=torch.float64),) for x in part])
+    assert value(job) == pytest.approx([float(base)] * 2, rel=1e-9)

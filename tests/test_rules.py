@@ -17,7 +17,10 @@ from syncwright.plan import (
     Hash,
     LeastLoaded,
     Local,
+    LocalSteps,
+    Mean,
     On,
+    Optimizer,
     ParameterServer,
     RoundRobin,
     Rules,
@@ -37,10 +40,19 @@ PLACES = st.one_of(
     st.builds(On, NUMBERS),
 )
 REDUCE = st.sampled_from(["mean", "sum"])
+OUTERS = st.one_of(
+    st.just(Mean()),
+    st.builds(
+        lambda lr, momentum: Optimizer.of("SGD", lr=lr, momentum=momentum, nesterov=True),
+        *(st.floats(0, 1e3, exclude_min=True, allow_subnormal=False),) * 2,
+    ),
+    st.builds(lambda a, b: Optimizer.of("Adam", betas=(a, b)), *(st.floats(0, 0.99),) * 2),
+)
 SYNCS = st.one_of(
     st.just(Local()),
     st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE),
     st.builds(ParameterServer, st.just("sync"), PARTITIONS, PLACES, REDUCE),
+    st.builds(LocalSteps, NUMBERS, OUTERS, NUMBERS, st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE)),
 )
 PATTERNS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 POLICIES = st.sampled_from(["mean", "trainer0", "local"])
