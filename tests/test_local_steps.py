@@ -13,7 +13,7 @@ from torch import nn
 
 import syncwright
 from syncwright import AllReduce, LocalSteps, ParameterServer, Plan, Program, Rules
-from syncwright.errors import LoweringError
+from syncwright.errors import BatchError, LoweringError
 from syncwright.exchanges import outer_steps
 from syncwright.lower import communications, lower
 from syncwright.plan import Even, Mean, Optimizer, Outer
@@ -22,6 +22,8 @@ from syncwright.runtime.inductor import is_available
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.session import Training
 from syncwright.text import to_text
+from syncwright.view.planned import plan_notes, plan_table
+from syncwright.view.programs import program_text
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -268,6 +270,17 @@ def test_the_mean_is_weighted_by_examples_since_the_last_exchange() -> None:
     assert value(job) == [0.75 * (1 - 2 - 2) + 0.25 * (1 - 8)] * 2 == [-4.0, -4.0]
 
 
+def test_an_exchange_for_which_nobody_has_examples_is_refused() -> None:
+    """Loopback refuses such a step itself: so the exchange of two trainers is run by hand."""
+    job = numbers(Rules(LocalSteps(2)), [[(1.0,), (3.0,)]])
+    for replica in job.replicas:
+        replica.outers[0].forget()
+        replica.outers[0].begin(replica.values)
+        replica.outers[0].add(0.0)
+    with pytest.raises(BatchError, match="step 1: no trainer has examples"):
+        job.leave()
+
+
 def test_diloco_in_numbers() -> None:
     """Trainers move by 0.5 and 1.5, so by 1 in the mean: 1 - 0.7 (1 + 0.9) = -0.33, then -0.33 - 0.7 (1 + 0.9 * 1.9)."""
     steps = [[(0.5,), (1.5,)]] * 4
@@ -363,6 +376,20 @@ def test_a_step_taken_alone_has_no_communication() -> None:
     assert communications(job.at(3).trainer["step"]) == [] != communications(job.at(2).trainer["step"])
     assert job.digest != lower(program, make_plan(Rules(LocalSteps(3, start=3)), program, 2, 0)).digest
     assert job.digest == lower(program, job.plan).digest
+
+
+def test_what_people_see() -> None:
+    """Of 8 bytes and 2 trainers in a ring, 8 are sent; once in 4 steps, that is 2 in each."""
+    model, optimizer = model_of()
+    ((x, y),) = batches((2,), 1)[0]
+    program = syncwright.capture(step, model, optimizer, x, y)
+    plan = make_plan(Rules.of(AllReduce(), {"2.bias": LocalSteps(4)}), program, 2, 0)
+    job = lower(program, plan)
+    assert "syncwright.all_reduce" in program_text("exchange:0", program, job)
+    assert plan_notes(program, plan, job)[-1] == "a step of one trainer: 1 all-reduce; every 4 steps: 1 all-reduce"
+    table = plan_table(program, plan, lower(program, plan, ("bucket",)))
+    row = next(row for row in table.rows if row[0] == "2.bias")
+    assert (row[4], row[6]) == ("local_steps, every 4", "2 B")
 
 
 def test_golden_exchange() -> None:

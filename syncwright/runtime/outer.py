@@ -7,10 +7,11 @@ from collections.abc import Generator, Mapping
 import torch
 
 from syncwright.job import Exchange
-from syncwright.passes.insert import FIRST, WEIGHT
+from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked, Executor
+from syncwright.runtime.merging import no_examples
 
 
 class Outer:
@@ -23,7 +24,7 @@ class Outer:
         self.clock = exchange.clock
         self._exchange, self._client = exchange, client
         self._program = exchange.job.trainer["step"]
-        self._executor = Executor(self._program)
+        self._executors = {phase: Executor(program) for phase, program in exchange.job.trainer.items()}
         self._values: dict[str, torch.Tensor] = {}
         self._steps, self._weight = 0, 0.0
 
@@ -72,15 +73,20 @@ class Outer:
         self._weight += weight
 
     @torch.no_grad()
-    def meet(self, values: Mapping[str, object]) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
-        """The outer step on a trainer's latest `values`; returns those with which all go on.
+    def meet(self, values: Mapping[str, object], step: int) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """The outer step on a trainer's latest `values`, after `step` steps; returns those with which all go on.
 
-        A trainer counts with its examples since the last meeting. One that had none has changed nothing, and counts with 0.
+        A trainer counts with its examples since the last meeting. One that had none has changed nothing, and sends nothing,
+        with weight 0. Raises `BatchError` where nobody had any.
         """
+        weight = self._weight / self.clock.every
+        self._client.begin(step, weight, {})
         given: dict[str, object] = {**self._values, **self._exchange.hypers}
         given |= {put: values[name] for put, name in self._exchange.latest.items()}
-        given |= {WEIGHT: self._weight / self.clock.every, FIRST: int(self._client.transport.me.rank == 0)}
-        results = yield from self._executor.run(given, self._client)
+        given |= {WEIGHT: weight, FIRST: int(self._client.transport.me.rank == 0)}
+        results = yield from self._executors["step" if weight > 0 else "idle"].run(given, self._client)
+        if results.pop(TOTAL, 1) == 0:
+            raise no_examples(step)
         self._values |= results  # type: ignore[arg-type]
         self._steps, self._weight = 0, 0.0
         return self.shared

@@ -104,7 +104,7 @@ class Replica:
 
     def _meet(self, outer: Outer) -> Generator[Blocked, None, None]:
         parts = {part.name for parts in self._parts.values() for part in parts}
-        for name, value in (yield from outer.meet(self.values)).items():
+        for name, value in (yield from outer.meet(self.values, self.trained)).items():
             if name in parts:
                 self.values[name].copy_(value)  # type: ignore[attr-defined]
             else:

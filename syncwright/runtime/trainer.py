@@ -173,11 +173,7 @@ class Trainer:
             return self._session.evaluate(fn, loader, whole)
 
     def sync(self) -> None:
-        """Writes the trained values, whole, into the user's model and optimizer.
-
-        Of variables under `local_steps` these are the values of the last exchange, the same on all trainers; optimizer state
-        is this trainer's own.
-        """
+        """Writes the trained values, whole, into the user's model and optimizer; under `local_steps`, of the last exchange."""
         with self._noting():
             self._session.sync()
 
@@ -192,9 +188,9 @@ class Trainer:
             self._session.load_state_dict(state)
 
     def close(self) -> None:
-        """Writes the trained values back, leaves the job and frees everything. Safe to call twice. All trainers call it.
+        """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
 
-        Under `local_steps` trainers exchange first what they have trained since the last exchange, so that all end alike.
+        Under `local_steps` trainers exchange once more before, so that all end alike; all must call it.
         After an error that ended the job only the last: there are no values to be had from those who are gone.
         """
         if self._closed:
