@@ -13,12 +13,13 @@ from torch.fx import Node
 
 from syncwright.capture.state import Binding
 from syncwright.errors import PlanError
-from syncwright.plan import Local, Plan
+from syncwright.plan import Local, LocalSteps, Plan
 from syncwright.program import Program, Role, Variable
 from syncwright.reference import Gradients, Kept, Values, concatenated, split, values_of
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import loopback
 from syncwright.runtime.sharding import part_of
+from syncwright.typed import tag
 from syncwright.verify import draws_random
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -189,10 +190,11 @@ def _difference(variable: Variable, job: Values, parts: Values, whole: Values | 
 
 def _refuse_independent(program: Program, plan: Plan) -> None:
     for sharing in plan.sharings:
-        if isinstance(sharing.sync, Local) and sharing.variable in program.writes and plan.trainers > 1:
+        alone = isinstance(sharing.sync, Local | LocalSteps)
+        if alone and sharing.variable in program.writes and plan.trainers > 1:
             raise PlanError(
-                f"variable {sharing.variable!r}: found local, expected a sharing that keeps trainers equal: no run on "
-                "one device equals trainers that each train a copy of their own. Share it, or verify with one trainer."
+                f"variable {sharing.variable!r}: found {tag(type(sharing.sync))}, expected a sharing that keeps trainers equal: "
+                "no run on one device equals trainers that each train a copy of their own. Share it, or verify with one trainer."
             )
 
 

@@ -90,7 +90,8 @@ def show(
     servers: Servers = None,
     plan: PlanOption = None,
     program: Annotated[
-        str | None, typer.Option(metavar="ROLE", help="A program as text: trainer, idle, captured or server:K.")
+        str | None,
+        typer.Option(metavar="ROLE", help="A program as text: trainer, idle, captured, server:K or exchange:K."),
     ] = None,
     after: Annotated[str | None, typer.Option(metavar="PASS", help="The trainer's program after this pass.")] = None,
     diff: Annotated[

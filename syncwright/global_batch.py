@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.errors import LoweringError
-from syncwright.plan import Local, ParameterServer, Plan
+from syncwright.plan import Local, LocalSteps, ParameterServer, Plan
 from syncwright.program import Program
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def check_lookups(program: Program, plan: Plan) -> None:
     """
     for name, what in _asking(program).items():
         sync = plan.sharing(name).sync
-        shared = plan.trainers > 1 and not isinstance(sync, Local)
+        shared = plan.trainers > 1 and not isinstance(sync, Local | LocalSteps)
         if what == "scale_grad_by_freq" and shared:
             raise LoweringError(
                 f"'{name}' is looked up with scale_grad_by_freq=True, which divides by how often the global batch looks a "

@@ -73,6 +73,47 @@ class ServerPart:
     exports: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """When trainers that train alone meet: after every `every`-th step that they have taken alone, from step `start` on."""
+
+    every: int
+    start: int = 0
+
+    def has_begun(self, step: int) -> bool:
+        """Whether step `step`, counted from 0, is taken alone."""
+        return step >= self.start
+
+    def is_due(self, alone: int) -> bool:
+        """Whether to meet, after so many steps since the last time."""
+        return alone >= self.every
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """What trainers that train alone do when they meet.
+
+    clock   when they do
+    latest  by input of its program, the variable whose latest value it is
+    hypers  numbers that its program reads; they never change
+    job     its program `step` reads the values that all had after the last exchange, under the variables' own names, and
+            the latest ones; it writes those with which all go on
+    """
+
+    clock: Clock
+    latest: Mapping[str, str]
+    hypers: Mapping[str, float]
+    job: Job
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """The job of the steps before `until`: variables that trainers do not train alone yet."""
+
+    until: int
+    job: Job
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """What every role runs.
@@ -85,6 +126,8 @@ class Job:
     casts     values that trainers pull in another dtype, by name: the variable that is kept, and the dtype
     local     outputs that stay on each trainer: tensors along the batch axis
     digest    of variables, update programs and the sequence of communications; never of a batch's shape
+    spans     what holds in the first steps instead, in order
+    exchanges what trainers do together beside their steps, in the order in which they do it where several are due
     """
 
     plan: Plan
@@ -96,6 +139,12 @@ class Job:
     digest: str
     casts: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+
+    def at(self, step: int) -> Job:
+        """The job of step `step`, counted from 0."""
+        return next((span.job for span in self.spans if step < span.until), self)
 
     @property
     def held(self) -> dict[str, Variable]:

@@ -14,14 +14,15 @@ from torch.fx.node import map_arg
 from syncwright import ops
 from syncwright.cut import cut
 from syncwright.errors import LoweringError
+from syncwright.exchanges import OuterStep, outer_steps
 from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
-from syncwright.job import Job, ServerPart
+from syncwright.job import Exchange, Job, ServerPart, Span
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.share_globals import parts_of
-from syncwright.plan import AllReduce, Local, ParameterServer, Plan
+from syncwright.plan import AllReduce, Local, LocalSteps, ParameterServer, Plan, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_updates
@@ -30,26 +31,63 @@ from syncwright.verify import verify, verify_after, verify_job
 Pass = Callable[[Program, Plan], Program]
 
 
-def lower(program: Program, plan: Plan, without: Sequence[str] = (), passes: Sequence[Pass] = PIPELINE) -> Job:
+def lower(
+    program: Program,
+    plan: Plan,
+    without: Sequence[str] = (),
+    passes: Sequence[Pass] = PIPELINE,
+    exchanges: Sequence[Exchange] | None = None,
+) -> Job:
     """Everything that every role runs under `plan`.
 
-    without  names of passes to leave out, to find the one at fault; only those that no other needs
-    passes   `PIPELINE`, or `COMPILED` for programs that will be compiled
+    without    names of passes to leave out, to find the one at fault; only those that no other needs
+    passes     `PIPELINE`, or `COMPILED` for programs that will be compiled
+    exchanges  those of an earlier job of the plan, where there is one
 
     Raises `LoweringError` where the plan cannot be carried out exactly, `ProgramError` where a pass is at fault.
     """
     with _no_collection():
         verify(program)
-        check_lookups(program, plan)
-        clipped = clip_per_trainer(program, plan)
-        _check_replicated(find_updates(clipped), plan)
-        step = program
-        for each in pipeline(passes, without):
-            step = _applied(each, step, plan)
-        _refuse_without(step, plan, without)
-        job = _job(program, step, plan)
-        verify_job(job)
+        job = _lowered(program, plan, without, passes)
+        spans = tuple(Span(n, _lowered(program, plan_at(plan, n - 1), without, passes)) for n in starts_of(plan))
+        if exchanges is None:
+            exchanges = [_exchange(each, without) for each in outer_steps(program, plan)]
+    return _joined(job, spans, tuple(exchanges)) if spans or exchanges else job
+
+
+def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Sequence[Pass]) -> Job:
+    """The job of steps that are all alike."""
+    check_lookups(program, plan)
+    _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
+    step = program
+    for each in pipeline(passes, without):
+        step = _applied(each, step, plan)
+    _refuse_without(step, plan, without)
+    job = _job(program, step, plan)
+    verify_job(job)
     return job
+
+
+def _exchange(outer: OuterStep, without: Sequence[str]) -> Exchange:
+    """An outer step, lowered. It moves every byte once, every so many steps: it is never compiled."""
+    return Exchange(outer.clock, outer.latest, outer.hypers, _lowered(outer.program, outer.plan, without, PIPELINE))
+
+
+def _joined(job: Job, spans: tuple[Span, ...], exchanges: tuple[Exchange, ...]) -> Job:
+    """The job with what holds before and beside its steps. Raises `LoweringError` where servers would have to change."""
+    for span in spans:
+        if _server_lines(span.job.servers) != _server_lines(job.servers):
+            raise LoweringError(
+                f"before step {span.until} servers would run other programs than from then on: a value that joins variables of "
+                "servers and of local_steps. Expected servers to do the same in all steps. Leave `start` out, or share these "
+                "variables alike."
+            )
+    lines = [job.digest, *(f"{span.until} {span.job.digest}" for span in spans)]
+    lines += [f"{each.clock} {sorted(each.hypers.items())} {each.job.digest}" for each in exchanges]
+    channels = {name: channel for each in (*(s.job for s in spans), job) for name, channel in each.channels.items()}
+    owners = {name: owner for each in (*(s.job for s in spans), job) for name, owner in each.owners.items()}
+    digest = _hash(lines)
+    return replace(job, channels=channels, owners=owners, digest=digest, spans=spans, exchanges=exchanges)
 
 
 def _job(program: Program, step: Program, plan: Plan) -> Job:
@@ -109,14 +147,20 @@ def _check_arriving(join: Join, plan: Plan) -> None:
 
 def _check_local(join: Join, plan: Plan) -> None:
     """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
-    local = {s.variable for s in plan.sharings if isinstance(s.sync, Local)} & set(join.parameters)
+    alone = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Local | LocalSteps)}
+    local = alone.keys() & set(join.parameters)
     shared = set(join.readers) - local
     if plan.trainers > 1 and shared and local & set(join.partials.values()):
+        name = sorted(local)[0]
         raise LoweringError(
-            f"'{sorted(local)[0]}' is local, but its gradient takes part in a global value (at {join.values[0].name}) that the "
-            f"update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared gradients "
-            "only. Clip local and shared parameters apart, or share them all."
+            f"'{name}' is {_word(alone[name])}, but its gradient takes part in a global value (at {join.values[0].name}) that "
+            f"the update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared "
+            "gradients only. Clip local and shared parameters apart, or share them all."
         )
+
+
+def _word(sync: Local | LocalSteps) -> str:
+    return "local" if isinstance(sync, Local) else "local between exchanges"
 
 
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
@@ -163,9 +207,18 @@ def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
     """Equal on all roles that derived the same job. Batch shapes are left out."""
     lines = [f"{n.target} {n.args[1]}" for n in communications(step)]
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
+    return _hash([*lines, *_server_lines(servers)])
+
+
+def _server_lines(servers: Sequence[ServerPart]) -> list[str]:
+    lines: list[str] = []
     for part in servers:
         lines += [repr(v) for v in part.holds]
         lines += [line for p in part.programs for line in _lines(p)]
+    return lines
+
+
+def _hash(lines: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 

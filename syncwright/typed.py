@@ -6,6 +6,8 @@ A choice is a union of dataclasses. In YAML the class name in snake case is its 
     Even(k=3)            {even: 3}                       one field without a default: its value alone
     Blocks(8192)         {blocks: {min_elements: 8192}}  in a saved plan; in rules `blocks`, the default
 
+Pairs of a name and a value, tuple[tuple[str, float], ...], are a mapping: (("lr", 0.7),) is {lr: 0.7}.
+
 So a new way of sharing, cutting or placing is one dataclass more, and nothing here changes.
 """
 
@@ -81,6 +83,8 @@ def describe(hint: Any, in_python: bool = False) -> str:
             return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
         case origin if origin in (Union, types.UnionType):
             return " or ".join(describe(kind, in_python) for kind in get_args(hint))
+        case origin if origin is tuple and not in_python and _is_pairs(hint):
+            return f"a mapping from names to values, each {describe(_value_of_pairs(hint))}"
         case origin if origin is tuple and in_python:
             return "a tuple of " + " and ".join(describe(kind, True) for kind in get_args(hint) if kind is not ...)
         case origin if origin is tuple:
@@ -97,6 +101,17 @@ def _choices(hint: Any) -> tuple[type, ...]:
     return kinds if kinds and all(hasattr(kind, "__dataclass_fields__") for kind in kinds) else ()
 
 
+def _is_pairs(hint: Any) -> bool:
+    """Whether an annotation asks for pairs of a name and a value."""
+    args = get_args(hint)
+    inner = get_args(args[0]) if get_origin(hint) is tuple and args[-1] is Ellipsis else ()
+    return len(inner) == 2 and inner[0] is str
+
+
+def _value_of_pairs(hint: Any) -> Any:
+    return get_args(get_args(hint)[0])[1]
+
+
 def decode(node: Node, hint: Any, do: str = "Correct it.") -> Any:
     """The value that a node of a YAML file spells, of the kind that `hint` asks for.
 
@@ -104,13 +119,20 @@ def decode(node: Node, hint: Any, do: str = "Correct it.") -> Any:
     """
     if choices := _choices(hint):
         return _decode_choice(node, choices, do)
+    if _is_pairs(hint):
+        items = node.mapping(describe(hint), do).items()
+        return tuple((name, decode(inner, _value_of_pairs(hint), do)) for name, inner in items)
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         return tuple(decode(item, kind, do) for item in node.items(describe(hint), do))
     try:
-        return msgspec.convert(node.value, hint)
+        return msgspec.convert(_plain(node), hint)
     except msgspec.ValidationError:
         raise node.error(describe(hint), do) from None
+
+
+def _plain(node: Node) -> Any:
+    return [_plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
 
 def _decode_choice(node: Node, choices: tuple[type, ...], do: str) -> Any:
@@ -170,9 +192,14 @@ def encode(value: Any, complete: bool = False) -> Any:
     known = fields(value)
     if len(known) == 1 and _required(known[0]):
         return {name: getattr(value, known[0].name)}
+    hints = get_type_hints(type(value), include_extras=True)
     written = {
-        field.name: encode(getattr(value, field.name), complete)
+        field.name: _encode_field(getattr(value, field.name), hints[field.name], complete)
         for field in known
         if (complete and field.metadata != RARE) or getattr(value, field.name) != field.default
     }
     return {name: written} if written else name
+
+
+def _encode_field(value: Any, hint: Any, complete: bool) -> Any:
+    return dict(value) if _is_pairs(hint) else encode(value, complete)

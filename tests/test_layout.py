@@ -14,6 +14,7 @@ ROOT = Path(syncwright.__file__).parent
 PUBLIC = [
     "AllReduce",
     "Local",
+    "LocalSteps",
     "ParameterServer",
     "Plan",
     "Program",
@@ -68,9 +69,11 @@ nn              modules that torch lacks
 plan            how each variable is shared
     partition
     placement
+    outer
     sync
     rules
     plan
+    spans
     resolve
     check
 job             programs by role and phase, and what crosses between them
@@ -129,6 +132,7 @@ passes          one rewrite of the whole program per file
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
+exchanges       what trainers that train alone do when they meet: an outer step, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
     messages
@@ -166,6 +170,7 @@ runtime         what runs a job
     programs
     sharding
     evaluation
+    outer
     replica
     agreement
     session

@@ -17,7 +17,10 @@ from syncwright.plan import (
     Hash,
     LeastLoaded,
     Local,
+    LocalSteps,
+    Mean,
     On,
+    Optimizer,
     ParameterServer,
     RoundRobin,
     Rules,
@@ -37,10 +40,19 @@ PLACES = st.one_of(
     st.builds(On, NUMBERS),
 )
 REDUCE = st.sampled_from(["mean", "sum"])
+OUTERS = st.one_of(
+    st.just(Mean()),
+    st.builds(
+        lambda lr, momentum: Optimizer.of("SGD", lr=lr, momentum=momentum, nesterov=True),
+        *(st.floats(0, 1e3, exclude_min=True, allow_subnormal=False),) * 2,
+    ),
+    st.builds(lambda a, b: Optimizer.of("Adam", betas=(a, b)), *(st.floats(0, 0.99),) * 2),
+)
 SYNCS = st.one_of(
     st.just(Local()),
     st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE),
     st.builds(ParameterServer, st.just("sync"), PARTITIONS, PLACES, REDUCE),
+    st.builds(LocalSteps, NUMBERS, OUTERS, NUMBERS, st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE)),
 )
 PATTERNS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 POLICIES = st.sampled_from(["mean", "trainer0", "local"])
@@ -129,18 +141,18 @@ MISTAKES = [
     ),
     (
         "default: all-reduce",
-        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, parameter_server. "
+        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, parameter_server, local_steps. "
         "Did you mean 'all_reduce'?",
     ),
     (
         "default: no",
         "rules, line 1, at default: found false (unquoted on, off, yes and no are truth values in YAML), "
-        "expected one of local, all_reduce, parameter_server. Write one of them.",
+        "expected one of local, all_reduce, parameter_server, local_steps. Write one of them.",
     ),
     (
         "default: {all_reduce: {}, local: {}}",
         "rules, line 1, at default: found a mapping with the keys 'all_reduce', 'local', expected one of "
-        "local, all_reduce, parameter_server. Write one of them.",
+        "local, all_reduce, parameter_server, local_steps. Write one of them.",
     ),
     (
         'default: local\nvariables:\n  - "a": {all_reduce: {bucket: 3}}',
@@ -173,18 +185,54 @@ MISTAKES = [
         "0. Correct it.",
     ),
     (
+        "default: local_steps",
+        "rules, line 1, at default: found no `every`, expected a whole number of at least 1. Add `every: ...`.",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: geo}}",
+        "rules, line 1, at default.local_steps: LocalSteps.outer: found geo, expected mean or an optimizer: a server would "
+        "have to add each trainer's difference as it comes, and servers wait for all trainers so far. Write one of these.",
+    ),
+    (
+        "default: {local_steps: {every: 2, over: parameter_server}}",
+        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server, expected all_reduce: servers count "
+        "one update for each step so far, and not one for each exchange. Write all_reduce, or leave `over` out.",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: {optimizer: {name: SDG}}}}",
+        "rules, line 1, at default.local_steps.outer.optimizer: outer optimizer: found 'SDG', expected one of ASGD, "
+        "Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, SGD. Did you mean 'SGD'?",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: {optimizer: {name: SGD, settings: {momentun: 0.9}}}}}",
+        "rules, line 1, at default.local_steps.outer.optimizer: outer optimizer SGD: found the setting 'momentun', expected "
+        "one of lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused. Did you mean "
+        "'momentum'?",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: {optimizer: {name: SGD, settings: {nesterov: true}}}}}",
+        "rules, line 1, at default.local_steps.outer.optimizer: outer optimizer SGD: found settings that torch.optim.SGD does "
+        "not take (Nesterov momentum requires a momentum and zero dampening), expected those of its constructor. Correct them.",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: {optimizer: {name: SGD, settings: [1]}}}}",
+        "rules, line 1, at default.local_steps.outer.optimizer.settings: found a list of 1, expected a mapping from names to "
+        "values, each a whole number or a number or true or false or a list, each item a number. Correct it, or leave "
+        "`settings` out: it is then ().",
+    ),
+    (
         "default: {local: {x: 1}}",
         "rules, line 1, at default.local.x: found the key 'x', expected no key. Take the line out or correct its key.",
     ),
     (
         "default: local\nvariables: a",
         "rules, line 2, at variables: found 'a', expected a list of lines, each a pattern and one of local, "
-        'all_reduce, parameter_server. Write a line such as - "embed.*": parameter_server.',
+        'all_reduce, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
     ),
     (
         "default: local\nvariables:\n  - {a: local, b: local}",
         "rules, line 3, at variables[0]: found a mapping with the keys 'a', 'b', expected one pattern and "
-        'one of local, all_reduce, parameter_server. Write a line such as - "embed.*": parameter_server.',
+        'one of local, all_reduce, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
     ),
     (
         "default: local\nbuffers:\n  - a: first",

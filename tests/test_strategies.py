@@ -13,7 +13,9 @@ from syncwright.plan import (
     Blocks,
     LeastLoaded,
     Local,
+    LocalSteps,
     On,
+    Optimizer,
     ParameterServer,
     Plan,
     RoundRobin,
@@ -47,10 +49,20 @@ def test_the_registry_lists_the_fixed_strategies():
         "parameter_server_balanced",
         "parameter_server_partitioned",
         "parallax",
+        "local_sgd",
+        "diloco",
     ]
 
 
-@pytest.mark.parametrize(("name", "sync"), [("independent", Local()), ("all_reduce", AllReduce())])
+@pytest.mark.parametrize(
+    ("name", "sync"),
+    [
+        ("independent", Local()),
+        ("all_reduce", AllReduce()),
+        ("local_sgd", LocalSteps(8)),
+        ("diloco", LocalSteps(500, Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True))),
+    ],
+)
 def test_without_servers(name: str, sync: object):
     found = plan(name, servers=0)
     assert {sharing.sync for sharing in found.sharings} == {sync}
@@ -114,7 +126,7 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             "all-reduce",
             {},
             "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
-            "parameter_server_balanced, parameter_server_partitioned, parallax. Did you mean 'all_reduce'?",
+            "parameter_server_balanced, parameter_server_partitioned, parallax, local_sgd, diloco. Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",

@@ -1,29 +1,38 @@
 """How each variable is shared: what a person writes (`Rules`) and what it means for one program (`Plan`).
 
 partition and placement   how a variable is cut, and which server keeps each piece
+outer                     what trainers that train alone make of their values when they exchange them
 sync                      the ways of sharing a variable: the union `Sync`
 rules                     Rules and their YAML
 plan                      Plan and its YAML
+spans                     which plan holds at a step
 resolve, check            Rules -> Plan; does a Plan fit a program and a cluster?
 """
 
 from syncwright.plan.check import check
+from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
 from syncwright.plan.partition import Blocks, Even, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
 from syncwright.plan.plan import Piece, Plan, Sharing
 from syncwright.plan.resolve import Update, resolve
 from syncwright.plan.rules import BufferPolicy, Rules, Uncuttable
-from syncwright.plan.sync import AllReduce, Local, ParameterServer, Sync
+from syncwright.plan.spans import plan_at, starts_of
+from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync
 
 __all__ = [
     "AllReduce",
     "Blocks",
     "BufferPolicy",
     "Even",
+    "Geo",
     "Hash",
     "LeastLoaded",
     "Local",
+    "LocalSteps",
+    "Mean",
     "On",
+    "Optimizer",
+    "Outer",
     "ParameterServer",
     "Partition",
     "Piece",
@@ -42,5 +51,7 @@ __all__ = [
     "check",
     "cut",
     "place",
+    "plan_at",
     "resolve",
+    "starts_of",
 ]

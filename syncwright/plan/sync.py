@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from syncwright.errors import PlanError
+from syncwright.plan.outer import Geo, Mean, Outer
 from syncwright.plan.partition import Partition, Whole
 from syncwright.plan.placement import Placement, RoundRobin
 from syncwright.typed import RARE, Amount, Count, Index, check_fields
 
-_WHOLE, _IN_TURN = Whole(), RoundRobin()
+_WHOLE, _IN_TURN, _MEAN = Whole(), RoundRobin(), Mean()
 Wire = Literal["float16", "bfloat16", "float32"]
 
 
@@ -111,4 +112,36 @@ _APART = (
     ("compensate", "merge", "a mean of gradients has no one value that was pulled"),
 )
 
-Sync = Local | AllReduce | ParameterServer
+_ALL_REDUCE = AllReduce()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSteps:
+    """Every trainer runs the whole update on its own gradient; every k-th step they exchange what they have come to.
+
+    every  the steps between two exchanges
+    outer  what an exchange makes of it: the mean, or the update of an outer optimizer
+    start  the first step that a trainer takes alone; until then gradients are all-reduced, as under `over`
+    over   how the differences travel. Only all_reduce, so far: every trainer runs the outer update
+    """
+
+    every: Count
+    outer: Outer = _MEAN
+    start: Index = 0
+    over: AllReduce | ParameterServer = _ALL_REDUCE
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+        if isinstance(self.outer, Geo):
+            raise PlanError(
+                "LocalSteps.outer: found geo, expected mean or an optimizer: a server would have to add each trainer's "
+                "difference as it comes, and servers wait for all trainers so far. Write one of these."
+            )
+        if isinstance(self.over, ParameterServer):
+            raise PlanError(
+                "LocalSteps.over: found parameter_server, expected all_reduce: servers count one update for each step so "
+                "far, and not one for each exchange. Write all_reduce, or leave `over` out."
+            )
+
+
+Sync = Local | AllReduce | ParameterServer | LocalSteps

@@ -313,7 +313,8 @@ class Client:
 
 def _notes(job: Job) -> dict[str, str]:
     """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
-    nodes = [n for n in job.trainer["step"].graph.nodes if n.target is ops.all_reduce]
+    programs = [each.trainer["step"] for each in (*(span.job for span in job.spans), job)]
+    nodes = [n for program in programs for n in program.graph.find_nodes(op="call_function", target=ops.all_reduce)]
     inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
     return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}
 

@@ -112,7 +112,8 @@ class Loopback:
         self.session.sync()
 
     def leave(self) -> None:
-        """Ends the job: servers go on without these trainers."""
+        """Ends the job: trainers that train alone meet a last time, servers go on without these trainers."""
+        self.session.meet_last()
         self.session.leave()
         self._deliver()
 

@@ -77,6 +77,7 @@ class Prepared:
     pulls  channels that the step pulls before it sends anything, and may ask for ahead; as of how many steps later
     index  what leads from a batch to ids of rows
     uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it
+    spans  what runs in the first steps instead, with the step that is the first of others
     """
 
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0, busy: Busy = nullcontext):
@@ -89,6 +90,11 @@ class Prepared:
             "step": Warming(job.trainer["step"], compiled, interpreted, "the step", busy),
             "idle": Warming(job.trainer["idle"], False, 0, "the step", busy),
         }
+        self.spans = [(span.until, Prepared(captured, span.job, compiled, interpreted, busy)) for span in job.spans]
+
+    def at(self, step: int) -> Prepared:
+        """What runs at step `step`, counted from 0."""
+        return next((prepared for until, prepared in self.spans if step < until), self)
 
     def executor(self, phase: str) -> Executor | CompiledExecutor:
         """Runs `job.trainer[phase]`; the step itself compiled, where it is to be."""
@@ -159,7 +165,9 @@ class Programs:
             compiled = self.compiles()
             if compiled and _is_dynamic(captured):
                 captured = replace(captured, program=with_sizes(captured.program, given.sizes))
-            job = lower(captured.program, self._plan, self._without, COMPILED if compiled else PIPELINE)
+            known = None if self.latest is None else self.latest.job.exchanges
+            passes = COMPILED if compiled else PIPELINE
+            job = lower(captured.program, self._plan, self._without, passes, known)
         self._check_served(job)
         again = "again, for another shape or setting" if len(self._kept) else ""
         seconds = time.perf_counter() - began

@@ -21,6 +21,7 @@ from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
+from syncwright.runtime.outer import Outer, begun
 from syncwright.runtime.programs import Prepared
 
 Examples = Callable[..., float] | float | None
@@ -37,11 +38,15 @@ class Part:
 
 
 class Replica:
-    """Trainer `rank`. Changes with every step: its values, its step count, its random stream's state."""
+    """Trainer `rank`. Changes with every step: its values, its counts, its random stream's state.
+
+    step_count  of steps and of times that all values were set anew: versions of what servers keep
+    trained     how many steps it has taken
+    """
 
     def __init__(self, rank: int, binding: Binding, client: Client, job: Job):
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
-        self.step_count = 0
+        self.step_count = self.trained = 0
         self.nominal = 1.0
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
@@ -53,6 +58,12 @@ class Replica:
             if name not in served
         }
         self.values |= _added(job.trainer["step"])
+        self.outers = [Outer(each, Client(each.job, client.transport)) for each in job.exchanges]
+
+    @property
+    def shared(self) -> dict[str, object]:
+        """What stands for one device: of variables that trainers train alone, what they had after their last meeting."""
+        return {**self.values, **{name: value for outer in self.outers for name, value in outer.shared.items()}}
 
     @torch.no_grad()
     def step(self, prepared: Prepared, part: Part, following: tuple | None = None) -> Generator[Blocked, None, object]:
@@ -61,7 +72,9 @@ class Replica:
         A part without examples runs the `idle` program and returns the reduced values with the others.
         following  the next step's part, if it is known
         """
+        prepared = prepared.at(self.trained)
         self._adopt(prepared)
+        self._begin_alone()
         phase = "step" if part.examples > 0 else "idle"
         executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
@@ -76,7 +89,13 @@ class Replica:
         self._keep(results)
         self.binding.set_modes(prepared.captured.modes)
         self.step_count += 1
+        self.trained += 1
         self.client.ask(prepared.pulls, self.step_count)
+        for outer in self.outers:
+            if outer.has_begun:
+                outer.add(weight)
+            if outer.is_due:
+                yield from self._meet(outer)
         yield from self._keep_together()
         return _returned(prepared, results)
 
@@ -111,10 +130,29 @@ class Replica:
             while not self.client.is_free(self.step_count):
                 yield Blocked("the end of the step", CLOCKS)
 
+    def meet_last(self) -> Generator[Blocked, None, None]:
+        """Ends the steps taken alone: meets the others over those since the last meeting, where there are any."""
+        for outer in self.outers:
+            if outer.is_open:
+                yield from self._meet(outer)
+
+    def _begin_alone(self) -> None:
+        for outer in self.outers:
+            if not outer.has_begun and outer.clock.has_begun(self.trained):
+                outer.begin(self.values)
+
+    def _meet(self, outer: Outer) -> Generator[Blocked, None, None]:
+        parts = {part.name for parts in self._parts.values() for part in parts}
+        for name, value in (yield from outer.meet(self.values, self.trained)).items():
+            if name in parts:
+                self.values[name].copy_(value)  # type: ignore[attr-defined]
+            else:
+                self.values[name] = value.clone()
+
     def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
         """What a function gives for this trainer's part of a batch, from the values of the steps done."""
         self.client.begin(self.step_count, 1.0, {}, training=False)
-        values = {**self.values, **self.binding.hyper_values()}
+        values = {**self.shared, **self.binding.hyper_values()}
         return (yield from evaluated.run(values, batch, self.client))
 
     def _adopt(self, prepared: Prepared) -> None:
@@ -163,7 +201,8 @@ class Replica:
     def reload(self) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new.
 
-        State that passes have added begins anew: the user's objects do not hold it.
+        State that passes have added begins anew: the user's objects do not hold it. So do meetings of trainers that train
+        alone: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
         self.values = {
@@ -171,6 +210,8 @@ class Replica:
         }
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
+        for outer in self.outers:
+            outer.forget()
         self.step_count += 1
         self.client.restart(self.step_count)
 
@@ -212,7 +253,7 @@ class Replica:
         """Sends servers their slices of `values`."""
         for name, variable in self.job.held.items():
             if variable.initial is not None:
-                self.client.give(name, version, _begun(variable))
+                self.client.give(name, version, begun(variable))
                 continue
             value = values[variable.whole or name]
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -240,15 +281,10 @@ def _prefetches(sync: Sync) -> bool:
 def _added(program: Program) -> dict[str, torch.Tensor]:
     """The state that passes have added to a trainer's program, as it begins."""
     return {
-        name: _begun(program.variables[name], node.meta["val"].device)
+        name: begun(program.variables[name], node.meta["val"].device)
         for name, node in program.placeholders.items()
         if program.variables[name].initial is not None
     }
-
-
-def _begun(variable: Variable, device: torch.device | None = None) -> torch.Tensor:
-    assert variable.initial is not None, f"'{variable.name}' is the user's"
-    return torch.full(variable.shape, variable.initial, dtype=variable.dtype, device=device)
 
 
 def count_examples(batch: tuple, examples: Examples) -> float:

@@ -143,7 +143,7 @@ class Session:
     def sync(self) -> None:
         """Writes the trained values, whole, into the user's model and optimizer."""
         if self.replicas:
-            values = dict(self.replicas[0].values)
+            values = self.replicas[0].shared
             (served,) = self._joined.drive([self.replicas[0].served()])
             values.update(served)
             self.binding.write(values)  # type: ignore[arg-type]
@@ -164,7 +164,12 @@ class Session:
         """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
         if self.replicas:
             served = self._joined.drive([replica.finish() for replica in self.replicas])
-            self.binding.write({**self.replicas[0].values, **served[0]})  # type: ignore[arg-type]
+            self.binding.write({**self.replicas[0].shared, **served[0]})  # type: ignore[arg-type]
+
+    def meet_last(self) -> None:
+        """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
+        if self.replicas:
+            self._joined.drive([replica.meet_last() for replica in self.replicas])
 
     def leave(self) -> None:
         """Tells servers that these trainers take part in no further step."""
@@ -211,10 +216,15 @@ class Session:
 
     def _check_replicas(self, program: Program) -> None:
         assert self.job is not None, "the session is open"
-        names = replicated(program, self.job.plan, self.replicas[0].values)
-        mine = [digest([replica.values[name] for name in names]) for replica in self.replicas]
-        if names and self._joined.trainers > 1:
-            check_equal(names, self._joined.gather(mine, "the check of replicas"), self.step_count)
+        first = self.replicas[0]
+        names = replicated(program, self.job.at(first.trained - 1).plan, first.values)
+        met = [f"{name} (after the last exchange)" for outer in first.outers for name in outer.all]
+        mine = [
+            digest([*(r.values[name] for name in names), *(v for outer in r.outers for v in outer.all.values())])
+            for r in self.replicas
+        ]
+        if (names or met) and self._joined.trainers > 1:
+            check_equal([*names, *met], self._joined.gather(mine, "the check of replicas"), self.step_count)
 
 
 def _given(outputs: list[torch.Tensor]) -> Generator[Blocked, None, list[torch.Tensor]]:

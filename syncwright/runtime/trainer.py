@@ -164,10 +164,9 @@ class Trainer:
     def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
         """`fn(model, *batch)` over all batches, each example once over all trainers, outputs in order on every trainer.
 
-        Captured without gradients, like the step: values are those of the steps done, pulled from where the plan
-        keeps them; nothing is updated, buffers included. Outputs are tensors of one row per example, in any tree;
-        they come back joined. A function that needs a tensor's value is refused (`CaptureError`): call `sync()` and
-        run it on the model. `whole` as for `shard`.
+        Captured without gradients, like the step: values are those that `sync` gives, pulled from where the plan keeps them;
+        nothing is updated, buffers included. Outputs are tensors of one row per example, in any tree; they come back joined. A
+        function that needs a tensor's value is refused (`CaptureError`): run it on the model after `sync()`. `whole`: `shard`'s.
         """
         if not self._session.replicas and self.trainers > 1:
             raise JobError(
@@ -178,7 +177,7 @@ class Trainer:
             return self._session.evaluate(fn, loader, whole)
 
     def sync(self) -> None:
-        """Writes the trained values, whole, into the user's model and optimizer."""
+        """Writes the trained values, whole, into the user's model and optimizer; under `local_steps`, of the last exchange."""
         with self._noting():
             self._session.sync()
 
@@ -193,11 +192,11 @@ class Trainer:
             self._session.load_state_dict(state)
 
     def close(self) -> None:
-        """Writes the trained values back, leaves the job and frees everything. Safe to call twice.
+        """Writes the trained values back, leaves the job and frees everything. Safe to call twice. After an error that ended
+        the job only the last: there are no values to be had from those who are gone.
 
-        What is updated as contributions come has its last value when every trainer has left: it is waited for.
-
-        After an error that ended the job only the last: there are no values to be had from those who are gone.
+        Under `local_steps` trainers exchange once more before, so that all end alike: all must call it. What is updated as
+        contributions come has its last value when every trainer has left: it is waited for.
         """
         if self._closed:
             return
@@ -206,6 +205,7 @@ class Trainer:
             return
         try:
             with self._noting():
+                self._session.meet_last()
                 self._session.finish()
         except BaseException as error:
             self._abandon(error)

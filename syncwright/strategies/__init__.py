@@ -19,6 +19,8 @@ STRATEGIES: dict[str, Callable[..., Rules]] = {
     "parameter_server_balanced": fixed.parameter_server_balanced,
     "parameter_server_partitioned": fixed.parameter_server_partitioned,
     "parallax": fixed.parallax,
+    "local_sgd": fixed.local_sgd,
+    "diloco": fixed.diloco,
 }
 
 

@@ -13,7 +13,9 @@ from syncwright.plan import (
     Blocks,
     LeastLoaded,
     Local,
+    LocalSteps,
     On,
+    Optimizer,
     ParameterServer,
     RoundRobin,
     Rules,
@@ -54,6 +56,21 @@ def parallax(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
     sparse = [variable.name for variable in variables if variable.role is Role.PARAM and variable.sparse]
     patterns = tuple((glob.escape(name), served) for name in sparse)
     return _rules("parallax", AllReduce(bucket_mb), patterns)
+
+
+def local_sgd(variables: Sequence[Variable], every: int = 8, start: int = 0, bucket_mb: float = 25.0) -> Rules:
+    """Trainers train alone and take the mean every so many steps (Stich, ICLR 2019); with a `start`, after some steps
+    of all_reduce (post-local SGD, Lin et al., ICLR 2020, who take 8 to 16 steps between means)."""
+    return _rules("local_sgd", LocalSteps(every, start=start, over=AllReduce(bucket_mb)))
+
+
+def diloco(
+    variables: Sequence[Variable], every: int = 500, lr: float = 0.7, momentum: float = 0.9, bucket_mb: float = 25.0
+) -> Rules:
+    """Trainers train alone; every so many steps, what they have moved by goes to an outer SGD with Nesterov momentum
+    (DiLoCo, arXiv 2311.08105, whose numbers these are)."""
+    outer = Optimizer.of("SGD", lr=lr, momentum=momentum, nesterov=True)
+    return _rules("diloco", LocalSteps(every, outer, over=AllReduce(bucket_mb)))
 
 
 def _rules(name: str, default: Sync, patterns: tuple[tuple[str, Sync], ...] = ()) -> Rules:

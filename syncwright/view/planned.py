@@ -11,7 +11,7 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
-from syncwright.plan import Plan, Sharing
+from syncwright.plan import LocalSteps, Plan, Sharing
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
 from syncwright.split import grad_variable
@@ -34,6 +34,10 @@ class Traffic:
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent + other.sent, self.received + other.received)
+
+    def over(self, steps: int) -> Traffic:
+        """The same, once in so many steps."""
+        return Traffic(self.sent / steps, self.received / steps)
 
 
 def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
@@ -61,14 +65,16 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives
-    as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are fewer."""
+    as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are
+    fewer. Of exchanges their share of a step."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
-    for node in communications(unbucketed.trainer["step"]):
-        traffic = _traffic(node, unbucketed.plan.trainers)
-        if traffic is not None:
-            name = subjects.get(str(node.args[1]), OTHER)
-            found[name] = found.get(name, Traffic()) + traffic
+    for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
+        for node in communications(job.trainer["step"]):
+            traffic = _traffic(node, unbucketed.plan.trainers)
+            if traffic is not None:
+                name = subjects.get(str(node.args[1]), OTHER)
+                found[name] = found.get(name, Traffic()) + traffic.over(steps)
     return found
 
 
@@ -130,6 +136,8 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
         return policy, "each trainer" if policy == "local" else "every trainer"
     sharing = plan.sharing(variable.name)
     name = tag(type(sharing.sync))
+    if isinstance(sharing.sync, LocalSteps):
+        name += f", every {sharing.sync.every}"
     if len(sharing.sizes) > 1:
         few = len(sharing.sizes) <= _MANY_PIECES
         name += f", rows {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
@@ -150,10 +158,15 @@ def _bytes(traffic: Traffic) -> tuple[str, str]:
 
 
 def _messages(job: Job) -> str:
+    exchanges = [f"every {each.clock.every} steps: {_counted(each.job)}" for each in job.exchanges]
+    return "; ".join([f"a step of one trainer: {_counted(job)}", *exchanges])
+
+
+def _counted(job: Job) -> str:
     nodes = [n.target for n in communications(job.trainer["step"])]
     kinds = (
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
         *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),
     )
     counts = [counted(nodes.count(target), *nouns) for target, *nouns in kinds if target in nodes]
-    return f"a step of one trainer: {', '.join(counts) or 'no communication'}"
+    return ", ".join(counts) or "no communication"

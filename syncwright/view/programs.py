@@ -18,7 +18,7 @@ ROLES = ("trainer", "idle", CAPTURED)
 
 
 def program_text(role: str, program: Program, job: Job) -> str:
-    """The text of `trainer`, `idle` (a trainer without examples), `captured` or `server:K`.
+    """The text of `trainer`, `idle` (a trainer without examples), `captured`, `server:K` or `exchange:K`.
 
     Raises `RequestError` for a role that the job has not.
     """
@@ -29,7 +29,10 @@ def program_text(role: str, program: Program, job: Job) -> str:
             return to_text(job.trainer["step"])
         case "idle":
             return to_text(job.trainer["idle"])
-    known = [*ROLES, *(f"server:{part.rank}" for part in job.servers)]
+    exchanges = {f"exchange:{number}": each for number, each in enumerate(job.exchanges)}
+    if role in exchanges:
+        return to_text(exchanges[role].job.trainer["step"])
+    known = [*ROLES, *(f"server:{part.rank}" for part in job.servers), *exchanges]
     if role not in known:
         advice = did_you_mean(role, known, "Write one of them.")
         raise RequestError(f"--program: found {role!r}, expected one of {', '.join(known)}. {advice}")

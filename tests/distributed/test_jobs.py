@@ -60,6 +60,7 @@ RIGHT = {
     "ddp": Setup("ddp", 2),
     "mixed": Setup("mixed", 2, 1),
     "torchrun": Setup("mixed_once", 2, by="torchrun"),
+    "alone": Setup("alone", 2),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -217,6 +218,23 @@ def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
     if name == "torchrun":
         assert done.status == 0, done.output
         assert done.left_over == ()
+
+
+def test_trainers_that_train_alone_end_alike(jobs):
+    done = jobs["alone"].result()
+    assert done.status == 0, done.output
+    reports = [torch.load(done.folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    model, optimizer = job.build()
+    loopback = syncwright.loopback(job.step, model, optimizer, plan=job.ALONE, trainers=2)
+    for batch in job.batches(job.data(job.EXAMPLES, 0), job.BATCH):
+        loopback.step([own_part(batch, 2, rank) for rank in range(2)])
+    between = loopback.state_dict()["model"]
+    loopback.leave()
+    end = loopback.state_dict()["model"]
+    assert not job.same(between, end)
+    for report in reports:
+        assert job.same(report["between"], between)
+        assert job.same(report["end"], end)
 
 
 def test_alone_servers_are_embedded(tmp_path: Path):
