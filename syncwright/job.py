@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from syncwright import ops
-from syncwright.plan import ParameterServer, Plan
+from syncwright.plan import AllReduce, LocalSteps, ParameterServer, Plan
 from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Variable
 from syncwright.selection import Selection
@@ -164,6 +164,13 @@ class Job:
         pulls = self.trainer["step"].graph.find_nodes(op="call_function", target=ops.pull)
         found = {str(node.args[1]) for node in pulls if node.args[4:5] == ("before",)}
         return found | {self.casts[name][0] for name in found if name in self.casts}
+
+    @property
+    def survives_losses(self) -> bool:
+        """Whether the others can go on without a trainer that is lost: where servers alone join them."""
+        syncs = [s.sync for s in self.plan.sharings]
+        served = any(isinstance(sync, ParameterServer) for sync in syncs)
+        return served and not any(isinstance(sync, AllReduce | LocalSteps) for sync in syncs)
 
     @property
     def staleness(self) -> int | None:

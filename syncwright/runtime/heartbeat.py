@@ -14,8 +14,8 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from syncwright.errors import PeerLost
 from syncwright.runtime.deadlines import Wait
-from syncwright.runtime.messages import Address
-from syncwright.runtime.rendezvous import STAY, Rendezvous, cannot_go_on, failure, names, tell_failure
+from syncwright.runtime.messages import Address, Kind
+from syncwright.runtime.rendezvous import LOST, STAY, Rendezvous, cannot_go_on, failure, names, tell_failure
 
 ROLES = "roles"
 """The key, above the generations, where the roles of the latest one say how many they are."""
@@ -64,6 +64,7 @@ class Heartbeat:
         self.me = me
         self.failed: str | None = None
         self.store_lost: str | None = None
+        self.lost_trainers: frozenset[int] = frozenset()
         self._store, self._job = rendezvous.clients()
         self._host = rendezvous.place.host
         self._roles = Roles(rendezvous.generation, rendezvous.place.trainers)
@@ -197,6 +198,8 @@ class Heartbeat:
     def _hear(self) -> None:
         try:
             self.failed = self.failed or failure([self._store, self._job])
+            if self.me.kind is Kind.SERVER and self._job.check([LOST]):
+                self.lost_trainers = frozenset(map(int, self._job.get(LOST).split()))
         except (DistNetworkError, DistStoreError) as error:
             self.store_lost = str(error).splitlines()[0]
 

@@ -75,4 +75,5 @@ class Hosted:
             context=self.context,
             deadlines=self._meeting.deadlines,
             heartbeat=heartbeat,
+            survives=job.survives_losses,
         )

@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, TCPStore
 from syncwright.errors import ClusterError
 from syncwright.runtime.announce import Announced, announce
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.rendezvous import FAILED
+from syncwright.runtime.rendezvous import FAILED, LOST, SURVIVES
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
@@ -86,9 +86,10 @@ def launch(
 ) -> int:
     """Runs `python script arguments...` once per role until all have ended; the job's exit status.
 
-    0 if all ended with 0; else the status of the first that did not (128 + n if signal n ended it, or if
-    signal n ended the launcher). When one fails, the others learn it from the store, and are ended after
-    `patience`. Signals go to this call's own children only, by pid; a second Ctrl-C kills at once.
+    0 if all ended with 0, or were lost from a job that goes on without (trainers that servers alone join); else the
+    status of the first that did not (128 + n if signal n ended it, or if signal n ended the launcher). When one fails,
+    the others learn it from the store, and are ended after `patience`. Signals go to this call's own children only, by
+    pid; a second Ctrl-C kills at once.
 
     Output: every line of a role is prefixed with its name, `[server 0] `. Trainer 0 writes to the terminal
     itself where standard output is one (so progress bars work), and a job of one process always does.
@@ -197,6 +198,8 @@ def _report_failures(children: list[Child], store: PrefixStore, ending: Ending) 
         if not status or child.reported:
             continue
         child.reported = True
+        if _goes_on(child, children, store, status):
+            continue
         how = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
         if ending.begun is None:
             ending.status = status if status > 0 else 128 - status
@@ -207,10 +210,22 @@ def _report_failures(children: list[Child], store: PrefixStore, ending: Ending) 
             _say(f"{child} {how}")
 
 
+def _goes_on(child: Child, children: list[Child], store: PrefixStore, status: int) -> bool:
+    """Tells the others to go on without a trainer that a signal has ended, where the job says that it can."""
+    killed = child.me.kind is Kind.TRAINER and status < 0
+    left = [c for c in children if c.me.kind is Kind.TRAINER and c.process.poll() in (None, 0)]
+    if not killed or not left or not store.check([SURVIVES]):
+        return False
+    lost = [c.me.rank for c in children if c.me.kind is Kind.TRAINER and c.reported]
+    store.set(LOST, " ".join(map(str, lost)))
+    _say(f"{child} was ended by {signal.Signals(-status).name}; the others go on without it")
+    return True
+
+
 def _report_idle_servers(children: list[Child], ending: Ending, patience: Patience) -> None:
     """Servers end by themselves when the trainers have; if not, they are ended, and that is an error."""
     trainers = [child for child in children if child.me.kind is Kind.TRAINER]
-    if ending.served is None and all(child.process.poll() == 0 for child in trainers):
+    if ending.served is None and all(child.process.poll() == 0 or child.reported for child in trainers):
         ending.served = time.monotonic()
     if ending.begun is not None or ending.served is None:
         return

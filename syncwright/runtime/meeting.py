@@ -14,7 +14,7 @@ from syncwright.job import Job
 from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.rendezvous import Rendezvous, cannot_go_on, failure, reaching_the_store, tell_failure
+from syncwright.runtime.rendezvous import SURVIVES, Rendezvous, cannot_go_on, failure, reaching_the_store, tell_failure
 
 FIRST = Address(Kind.TRAINER, 0)
 
@@ -52,6 +52,10 @@ class Meeting:
                 "them from the same script with the same arguments, and take care that nothing in it depends on the "
                 "rank."
             )
+
+    def survive(self) -> None:
+        """Says to the launcher that the job goes on when a trainer is lost."""
+        self._connected()[1].set(SURVIVES, "1")
 
     def published(self, key: str, mine: str) -> str:
         """Trainer 0's word on `key`, the same for all."""

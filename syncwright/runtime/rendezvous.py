@@ -25,6 +25,12 @@ from syncwright.runtime.messages import Address, Kind
 FAILED = "failed"
 """The key where a role says that it cannot go on (in its generation), or the launcher that one ended badly (above)."""
 
+SURVIVES = "survives"
+"""The key where a job says that it goes on when a trainer is lost."""
+
+LOST = "lost"
+"""The key where the launcher says which trainers are lost, of a job that goes on: their numbers, with spaces between."""
+
 STAY = "Expected every role to stay until the job ends. See its output."
 
 

@@ -124,6 +124,7 @@ class Slot:
 class Server:
     """One server of a job. Changes with every message that it handles.
 
+    lost     trainers that it goes on without
     refused  messages that make no sense for the job, by what is wrong with them: they change nothing
     """
 
@@ -131,6 +132,7 @@ class Server:
         part = job.servers[rank]
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self.refused: Counter[str] = Counter()
+        self.lost: set[int] = set()
         self._me = Address(Kind.SERVER, rank)
         self._fixed, self._arriving, self._exports = job.fixed, job.arriving, part.exports
         self._attendance = Attendance(job.plan.trainers)
@@ -246,6 +248,7 @@ class Server:
 
     def lose(self, trainer: int) -> list[Outgoing]:
         """Goes on without a trainer that is lost: what it has given to what is not complete is dropped."""
+        self.lost.add(trainer)
         if trainer in self._attendance.left:
             return []
         gone = Address(Kind.TRAINER, trainer)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Iterable
 
 from syncwright.errors import DeadlineExceeded, JobError, PeerLost, SyncwrightError
 from syncwright.runtime.deadlines import Wait
@@ -11,6 +13,7 @@ from syncwright.runtime.messages import Address, Failure, Kind, Message
 from syncwright.runtime.server import Server
 from syncwright.runtime.transport import Transport
 
+log = logging.getLogger("syncwright")
 QUIET_SECONDS = 5.0
 """After so long without a message, a server looks whether the trainers are still there."""
 
@@ -26,6 +29,7 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
     try:
         while not server.done and not (stop is not None and stop.is_set()):
             got = transport.receive(1.0)
+            _go_on(server, transport, transport.lost())
             if got is None:
                 _check_late(server, transport, time.monotonic() - last, wait)
                 continue
@@ -39,6 +43,14 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
         if not isinstance(told, PeerLost):
             _tell(transport, trainers, str(told))
         raise told from (None if told is error else error)
+
+
+def _go_on(server: Server, transport: Transport, lost: Iterable[int]) -> None:
+    """Goes on without trainers that are lost."""
+    for trainer in sorted(set(lost) - server.lost):
+        log.warning("server %d goes on without trainer %d, which is lost", server.rank, trainer)
+        for to, message in server.lose(trainer):
+            transport.send(to, message)
 
 
 def _check_late(server: Server, transport: Transport, quiet: float, wait: Wait) -> None:

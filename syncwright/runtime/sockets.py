@@ -53,6 +53,7 @@ class SocketTransport:
     limit       what this role may be sent, and by whom; None accepts anything that is well formed
     context     given: servers in one process with the only trainer are reached through it (inproc)
     heartbeat   of the role, where it beats already; the transport ends it
+    survives    the job goes on when a trainer is lost
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SocketTransport:
         context: zmq.Context | None = None,
         deadlines: Deadlines | None = None,
         heartbeat: Heartbeat | None = None,
+        survives: bool = False,
     ) -> None:
         self.me = me
         self._place = rendezvous.place
@@ -86,6 +88,7 @@ class SocketTransport:
         self._metrics: Metrics | None = None
         self._token = ""
         self._closed = False
+        self._survives, self._unreachable = survives, frozenset[int]()
         self._store = rendezvous.client()
         self._heartbeat = heartbeat or Heartbeat(me, rendezvous, longest=self._deadlines.compile)
         self._collectives = Collectives(me, rendezvous, self._deadlines, self._heartbeat, self.watch)
@@ -112,6 +115,9 @@ class SocketTransport:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
+            if self._survives:
+                self._unreachable |= {to.rank}
+                return
             why = "which never connected, or whose connection is gone"
             raise self._heartbeat.broken(f"{self.me} cannot send to {to}, {why}", [to]) from error
 
@@ -175,6 +181,10 @@ class SocketTransport:
     def silent(self, peers: list[Address]) -> list[Address]:
         """Those of `peers` that show no sign of life. Takes some seconds."""
         return self._heartbeat.silent(peers)
+
+    def lost(self) -> frozenset[int]:
+        """Trainers that are lost, of a job that goes on without them: the launcher's word, or messages do not reach them."""
+        return self._heartbeat.lost_trainers | self._unreachable
 
     def watch(self) -> None:
         """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""

@@ -23,7 +23,7 @@ from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.joined import Joined
 from syncwright.runtime.limits import limits_of
 from syncwright.runtime.lookahead import looking_ahead
-from syncwright.runtime.meeting import Meeting
+from syncwright.runtime.meeting import FIRST, Meeting
 from syncwright.runtime.membership import Membership, disabled_passes, membership
 from syncwright.runtime.messages import Kind
 from syncwright.runtime.programs import Prepared
@@ -281,6 +281,8 @@ class Trainer:
     def _meet(self, job: Job, part: Part) -> None:
         """Agrees with the other roles on the job, starts the servers that live here, and joins. A server ends here."""
         self._meeting.agree(job)
+        if job.survives_losses and self.place.servers and self.place.me == FIRST:
+            self._meeting.survive()
         self._hosted.start(job)
         atexit.register(self._at_exit)
         self._transport = SocketTransport(

@@ -77,6 +77,10 @@ class Transport(Outlet, Protocol):
         """Those of `peers` that show no sign of life. Takes some seconds."""
         ...
 
+    def lost(self) -> frozenset[int]:
+        """Trainers that are lost, of a job that goes on without them."""
+        ...
+
     def close(self) -> None:
         """Frees sockets and threads. Safe to call twice."""
         ...
