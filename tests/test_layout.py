@@ -145,6 +145,7 @@ runtime         what runs a job
     shared_memory
     collectives
     wire
+    bundles
     limits
     traffic
     guard

@@ -12,9 +12,9 @@ LIMIT = "alone-sparse"
 
 # Plans of ours, as data: a strategy's name, or rules. The first is the one that is judged.
 PLANS = {
-    "syncwright": "parallax",
-    "syncwright-async": "{default: all_reduce, variables: [{'tables.*': {parameter_server: {mode: async}}}]}",
-    "syncwright-servers": "parameter_server",
+    "syncwright": "{default: {parameter_server: {mode: async}}}",
+    "syncwright-sync": "parameter_server",
+    "syncwright-parallax": "parallax",
     "syncwright-all-reduce": "all_reduce",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zmq
 
+from syncwright.runtime.bundles import Frames, opened
 from syncwright.runtime.limits import Limits
 from syncwright.runtime.messages import Address, Message
 from syncwright.runtime.traffic import MALFORMED, OVERSIZED, REFUSED, STRANGER, Traffic
@@ -27,8 +28,8 @@ class Intake:
         self._limit, self._traffic = limit, traffic
         self._most_frames = MOST_FRAMES if limit is None else limit.frames
 
-    def take(self, socket: zmq.Socket) -> tuple[Address, Message] | None:
-        """The message that waits at `socket`, with its sender; None if it was dropped."""
+    def take(self, socket: zmq.Socket) -> list[tuple[Address, Message]]:
+        """The messages that have come together to `socket`, with their sender, but for those that were dropped."""
         peer = self.peers.get(socket)
         if peer is None:
             visitor = socket.recv()
@@ -36,15 +37,20 @@ class Intake:
             if peer is None:
                 _frames(socket, 0)
                 self._traffic.drops.drop(None, STRANGER, f"it calls itself {visitor[:16]!r}")
-                return None
+                return []
         frames, found = _frames(socket, self._most_frames)
         if found > len(frames):
             why = f"it has {found} frames; expected at most {self._most_frames}"
             self._traffic.drops.drop(peer, OVERSIZED, why)
-            return None
-        return self._read(peer, frames)
+            return []
+        try:
+            together = opened(frames)
+        except WireError as error:
+            self._traffic.drops.drop(peer, MALFORMED, str(error))
+            return []
+        return [read for each in together if (read := self._read(peer, each)) is not None]
 
-    def _read(self, peer: Address, frames: list[memoryview]) -> tuple[Address, Message] | None:
+    def _read(self, peer: Address, frames: Frames) -> tuple[Address, Message] | None:
         reason = MALFORMED
         try:
             message = decode(frames, None if self._limit is None else self._limit.forms)

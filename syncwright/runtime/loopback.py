@@ -236,6 +236,9 @@ class LoopbackTransport:
     def send(self, to: Address, message: Message) -> None:
         self.network.post(self.me, to, message)
 
+    def flush(self) -> None:
+        """Nothing waits: messages are queued one by one."""
+
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
 

@@ -97,6 +97,7 @@ class Replica:
             if outer.is_due:
                 yield from self._meet(outer)
         yield from self._keep_together()
+        self.client.transport.flush()
         return _returned(prepared, results)
 
     @property

@@ -7,11 +7,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import zmq
 
 from syncwright.errors import JobError, PeerLost
+from syncwright.runtime.bundles import BUNDLE_NBYTES, Bundle, Frames, is_small
 from syncwright.runtime.collectives import Collectives
 from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.endpoint import Binding
@@ -88,6 +90,8 @@ class SocketTransport:
         self._metrics: Metrics | None = None
         self._token = ""
         self._closed = False
+        self._bundles: dict[Address, Bundle] = {}
+        self._inbox: deque[tuple[Address, Message]] = deque()
         self._survives, self._unreachable = survives, frozenset[int]()
         self._store = rendezvous.client()
         self._heartbeat = heartbeat or Heartbeat(me, rendezvous, longest=self._deadlines.compile)
@@ -101,17 +105,38 @@ class SocketTransport:
             raise
 
     def send(self, to: Address, message: Message) -> None:
-        """Queues `message` and returns; its tensor must not change any more. `PeerLost` if `to` is gone."""
+        """Queues `message` and returns; its tensor must not change any more. `PeerLost` if `to` is gone.
+
+        A small one waits for others, until this role waits for an answer, or `flush`.
+        """
+        if to.kind is Kind.TRAINER and self._binding is None:
+            raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
         frames = encode(message)
+        self.traffic.sent(to, message.header, frames)
+        bundle = self._bundles.setdefault(to, Bundle())
+        if is_small(frames):
+            bundle.add(frames)
+            if bundle.nbytes >= BUNDLE_NBYTES:
+                self._send(to, bundle.take())
+            return
+        self._send(to, bundle.take())
+        self._send(to, frames)
+
+    def flush(self) -> None:
+        """Sends what waits for others."""
+        for to, bundle in self._bundles.items():
+            if bundle.nbytes:
+                self._send(to, bundle.take())
+
+    def _send(self, to: Address, frames: Frames) -> None:
+        if not frames:
+            return
         if to.kind is Kind.SERVER:
             self._dealer(to).send_multipart(frames, copy=False)
-            self.traffic.sent(to, message.header, frames)
             return
-        if self._binding is None:
-            raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
+        assert self._binding is not None, "looked at before"
         try:
             self._binding.socket.send_multipart([identity(to, self._token), *frames], copy=False)
-            self.traffic.sent(to, message.header, frames)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -123,29 +148,35 @@ class SocketTransport:
 
     def receive(self, seconds: float) -> tuple[Address, Message] | None:
         """The next message from anyone, None when none came within `seconds`; `PeerLost` if one is gone."""
+        if self._inbox:
+            return self._inbox.popleft()
+        self.flush()
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
             if not self._ready:
                 self._pause(min(left, SLICE_SECONDS))
             while self._ready:
-                got = self._intake.take(self._ready.popleft())
-                if got is not None:
-                    return got
+                self._inbox.extend(self._intake.take(self._ready.popleft()))
+                if self._inbox:
+                    return self._inbox.popleft()
             self.watch()
             if left == 0.0:
                 return None
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
+        self.flush()
         return self._collectives.all_reduce(tensor, note)
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         """Starts the gathering of every trainer's `part` into `whole`."""
+        self.flush()
         return self._collectives.all_gather(whole, part, note)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
+        self.flush()
         self._collectives.broadcast(tensor, note)
 
     def join(self) -> None:
@@ -205,6 +236,8 @@ class SocketTransport:
         if self._closed:
             return
         self._closed = True
+        with suppress(PeerLost):  # whoever is gone needs nothing more
+            self.flush()
         if self._metrics is not None:
             self._metrics.close()
         self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone

@@ -30,6 +30,10 @@ class Outlet(Protocol):
         """Queues `message` and returns. The tensor must not be changed afterwards (a transport may not copy it)."""
         ...
 
+    def flush(self) -> None:
+        """Sends what waits for further messages, to travel with them."""
+        ...
+
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
