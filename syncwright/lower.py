@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -64,6 +65,7 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
         step = _applied(each, step, plan)
     _refuse_without(step, plan, without)
     job = _job(program, step, plan)
+    _check_touched(job)
     verify_job(job)
     return job
 
@@ -115,6 +117,23 @@ def _no_collection() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+
+
+def _check_touched(job: Job) -> None:
+    """An update of the rows that a batch touches runs on as many rows as there are: it may not hold the table's size."""
+    touched = {name: channel.variable.of for name, channel in job.channels.items() if channel.rows == "touched"}
+    for program in [p for part in job.servers for p in part.programs]:
+        table = next((touched[name] for name in program.reads if name in touched), None)
+        for node in program.graph.nodes if table is not None else ():
+            made = (
+                node.op == "call_function" and not node.all_input_nodes and isinstance(node.meta["val"], torch.Tensor)
+            )
+            if made and node.meta["val"].dim() > 0:
+                raise LoweringError(
+                    f"the update of '{table}' makes a tensor of sizes of its own (at {node.name}), so it cannot run on some of "
+                    "the table's rows. Expected tensors made from the gradient, the parameter or its state (zeros_like). Make "
+                    "it so, or share the variable by: all_reduce."
+                )
 
 
 def _check_replicated(updates: Updates, plan: Plan) -> None:

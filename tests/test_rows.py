@@ -284,6 +284,35 @@ def test_what_is_only_for_tables_is_refused_elsewhere() -> None:
         job.step([batches(count=1)[0]])
 
 
+@pytest.mark.parametrize(
+    "sync",
+    [
+        ParameterServer(staged=True),
+        ParameterServer(mode="async", merge=2),
+        ParameterServer(mode="async", compensate=0.1),
+    ],
+    ids=repr,
+)
+def test_what_tables_of_which_rows_travel_do_not_have_is_refused(sync: ParameterServer) -> None:
+    model = Bags()
+    job = syncwright.loopback(step, model, MAKE["SGD"](model), plan=Rules(sync), trainers=2, servers=1)
+    with pytest.raises(PlanError, match=r"'table.weight': found \w+: .* for a table of which rows travel"):
+        job.step([part[0] for part in parts(batches(count=1), 2)])
+
+
+def test_rows_travel_in_the_dtype_that_the_plan_says() -> None:
+    model = Bags()
+    before = model.table.weight.detach().clone()
+    job = started(model, MAKE["SGD"], ParameterServer(push="bfloat16", pull="float16"), 2)
+    job.step([part[0] for part in parts(batches(count=1), 2)])
+    pulled = [n for n in communications(job.job.trainer["step"]) if n.meta["val"].dtype is torch.float16]
+    assert str(pulled[0].args[1]) == "table.weight as float16"
+    job.sync()
+    expected = on_one_device(deepcopy(Bags()), MAKE["SGD"], [])
+    assert expected.keys() == values(model, job.optimizer).keys()
+    assert 0 < (model.table.weight - before).abs().max() < 1
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_masks_travel_as_bits(mask: list[bool]) -> None:
     assert from_bits(bits(torch.tensor(mask)), len(mask)).tolist() == mask

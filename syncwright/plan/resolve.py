@@ -114,6 +114,14 @@ def _cut(
     return replace(sync, partition=Whole()), (axis_length(variable.shape),)
 
 
+_NOT_OF_ROWS = {
+    "compensate": "servers do not keep the rows that each trainer has pulled",
+    "merge": "the rows of two batches are others",
+    "staged": "servers keep one version of a table",
+}
+"""Settings that tables do not have whose rows travel, and why."""
+
+
 def _rows(
     rules: Rules, variable: Variable, sync: Sync, update: Update | None, still: bool, notes: list[str]
 ) -> Travelling:
@@ -130,6 +138,12 @@ def _rows(
                     f"of which rows travel only: {why}. Leave it out for this variable."
                 )
         return ""
+    for name, why in _NOT_OF_ROWS.items():
+        if getattr(sync, name) != type(sync).__dataclass_fields__[name].default:
+            raise PlanError(
+                f"{rules.source}: variable {variable.name!r}: found {name}: {getattr(sync, name)} for a table of which rows "
+                f"travel; expected otherwise, as {why}. Leave it out for this variable."
+            )
     if still or sync.lazy:
         return "touched"
     notes.append(

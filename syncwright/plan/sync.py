@@ -45,8 +45,6 @@ class ParameterServer:
     compensate  async: delay compensation, gradient + compensate * gradient**2 * (value - value that was pulled) (DC-ASGD)
     merge       async: up to so many gradients of a trainer travel as one push, their mean, while an earlier one is under way;
                 steps read the value that has come last, and wait only when so many are held back
-    clock       async: the hyper-parameters of an update are those of the trainer's step that pushed ("trainer_step"), or
-                follow the scheduler, one tick for as many updates as there are trainers ("global_update")
     staged      sync: steps read values that are one step old, so that pulls never wait
     prefetch    of tables: rows of the next step are asked for while this one runs; in step they are still exact
     push, pull  dtype in which gradients and values travel; None: their own
@@ -67,7 +65,6 @@ class ParameterServer:
     take: Count = field(default=1, metadata=RARE)
     compensate: Amount = field(default=0.0, metadata=RARE)
     merge: Count = field(default=1, metadata=RARE)
-    clock: Literal["trainer_step", "global_update"] = field(default="trainer_step", metadata=RARE)
     staged: bool = field(default=False, metadata=RARE)
     lazy: bool = field(default=False, metadata=RARE)
     prefetch: bool = field(default=True, metadata=RARE)
@@ -102,7 +99,6 @@ _ASYNC = {
     "take": "a synchronous update takes one push of every trainer",
     "compensate": "in lock step no value is stale",
     "merge": "a synchronous update takes one push of every trainer in every step",
-    "clock": "in lock step there is one clock, the global step",
 }
 """Settings that only asynchronous updates have, and why."""
 

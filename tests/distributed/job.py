@@ -235,11 +235,6 @@ def trainer_killed_all_reduce(folder: Path) -> None:
     run(trainer, killed_at(trainer, "start"))
 
 
-def trainer_killed_server(folder: Path) -> None:
-    trainer = job(plan="parameter_server")
-    run(trainer, killed_at(trainer, "push") if ROLE == "trainer" else lambda number: None)
-
-
 def server_killed(folder: Path) -> None:
     """Before, a plan that names more servers than there are."""
     try:

@@ -67,7 +67,6 @@ RIGHT = {
 }
 WRONG = {
     "trainer killed, all_reduce": Setup("trainer_killed_all_reduce", 2),
-    "trainer killed, parameter_server": Setup("trainer_killed_server", 2, 1),
     "fewer servers than planned; then the server is killed": Setup("server_killed", 1, 1),
     "another model on trainer 1": Setup("another_model", 2),
     "the port is taken; then trainer 1 never starts": Setup("never_starts", 2, by="hand"),
