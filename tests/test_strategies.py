@@ -48,6 +48,8 @@ def test_the_registry_lists_the_fixed_strategies():
         "parameter_server",
         "parameter_server_balanced",
         "parameter_server_partitioned",
+        "parameter_server_uneven",
+        "staged",
         "parallax",
         "local_sgd",
         "diloco",
@@ -126,12 +128,14 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             "all-reduce",
             {},
             "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
-            "parameter_server_balanced, parameter_server_partitioned, parallax, local_sgd, diloco. Did you mean 'all_reduce'?",
+            "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, parallax, local_sgd, "
+            "diloco. Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",
             {"min_element": 1},
-            "strategy parameter_server_partitioned: found the option 'min_element', expected min_elements. "
+            "strategy parameter_server_partitioned: found the option 'min_element', expected one of "
+            "min_elements, mode, staleness. "
             "Did you mean 'min_elements'?",
         ),
         (
@@ -149,3 +153,22 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
 def test_what_cannot_be_meant_is_refused(name: str, options: dict[str, object], message: str):
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         named(name, MODEL, **options)
+
+
+def test_servers_have_modes():
+    served = plan("parameter_server_partitioned", mode="async", staleness=2)
+    assert {sharing.sync.staleness for sharing in served.sharings if isinstance(sharing.sync, ParameterServer)} == {2}
+    assert {s.sync.mode for s in plan("parallax", mode="async").sharings if isinstance(s.sync, ParameterServer)} == {
+        "async"
+    }
+
+
+def test_tables_are_not_staged():
+    found = plan("staged")
+    assert [sharing.sync.staged for sharing in found.sharings if isinstance(sharing.sync, ParameterServer)] == [
+        *(False, True, True)
+    ]
+
+
+def test_uneven_pieces_grow():
+    assert plan("parameter_server_uneven", pieces=3).sharing("embed.weight").sizes == (167, 333, 500)

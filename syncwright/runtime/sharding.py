@@ -39,20 +39,25 @@ def part_of(batch: object, trainers: int, rank: int, whole: Collection[str] = ()
 def rows_of(batch: object, start: int, stop: int, whole: Collection[str] = ()) -> object:
     """Examples [start, stop) of a batch; see `part_of`."""
     count = leading_size(batch)
+    left = _given_whole(batch, whole) if whole else ()
+
+    def cut(leaf: object) -> object:
+        is_cut = isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (count,) and id(leaf) not in left
+        return leaf[start:stop] if is_cut else leaf  # type: ignore[index]
+
+    return pytree.tree_map(cut, batch)
+
+
+def _given_whole(batch: object, whole: Collection[str]) -> set[int]:
+    """Which tensors of a batch, by `id`, have these names."""
     names = [v.name for v in batch_variables(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})]
     for name in whole:
         if name not in names:
             raise BatchError(
                 f"whole: no tensor of the batch is called '{name}'; expected some of {', '.join(names)}. Correct the name."
             )
-    names_in_order = iter(names)
-
-    def cut(leaf: object) -> object:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf[start:stop] if next(names_in_order) not in whole and leaf.shape[:1] == (count,) else leaf
-
-    return pytree.tree_map(cut, batch)
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    return {id(leaf) for name, leaf in zip(names, tensors, strict=True) if name in whole}
 
 
 def shard(loader: Iterable, trainers: int, rank: int, share: ShareState, whole: Collection[str] = ()) -> Iterator:

@@ -18,6 +18,8 @@ STRATEGIES: dict[str, Callable[..., Rules]] = {
     "parameter_server": fixed.parameter_server,
     "parameter_server_balanced": fixed.parameter_server_balanced,
     "parameter_server_partitioned": fixed.parameter_server_partitioned,
+    "parameter_server_uneven": fixed.parameter_server_uneven,
+    "staged": fixed.staged,
     "parallax": fixed.parallax,
     "local_sgd": fixed.local_sgd,
     "diloco": fixed.diloco,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from typing import Literal
 
 from syncwright.plan import (
     AllReduce,
@@ -20,8 +21,11 @@ from syncwright.plan import (
     RoundRobin,
     Rules,
     Sync,
+    Uneven,
 )
 from syncwright.program import Role, Variable
+
+Mode = Literal["sync", "async"]
 
 
 def independent(variables: Sequence[Variable]) -> Rules:
@@ -34,28 +38,48 @@ def all_reduce(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
     return _rules("all_reduce", AllReduce(bucket_mb))
 
 
-def parameter_server(variables: Sequence[Variable]) -> Rules:
+def parameter_server(variables: Sequence[Variable], mode: Mode = "sync", staleness: int | None = None) -> Rules:
     """Every variable is kept whole on server 0."""
-    return _rules("parameter_server", ParameterServer(place=On(0)))
+    return _rules("parameter_server", ParameterServer(mode, place=On(0), staleness=staleness))
 
 
-def parameter_server_balanced(variables: Sequence[Variable]) -> Rules:
+def parameter_server_balanced(
+    variables: Sequence[Variable], mode: Mode = "sync", staleness: int | None = None
+) -> Rules:
     """Every variable is kept whole on the server with the fewest bytes so far (AutoDist: PSLoadBalancing)."""
-    return _rules("parameter_server_balanced", ParameterServer(place=LeastLoaded()))
+    return _rules("parameter_server_balanced", ParameterServer(mode, place=LeastLoaded(), staleness=staleness))
 
 
-def parameter_server_partitioned(variables: Sequence[Variable], min_elements: int = 8192) -> Rules:
+def parameter_server_partitioned(
+    variables: Sequence[Variable], min_elements: int = 8192, mode: Mode = "sync", staleness: int | None = None
+) -> Rules:
     """Variables are cut into blocks that go to the servers in turn (Paddle's DistributeTranspiler)."""
-    sync = ParameterServer(partition=Blocks(min_elements), place=RoundRobin())
+    sync = ParameterServer(mode, partition=Blocks(min_elements), place=RoundRobin(), staleness=staleness)
     return _rules("parameter_server_partitioned", sync)
 
 
-def parallax(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
-    """Variables with sparse gradients whole on servers, the others all-reduced (Parallax, EuroSys 2019)."""
-    served = ParameterServer(place=LeastLoaded())
+def parameter_server_uneven(variables: Sequence[Variable], pieces: int = 2, mode: Mode = "sync") -> Rules:
+    """Variables are cut into pieces of growing size that go to the servers in turn (AutoDist: UnevenPartitionedPS)."""
+    return _rules("parameter_server_uneven", ParameterServer(mode, partition=Uneven(pieces), place=RoundRobin()))
+
+
+def staged(variables: Sequence[Variable]) -> Rules:
+    """Servers, with values that are one step old, so that no step waits for them (tf_cnn_benchmarks: staged variables).
+
+    Rows of tables are those of the step: servers keep one version of a table.
+    """
+    return _rules("staged", ParameterServer(place=LeastLoaded(), staged=True), _tables(variables, LeastLoaded()))
+
+
+def parallax(variables: Sequence[Variable], bucket_mb: float = 25.0, mode: Mode = "sync") -> Rules:
+    """Rows of tables on servers, the other variables all-reduced (Parallax, EuroSys 2019)."""
+    return _rules("parallax", AllReduce(bucket_mb), _tables(variables, LeastLoaded(), mode))
+
+
+def _tables(variables: Sequence[Variable], place: LeastLoaded, mode: Mode = "sync") -> tuple[tuple[str, Sync], ...]:
+    """A line for each variable with a sparse gradient: on servers."""
     sparse = [variable.name for variable in variables if variable.role is Role.PARAM and variable.sparse]
-    patterns = tuple((glob.escape(name), served) for name in sparse)
-    return _rules("parallax", AllReduce(bucket_mb), patterns)
+    return tuple((glob.escape(name), ParameterServer(mode, place=place)) for name in sparse)
 
 
 def local_sgd(variables: Sequence[Variable], every: int = 8, start: int = 0, bucket_mb: float = 25.0) -> Rules:
