@@ -70,11 +70,13 @@ class Running:
     """A program and which of its runs is next. Changes with every run.
 
     clock  what numbers its runs: "" the steps, or the channel whose contributions do
+    reads  by the name of each value that it reads, where the values are
     """
 
     program: Program
     clock: str
     host: frozenset[str]
+    reads: dict[str, Slot] = field(default_factory=dict)
     step: int = 0
 
 
@@ -170,7 +172,8 @@ class Server:
         slots = {(name, ""): Slot(True, kept=2 if name in staged else 1) for name in held}
         for running in self._running:
             for name in running.program.reads:
-                slots.setdefault(_key(running, name), Slot(False)).readers.append(running)
+                running.reads[name] = slots.setdefault(_key(running, name), Slot(False))
+                running.reads[name].readers.append(running)
             for name in running.program.writes:
                 slots.setdefault((name, ""), Slot(False))
         for name in self._counting:
@@ -359,7 +362,7 @@ class Server:
     def _note_pulled(self, trainer: int, channel: str, count: int) -> None:
         """What the trainer of a contribution has pulled last, where the update reads it."""
         for running in self._slots[channel, ""].readers:
-            for name in [name for name in running.program.reads if _is_pulled(running, name)]:
+            for name in [name for name in running.reads if _is_pulled(running, name)]:
                 of = str(running.program.variables[name].of)
                 newest = self._slots[of, ""]
                 value = self._pulled.get((of, trainer), newest.values.get(newest.newest or 0))
@@ -395,8 +398,7 @@ class Server:
 
     def _inputs(self, running: Running) -> dict[str, object] | None:
         found: dict[str, object] = {}
-        for name in running.program.reads:
-            slot = self._slots[_key(running, name)]
+        for name, slot in running.reads.items():
             number = slot.newest if name in self._fixed else running.step
             value = slot.values.get(number) if number is not None else None
             if value is None:
@@ -414,8 +416,8 @@ class Server:
             sent += self._set(name, step + 1 if held else step, value)
             for other in self._exports.get(name, ()):
                 sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), _as_tensor(value))))
-        for name in running.program.reads:
-            self._slots[_key(running, name)].forget()
+        for slot in running.reads.values():
+            slot.forget()
         return sent
 
     def _computed(self, running: Running, inputs: Mapping[str, object]) -> Mapping[str, object]:
@@ -532,7 +534,8 @@ class Server:
 def _pieces_here(job: Job, rank: int) -> dict[str, tuple[int, int]]:
     """The pieces of tables that a server keeps, each with the rows [start, stop) that it has."""
     held = {v.name: v for v in job.servers[rank].holds}
-    names = {name for table in job.tables.values() for name, _ in table.pieces if name in held}
+    pulled = [name for table in job.tables.values() for name, _ in table.pieces]
+    names = {job.casts[name][0] if name in job.casts else name for name in pulled} & held.keys()
     return {name: held[name].part or (0, held[name].shape[0]) for name in names}
 
 
