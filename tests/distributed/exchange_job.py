@@ -49,6 +49,7 @@ def train(transport: SocketTransport) -> None:
     transport.broadcast(first, "first")
     print("sum", total.tolist(), "first", first.item())
     transport.send(server, Message(Leave(3)))
+    transport.flush()
 
 
 def main() -> None:

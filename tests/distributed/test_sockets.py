@@ -71,18 +71,24 @@ def heard(transport: SocketTransport) -> tuple[Address, Message]:
     return got
 
 
+def tell(transport: SocketTransport, to: Address, message: Message) -> None:
+    """Sends a message at once: a small one would wait for others."""
+    transport.send(to, message)
+    transport.flush()
+
+
 def test_what_is_sent_arrives_in_order_and_is_answered(transport: Open, folder: Path) -> None:
     server, zero = transport(S0), transport(T0)
     assert [path.name[:11] for path in folder.iterdir()] == ["syncwright-"]
     for step in range(50):
-        zero.send(S0, Message(Push("w", step, 1.0), torch.full((step,), float(step))))
+        tell(zero, S0, Message(Push("w", step, 1.0), torch.full((step,), float(step))))
     for step in range(50):
         peer, message = heard(server)
         assert (peer, message.header) == (T0, Push("w", step, 1.0))
         assert message.tensor is not None
         assert message.tensor.tolist() == [float(step)] * step
     assert server.receive(0) is None
-    server.send(T0, Message(Value("w", 50), torch.ones(3_000_000, dtype=torch.bfloat16)))
+    tell(server, T0, Message(Value("w", 50), torch.ones(3_000_000, dtype=torch.bfloat16)))
     peer, message = heard(zero)
     assert (peer, message.header) == (S0, Value("w", 50))
     assert message.tensor is not None
@@ -100,31 +106,31 @@ def test_all_who_send_are_heard_in_turn(transport: Open) -> None:
     servers = [transport(S0, servers=2), transport(S1, servers=2)]
     zero = transport(T0, servers=2)
     for server in servers:
-        zero.send(server.me, Message(Hello("x")))
+        tell(zero, server.me, Message(Hello("x")))
         heard(server)
         for step in range(3):
-            server.send(T0, Message(Value("w", step), torch.ones(1)))
+            tell(server, T0, Message(Value("w", step), torch.ones(1)))
     time.sleep(0.1)
     assert sorted(str(heard(zero)[0]) for _ in range(6)) == ["server 0"] * 3 + ["server 1"] * 3
 
 
 def test_servers_talk_to_each_other_and_may_end_one_before_the_other(transport: Open) -> None:
     zero, one = transport(S0, servers=2), transport(S1, servers=2)
-    zero.send(S1, Message(Value("norm", 1), torch.tensor(3.0)))
-    one.send(S0, Message(Value("norm", 1), torch.tensor(4.0)))
+    tell(zero, S1, Message(Value("norm", 1), torch.tensor(3.0)))
+    tell(one, S0, Message(Value("norm", 1), torch.tensor(4.0)))
     assert heard(one)[0] == S0
     assert heard(zero)[0] == S1
     one.close()
     assert zero.receive(0.1) is None
     with pytest.raises(PeerLost, match=r"server 0 cannot send to server 1: server 1 .* has ended"):
-        zero.send(S1, Message(Leave(1)))
+        tell(zero, S1, Message(Leave(1)))
 
 
 def test_a_connection_that_breaks_is_a_lost_peer_after_its_last_words(transport: Open) -> None:
     server, zero = transport(S0), transport(T0)
-    zero.send(S0, Message(Hello("x")))
+    tell(zero, S0, Message(Hello("x")))
     heard(server)
-    server.send(T0, Message(Value("w", 1), torch.ones(2)))
+    tell(server, T0, Message(Value("w", 1), torch.ones(2)))
     for socket in server._sockets:  # as when its process is killed: no good-bye
         socket.close(linger=500)
     assert heard(zero)[1].header == Value("w", 1)
@@ -135,13 +141,13 @@ def test_a_connection_that_breaks_is_a_lost_peer_after_its_last_words(transport:
 def test_a_message_to_a_trainer_that_is_not_there(transport: Open) -> None:
     server = transport(S0)
     with pytest.raises(PeerLost, match=r"server 0 cannot send to trainer 1, .*: trainer 1 has never been heard of"):
-        server.send(T1, Message(Leave(1)))
+        tell(server, T1, Message(Leave(1)))
 
 
 def test_trainers_send_to_servers_only(transport: Open) -> None:
     transport(S0)
     with pytest.raises(JobError, match="trainers send to servers only"):
-        transport(T0).send(T1, Message(Leave(1)))
+        tell(transport(T0), T1, Message(Leave(1)))
 
 
 @contextmanager
@@ -177,7 +183,7 @@ def test_who_is_not_of_the_job_is_not_heard_and_the_log_is_not_flooded(
         for _ in range(500):
             stranger.send_multipart([b"hello", b"you"])
         zero = transport(T0)
-        zero.send(S0, Message(Hello("x")))
+        tell(zero, S0, Message(Hello("x")))
         assert heard(server)[0] == T0
         while server.receive(0.2) is not None:
             continue
@@ -205,8 +211,8 @@ def test_what_does_not_fit_the_job_is_dropped_and_named_by_who_waits(
     transport: Open, message: Message, reason: str, said: str
 ) -> None:
     server, one = transport(S0, limit=LIMITS), transport(T1)
-    one.send(S0, message)
-    one.send(S0, Message(Push("w", 1, 1.0, {"lr": 0.1}), ONES))
+    tell(one, S0, message)
+    tell(one, S0, Message(Push("w", 1, 1.0, {"lr": 0.1}), ONES))
     assert heard(server)[1].header == Push("w", 1, 1.0, {"lr": 0.1})
     assert server.traffic.drops.counts == {("trainer 1", reason): 1}
     late = server.late([T1])
@@ -227,10 +233,10 @@ def test_a_message_of_too_many_frames_is_dropped_whole(transport: Open) -> None:
 def test_a_trainer_takes_values_of_their_server_only(transport: Open) -> None:
     server = transport(S0)
     zero = transport(T0, limit=Limits({"w": ((2,), torch.float32)}, given={"w": frozenset({S1})}))
-    zero.send(S0, Message(Hello("x")))
+    tell(zero, S0, Message(Hello("x")))
     heard(server)
     for message in (Message(Value("w", 1), ONES), Message(Leave(1)), Message(Push("w", 1, 1.0), ONES)):
-        server.send(T0, message)
+        tell(server, T0, message)
     assert zero.receive(0.3) is None
     assert zero.traffic.drops.counts == {("server 0", "refused"): 3}
 
@@ -255,7 +261,7 @@ def test_across_hosts_a_server_listens_on_the_address_that_it_was_given(place: M
     zero = SocketTransport(T0, rendezvous, 1)
     assert server._binding is not None
     assert server._binding.url.startswith("tcp://127.0.0.1:")
-    zero.send(S0, Message(Hello("x")))
+    tell(zero, S0, Message(Hello("x")))
     assert heard(server)[1].header == Hello("x")
     zero.close()
     server.close()
@@ -275,13 +281,13 @@ def test_an_embedded_server_is_a_thread_of_the_process(folder: Path) -> None:
         def serve() -> None:
             server = SocketTransport(S0, rendezvous, 1, context=context)
             peer, message = heard(server)
-            server.send(peer, Message(Value("w", 1), message.tensor))
+            tell(server, peer, Message(Value("w", 1), message.tensor))
             server.close()
 
         thread = threading.Thread(target=serve)
         thread.start()
         zero = SocketTransport(T0, rendezvous, 1, context=context)
-        zero.send(S0, Message(Push("w", 0, 1.0), torch.ones(2)))
+        tell(zero, S0, Message(Push("w", 0, 1.0), torch.ones(2)))
         assert heard(zero)[1].header == Value("w", 1)
         ones = torch.ones(2)
         assert zero.all_reduce(ones, "ones").done()

@@ -310,6 +310,7 @@ def attacked(
     given = [m for m in right_messages(job, limits, 0) if isinstance(m.header, Hello | Value | Resume)]
     for message in given:
         zero.send(S0, message)
+        zero.flush()
     before = pulled(zero, limits, 0)
     start, begun = memory_nbytes(process.pid, "VmRSS", reset=True), time.monotonic()
     endpoint = msgspec.json.decode(rendezvous.client().get(f"present/{S0}"), type=Endpoint)
@@ -324,6 +325,7 @@ def attacked(
     unchanged = same(pulled(zero, limits, 0), before)
     correct = same(stepped(job, limits, zero, member), alone(job, limits, given))
     zero.send(S0, Message(Leave(1)))
+    zero.flush()
     member.send_multipart([bytes(frame) for frame in encode(Message(Leave(1)))])
     status = process.wait(60)
     member.close()
@@ -337,6 +339,7 @@ def pulled(zero: SocketTransport, limits: Limits, version: int) -> dict[str, tor
     names = sorted(limits.pulled & limits.given.keys())
     for name in names:
         zero.send(S0, Message(Pull(name, version)))
+        zero.flush()
     found = {}
     for _ in names:
         got = zero.receive(60.0)
@@ -350,6 +353,7 @@ def stepped(job: Job, limits: Limits, zero: SocketTransport, member: zmq.Socket)
     """The values after a step of both trainers."""
     for message in pushes(job, limits):
         zero.send(S0, message)
+        zero.flush()
         member.send_multipart([bytes(frame) for frame in encode(message)])
     return pulled(zero, limits, 1)
 
