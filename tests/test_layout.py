@@ -162,6 +162,9 @@ runtime         what runs a job
     compiled
     rows
     merging
+    slots
+    row_server
+    interpreter
     server
     row_client
     client

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 
 import torch
 
-from syncwright.errors import Disagreement, JobError
+from syncwright.errors import Disagreement
 from syncwright.job import Channel, Job
-from syncwright.program import Program, Role
-from syncwright.runtime.executor import NO_PORT, Executor
+from syncwright.runtime.interpreter import Compute, Interpreter
 from syncwright.runtime.merging import Attendance, Contribution, Counting, counting
 from syncwright.runtime.messages import (
     Address,
@@ -36,91 +34,14 @@ from syncwright.runtime.messages import (
     Value,
 )
 from syncwright.runtime.rendezvous import cannot_go_on
-from syncwright.runtime.rows import RowGradient, Settled, bits, update_touched
-from syncwright.shapes import is_host
+from syncwright.runtime.row_server import RowServer
+from syncwright.runtime.rows import RowGradient, update_touched
+from syncwright.runtime.slots import Asked, Running, Slot, as_tensor, is_pulled, key_of, running_of
 
 Outgoing = tuple[Address, Message]
-Compute = Callable[[Program, Mapping[str, object]], Mapping[str, object]]
 FIRST = Address(Kind.TRAINER, 0)
 
 log = logging.getLogger("syncwright")
-
-
-class Interpreter:
-    """Runs a server's programs as they are; each is made ready once. Changes with every new program."""
-
-    def __init__(self) -> None:
-        self._ready: dict[Program, Executor] = {}
-
-    @torch.no_grad()
-    def __call__(self, program: Program, values: Mapping[str, object]) -> Mapping[str, object]:
-        if program not in self._ready:
-            self._ready[program] = Executor(program)
-        try:
-            blocked = next(self._ready[program].run(values, NO_PORT))
-        except StopIteration as stop:
-            return stop.value
-        raise JobError(
-            f"a server's program waits at {blocked.node} for '{blocked.channel}'; only trainers' programs do."
-        )
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A program and which of its runs is next. Changes with every run.
-
-    clock  what numbers its runs: "" the steps, or the channel whose contributions do
-    reads  by the name of each value that it reads, where the values are
-    """
-
-    program: Program
-    clock: str
-    host: frozenset[str]
-    reads: dict[str, Slot] = field(default_factory=dict)
-    step: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """Rows that a trainer has asked for: `ids` within the piece that is kept here.
-
-    missing  which of them it does not have as they will be; None: all
-    """
-
-    header: PullRows
-    ids: torch.Tensor
-    missing: torch.Tensor | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """The values of one name, by number. Changes as they come and go.
-
-    held     the server keeps it between runs: it stays until there is a newer one
-    readers  programs that read it
-    kept     of values that trainers pull, so many of the newest stay, whoever has read them
-    parked   pulls that wait for a value
-    """
-
-    held: bool
-    readers: list[Running] = field(default_factory=list)
-    kept: int = 0
-    values: dict[int, object] = field(default_factory=dict)
-    parked: list[tuple[Address, Pull | Asked]] = field(default_factory=list)
-
-    @property
-    def newest(self) -> int | None:
-        return max(self.values, default=None)
-
-    def forget(self) -> None:
-        """What nobody asks for any more."""
-        if not self.values:
-            return
-        bound = min((r.step for r in self.readers), default=max(self.values) + 1)
-        if self.kept:
-            bound = min(bound, max(self.values) - self.kept + 1)
-        for number in [n for n in self.values if n < bound]:
-            del self.values[number]
 
 
 class Server:
@@ -143,21 +64,19 @@ class Server:
             for name, channel in job.channels.items()
             if channel.server == rank
         }
-        self._running = [_running(program, self._counting) for program in part.programs]
+        self._running = [running_of(program, self._counting) for program in part.programs]
         self._slots = self._make_slots()
         self._due: deque[Running] = deque()
         self._settings = 0
         self._ticks: list[tuple[Address, Tick]] = []
         self._at_end: list[tuple[Address, Pull]] = []
         self._noted = {
-            str(r.program.variables[n].of) for r in self._running for n in r.program.reads if _is_pulled(r, n)
+            str(r.program.variables[n].of) for r in self._running for n in r.program.reads if is_pulled(r, n)
         }
         self._pulled: dict[tuple[str, int], object] = {}
-        self._tables = _pieces_here(job, rank)
         self._shapes = {v.name: v.shape for v in part.holds}
-        self._in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
-        self._asked: dict[tuple[int, str, int], torch.Tensor] = {}
-        self._ahead: dict[str, Settled] = {}
+        in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
+        self._rows = RowServer(job, rank, in_place)
 
     def _channel(self, name: str) -> Channel:
         return self._counting[name].channel
@@ -172,7 +91,7 @@ class Server:
         slots = {(name, ""): Slot(True, kept=2 if name in staged else 1) for name in held}
         for running in self._running:
             for name in running.program.reads:
-                running.reads[name] = slots.setdefault(_key(running, name), Slot(False))
+                running.reads[name] = slots.setdefault(key_of(running, name), Slot(False))
                 running.reads[name].readers.append(running)
             for name in running.program.writes:
                 slots.setdefault((name, ""), Slot(False))
@@ -275,11 +194,13 @@ class Server:
                 counted = self._counting.get(channel)
                 if counted is None or message.tensor is None:
                     return f"this server does not merge '{channel[:80]}'"
-                if counted.channel.rows and len(message.tensor) != len(self._ids(sender.rank, push)):
+                if counted.channel.rows and len(message.tensor) != len(
+                    self._rows.ids(sender.rank, counted.channel, push)
+                ):
                     return "it has other rows than were asked for"
                 return counted.refusal(sender.rank, push)
             case PullRows(channel=channel):
-                return self._refusal_of_rows(channel, message.tensor)
+                return self._rows.refusal(self._source(channel), message.tensor)
             case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
                 return f"this server keeps no '{channel[:80]}'"
             case Value(channel=channel) if server is self._slots[channel, ""].held:
@@ -291,23 +212,6 @@ class Server:
             case Pull(channel=channel) if (self._source(channel), "") not in self._slots:
                 return f"this server has no '{channel[:80]}'"
         return None
-
-    def _refusal_of_rows(self, channel: str, ids: torch.Tensor | None) -> str | None:
-        name = self._source(channel)
-        if name not in self._tables or ids is None:
-            return f"this server keeps no table '{channel[:80]}'"
-        start, stop = self._tables[name]
-        if ids.dtype is not torch.int64 or ids.dim() != 1:
-            return "its ids are no list of 64-bit numbers"
-        if len(ids) and not (start <= int(ids.min()) and int(ids.max()) < stop):
-            return f"its ids are not all of [{start}, {stop}), which this server keeps of '{name[:80]}'"
-        return None
-
-    def _ids(self, trainer: int, push: Push) -> torch.Tensor:
-        """The rows that a trainer's contribution is of: those that it has asked for in that step."""
-        table = str(self._channel(push.channel).variable.of)
-        asked = self._asked.get((trainer, table, push.step))
-        return torch.empty(0, dtype=torch.int64) if asked is None else asked[push.skip :]
 
     def _check_digest(self, sender: Address, digest: str) -> None:
         if digest != self.job.digest:
@@ -346,8 +250,7 @@ class Server:
         assert tensor is not None, "looked at before"
         given: Contribution = tensor
         if counted.channel.rows:
-            given = RowGradient(self._ids(sender.rank, push), tensor)
-            self._asked.pop((sender.rank, str(counted.channel.variable.of), push.step), None)
+            given = self._rows.take(sender.rank, counted.channel, push, tensor)
         count = counted.take(sender.rank, push, given)
         sent = [(sender, Message(Taken(push.channel)))] if counted.channel.up_to > 1 else []
         if count is None:
@@ -362,7 +265,7 @@ class Server:
     def _note_pulled(self, trainer: int, channel: str, count: int) -> None:
         """What the trainer of a contribution has pulled last, where the update reads it."""
         for running in self._slots[channel, ""].readers:
-            for name in [name for name in running.reads if _is_pulled(running, name)]:
+            for name in [name for name in running.reads if is_pulled(running, name)]:
                 of = str(running.program.variables[name].of)
                 newest = self._slots[of, ""]
                 value = self._pulled.get((of, trainer), newest.values.get(newest.newest or 0))
@@ -415,7 +318,7 @@ class Server:
             held = self._slots[name, ""].held
             sent += self._set(name, step + 1 if held else step, value)
             for other in self._exports.get(name, ()):
-                sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), _as_tensor(value))))
+                sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), as_tensor(value))))
         for slot in running.reads.values():
             slot.forget()
         return sent
@@ -446,35 +349,10 @@ class Server:
 
     def _take_pull_of_rows(self, sender: Address, pull: PullRows, ids: torch.Tensor) -> list[Outgoing]:
         name = self._source(pull.channel)
-        slot, own, sent = self._slots[name, ""], ids - self._tables[name][0], []
-        asked = Asked(pull, own)
-        if pull.step >= 0:
-            self._asked[sender.rank, name, pull.step] = own
-        if pull.step >= 0 and pull.when == "step" and name in self._in_place:
-            self._unsettle(slot, pull.step, own)
-            settled = self._settled(name).ask(sender.rank, own, pull.step, slot.newest, self._attendance.live)
-            if settled is not None:
-                asked = Asked(pull, own, ~settled)
-                rows = self._rows_of(name, slot.values[slot.newest or 0], own[settled], pull)
-                sent.append((sender, Message(Rows(pull.channel, pull.turn, bits(settled), last=False), rows)))
-        slot.parked.append((sender, asked))
-        return sent + self._answer(name, slot)
-
-    def _unsettle(self, slot: Slot, step: int, ids: torch.Tensor) -> None:
-        """Rows that a trainer asks for late, for the step that runs, change after all: who has them gets them again."""
-        for index, (to, other) in enumerate(slot.parked):
-            if isinstance(other, Asked) and other.missing is not None and other.header.step > step:
-                missing = other.missing | torch.isin(other.ids, ids)
-                slot.parked[index] = to, replace(other, missing=missing)
-
-    def _settled(self, name: str) -> Settled:
-        if name not in self._ahead:
-            self._ahead[name] = Settled(self._shapes[name][0])
-        return self._ahead[name]
-
-    def _rows_of(self, name: str, table: object, ids: torch.Tensor, pull: PullRows) -> torch.Tensor:
-        rows, cast = _as_tensor(table).index_select(0, ids), self.job.casts.get(pull.channel)
-        return rows if cast is None else rows.to(cast[1])
+        asked, early = self._rows.ask(sender.rank, pull, ids, self._slots[name, ""], self._attendance.live)
+        self._slots[name, ""].parked.append((sender, asked))
+        sent = [] if early is None else [(sender, early)]
+        return sent + self._answer(name, self._slots[name, ""])
 
     def _answer(self, name: str, slot: Slot) -> list[Outgoing]:
         """To those who wait for a value of `name` that is there."""
@@ -488,18 +366,14 @@ class Server:
             value = slot.values[number]
             if name in self._noted:
                 self._pulled[name, sender.rank] = value
-            sent.append((sender, self._reply(pull, name, _as_tensor(value))))
+            sent.append((sender, self._reply(pull, name, as_tensor(value))))
         slot.parked = waiting
         return sent
 
     def _reply(self, pull: Pull | Asked, name: str, value: torch.Tensor) -> Message:
         if isinstance(pull, Asked):
-            some = b"" if pull.missing is None else bits(pull.missing)
-            ids = pull.ids if pull.missing is None else pull.ids[pull.missing]
-            return Message(
-                Rows(pull.header.channel, pull.header.turn, some), self._rows_of(name, value, ids, pull.header)
-            )
-        cast, value = self.job.casts.get(pull.channel), value.clone() if name in self._in_place else value
+            return self._rows.reply(pull, value)
+        cast, value = self.job.casts.get(pull.channel), value.clone() if name in self._rows.in_place else value
         return Message(Value(pull.channel, pull.version), value if cast is None else value.to(cast[1]))
 
     def _number(self, slot: Slot, pull: Pull | PullRows) -> int | None:
@@ -529,32 +403,3 @@ class Server:
         free = [(to, t) for to, t in self._ticks if slowest is None or t.clock - slowest <= t.staleness]
         self._ticks = [each for each in self._ticks if each not in free]
         return [(to, Message(Go(tick.clock))) for to, tick in free]
-
-
-def _pieces_here(job: Job, rank: int) -> dict[str, tuple[int, int]]:
-    """The pieces of tables that a server keeps, each with the rows [start, stop) that it has."""
-    held = {v.name: v for v in job.servers[rank].holds}
-    pulled = [name for table in job.tables.values() for name, _ in table.pieces]
-    names = {job.casts[name][0] if name in job.casts else name for name in pulled} & held.keys()
-    return {name: held[name].part or (0, held[name].shape[0]) for name in names}
-
-
-def _running(program: Program, counted: Mapping[str, Counting]) -> Running:
-    host = frozenset(name for name, node in program.placeholders.items() if is_host(node.meta["val"]))
-    clock = next((name for name in program.reads if name in counted and counted[name].channel.take), "")
-    return Running(program, clock, host)
-
-
-def _key(running: Running, name: str) -> tuple[str, str]:
-    """Where a program finds a value. Hyper-parameters travel with contributions, and are numbered as these are."""
-    return name, running.clock if running.program.variables[name].role is Role.HYPER else ""
-
-
-def _is_pulled(running: Running, name: str) -> bool:
-    """Whether a program reads under this name what the trainer of a contribution has pulled (see `passes.compensate`)."""
-    variable = running.program.variables[name]
-    return variable.role is Role.GLOBAL and variable.of is not None
-
-
-def _as_tensor(value: object) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)

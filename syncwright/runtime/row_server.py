@@ -1,0 +1,96 @@
+"""A server's rows of tables: which trainers have asked for which, and what they get at once. Changes with every request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+
+from syncwright.job import Channel, Job
+from syncwright.runtime.messages import Message, PullRows, Push, Rows
+from syncwright.runtime.rows import RowGradient, Settled, bits
+from syncwright.runtime.slots import Asked, Slot, as_tensor
+
+
+class RowServer:
+    """What one server does with rows of tables, for its `Server`.
+
+    in_place  variables whose touched rows are written in place
+    """
+
+    def __init__(self, job: Job, rank: int, in_place: Collection[str]):
+        self.job, self.in_place = job, frozenset(in_place)
+        self._pieces = _pieces_here(job, rank)
+        self._asked: dict[tuple[int, str, int], torch.Tensor] = {}
+        self._settled: dict[str, Settled] = {}
+
+    def refusal(self, name: str, ids: torch.Tensor | None) -> str | None:
+        """Why rows cannot be asked for; None where they can."""
+        if name not in self._pieces or ids is None:
+            return f"this server keeps no table '{name[:80]}'"
+        start, stop = self._pieces[name]
+        if ids.dtype is not torch.int64 or ids.dim() != 1:
+            return "its ids are no list of 64-bit numbers"
+        if len(ids) and not (start <= int(ids.min()) and int(ids.max()) < stop):
+            return f"its ids are not all of [{start}, {stop}), which this server keeps of '{name[:80]}'"
+        return None
+
+    def ids(self, trainer: int, channel: Channel, push: Push) -> torch.Tensor:
+        """The rows that a trainer's contribution is of: those that it has asked for in that step."""
+        asked = self._asked.get((trainer, str(channel.variable.of), push.step))
+        return torch.empty(0, dtype=torch.int64) if asked is None else asked[push.skip :]
+
+    def take(self, trainer: int, channel: Channel, push: Push, rows: torch.Tensor) -> RowGradient:
+        """A trainer's contribution; its step is done."""
+        gradient = RowGradient(self.ids(trainer, channel, push), rows)
+        self._asked.pop((trainer, str(channel.variable.of), push.step), None)
+        return gradient
+
+    def ask(
+        self, trainer: int, pull: PullRows, ids: torch.Tensor, slot: Slot, live: Sequence[int]
+    ) -> tuple[Asked, Message | None]:
+        """What a trainer waits for, and the rows that it gets at once: those that the step that runs will not change."""
+        name = self.job.casts[pull.channel][0] if pull.channel in self.job.casts else pull.channel
+        start, stop = self._pieces[name]
+        own = ids - start
+        if pull.step < 0:
+            return Asked(pull, own), None
+        self._asked[trainer, name, pull.step] = own
+        if pull.when != "step" or name not in self.in_place:
+            return Asked(pull, own), None
+        _unsettle(slot, pull.step, own)
+        if name not in self._settled:
+            self._settled[name] = Settled(stop - start)
+        settled = self._settled[name].ask(trainer, own, pull.step, slot.newest, live)
+        if settled is None:
+            return Asked(pull, own), None
+        rows = self._rows_of(as_tensor(slot.values[slot.newest or 0]), own[settled], pull)
+        early = Message(Rows(pull.channel, pull.turn, bits(settled), last=False), rows)
+        return Asked(pull, own, ~settled), early
+
+    def reply(self, asked: Asked, table: torch.Tensor) -> Message:
+        """The rows that a trainer does not have yet."""
+        pull, missing = asked.header, asked.missing
+        some = b"" if missing is None else bits(missing)
+        rows = self._rows_of(table, asked.ids if missing is None else asked.ids[missing], pull)
+        return Message(Rows(pull.channel, pull.turn, some), rows)
+
+    def _rows_of(self, table: torch.Tensor, ids: torch.Tensor, pull: PullRows) -> torch.Tensor:
+        rows, cast = table.index_select(0, ids), self.job.casts.get(pull.channel)
+        return rows if cast is None else rows.to(cast[1])
+
+
+def _unsettle(slot: Slot, step: int, ids: torch.Tensor) -> None:
+    """Rows that a trainer asks for late, for the step that runs, change after all: who has them gets them again."""
+    for index, (to, other) in enumerate(slot.parked):
+        if isinstance(other, Asked) and other.missing is not None and other.header.step > step:
+            slot.parked[index] = to, replace(other, missing=other.missing | torch.isin(other.ids, ids))
+
+
+def _pieces_here(job: Job, rank: int) -> dict[str, tuple[int, int]]:
+    """The pieces of tables that a server keeps, each with the rows [start, stop) that it has."""
+    held = {v.name: v for v in job.servers[rank].holds}
+    pulled = [name for table in job.tables.values() for name, _ in table.pieces]
+    names = {job.casts[name][0] if name in job.casts else name for name in pulled} & held.keys()
+    return {name: held[name].part or (0, held[name].shape[0]) for name in names}
