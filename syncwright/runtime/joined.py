@@ -11,6 +11,7 @@ from syncwright.job import Job
 from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.messages import Address, Kind
+from syncwright.runtime.replica import UNTIL_ALL_LEFT
 from syncwright.runtime.transport import Transport
 
 
@@ -53,6 +54,10 @@ class Joined:
         wait = self.transport.wait([owner, *others], self._seconds)
         while (got := self.transport.receive(1.0)) is None:
             self._check()
+            if wait.is_over() and blocked.node == UNTIL_ALL_LEFT and not self.transport.silent([owner]):
+                wait = self.transport.wait(
+                    [owner, *others], self._seconds
+                )  # others may train on for as long as they like
             if wait.is_over():
                 late = self.transport.late([owner, *others])
                 raise DeadlineExceeded(

@@ -25,6 +25,8 @@ from syncwright.runtime.outer import Outer, begun
 from syncwright.runtime.programs import Prepared
 
 Examples = Callable[..., float] | float | None
+UNTIL_ALL_LEFT = "the end of all trainers"
+"""Where a trainer waits that has left before others."""
 CLOCKS = "clocks"
 """What a trainer waits for that is too far ahead."""
 
@@ -244,7 +246,7 @@ class Replica:
                 continue
             version = fresh if name in self.job.arriving else self.step_count
             while (value := self.client.fetch(name, version, when)) is None:
-                yield Blocked("state", name)
+                yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
             start = variable.part[0] if variable.part is not None else -1
             found.setdefault(variable.whole or name, []).append((start, value))
         self.client.release()

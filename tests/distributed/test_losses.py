@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts.early import STEPS as STEPS_OF_EACH
 from tests.scripts.paused import PAUSED_AT, STEPS
 
 pytestmark = pytest.mark.processes
@@ -23,8 +24,11 @@ LONGEST = 240.0
 
 
 @contextmanager
-def job(folder: Path, mode: str, number: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    how = ["run", "--trainers", "2", "--servers", "1", str(SCRIPT), str(folder), mode, number]
+def job(
+    folder: Path, *arguments: str, environment: dict[str, str], script: Path = SCRIPT
+) -> Iterator[subprocess.Popen[str]]:
+    how = ["run", "--trainers", "2", "--servers", "1", str(script), str(folder), *arguments]
+    environment = {**environment, "PYTHONPATH": str(SCRIPT.parent.parent.parent)}
     process = subprocess.Popen(
         [*CLI, *how], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -65,7 +69,7 @@ def is_paused(folder: Path) -> bool:
 @pytest.mark.parametrize(("mode", "expected"), [("sync", -float(STEPS)), ("async", -float(STEPS + PAUSED_AT))])
 def test_the_others_go_on_without_a_trainer_that_is_killed(tmp_path: Path, environment, mode: str, expected: float):
     """Remaining gradients all 1 give 1.0, not half of it; asynchronous, every push of the lost one counts once."""
-    with job(tmp_path, mode, "SIGKILL", environment) as process:
+    with job(tmp_path, mode, "SIGKILL", environment=environment) as process:
         output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, output
     assert "was ended by SIGKILL; the others go on without it" in output
@@ -76,7 +80,7 @@ def test_the_others_go_on_without_a_trainer_that_is_killed(tmp_path: Path, envir
 @pytest.mark.parametrize(("mode", "further"), [("3", 3), ("0", 0), ("async", STEPS - PAUSED_AT)])
 def test_a_trainer_that_pauses_holds_others_back_as_the_mode_says(tmp_path: Path, environment, mode: str, further: int):
     """staleness=3 stops at three steps more; asynchronous goes on; when it wakes, all are done."""
-    with job(tmp_path, mode, "SIGSTOP", environment) as process:
+    with job(tmp_path, mode, "SIGSTOP", environment=environment) as process:
         until(lambda: is_paused(tmp_path) and steps(tmp_path, 0) >= PAUSED_AT + further)
         time.sleep(1.0)
         assert steps(tmp_path, 0) == PAUSED_AT + further
@@ -87,10 +91,18 @@ def test_a_trainer_that_pauses_holds_others_back_as_the_mode_says(tmp_path: Path
 
 
 def test_in_step_the_others_wait_and_name_who_is_late(tmp_path: Path, environment):
-    with job(tmp_path, "sync", "SIGSTOP", environment) as process:
+    with job(tmp_path, "sync", "SIGSTOP", environment=environment) as process:
         until(lambda: is_paused(tmp_path))
         assert process.stdout is not None
         said = next(line for line in process.stdout if "DeadlineExceeded: " in line)
         assert steps(tmp_path, 0) == PAUSED_AT
     assert "trainer 1" in said
     assert "has been silent for" in said
+
+
+def test_who_has_left_waits_for_the_last_value_as_long_as_others_train(tmp_path: Path, environment):
+    """Longer than any deadline: all end with what all have pushed."""
+    with job(tmp_path, environment=environment, script=SCRIPT.parent / "early.py") as process:
+        output, _ = process.communicate(timeout=LONGEST)
+    assert process.returncode == 0, output
+    assert [float((tmp_path / f"{rank}.value").read_text()) for rank in range(2)] == [-float(sum(STEPS_OF_EACH))] * 2

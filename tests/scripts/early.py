@@ -1,0 +1,26 @@
+"""An asynchronous job in which trainer 0 ends long before trainer 1. Argument: a folder, where each writes what it ends with."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import syncwright
+from syncwright import ParameterServer, Rules
+from syncwright.runtime.deadlines import Deadlines
+from tests.scripts.paused import Scalar, step
+
+STEPS = (3, 10)
+
+if __name__ == "__main__":
+    model = Scalar()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plan = Rules(ParameterServer(mode="async"))
+    with syncwright.distribute(
+        step, model, optimizer, plan=plan, compile=False, deadlines=Deadlines(wait=4)
+    ) as trainer:
+        for _ in range(STEPS[trainer.rank]):
+            trainer.step(torch.ones(1))
+            time.sleep(trainer.rank)
+    (Path(sys.argv[1]) / f"{trainer.rank}.value").write_text(str(model.w.item()))
