@@ -19,7 +19,7 @@ from syncwright.capture import capture_step
 from syncwright.capture.state import Binding
 from syncwright.lower import lower
 from syncwright.passes import COMPILED
-from syncwright.passes.flatten import flat_parts
+from syncwright.passes.flat import flat_parts
 from syncwright.planning import make_plan
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.compiled import CompiledExecutor

@@ -101,6 +101,7 @@ def show(
 ) -> None:
     """Show the plan as a table, or the program of a role as text. Runs SCRIPT up to its first step."""
     from syncwright.lower import lower
+    from syncwright.passes import JOINING
     from syncwright.view import planned, programs
     from syncwright.view.look import look
     from syncwright.view.tables import show_table, show_text
@@ -117,7 +118,7 @@ def show(
             job = lower(seen.program, seen.plan, without)
             show_text(console, programs.program_text(program, seen.program, job).rstrip())
         else:
-            unbucketed = lower(seen.program, seen.plan, (*without, "bucket"))
+            unbucketed = lower(seen.program, seen.plan, (*without, *JOINING))
             show_table(console, planned.plan_table(seen.program, seen.plan, unbucketed))
             notes = planned.plan_notes(seen.program, seen.plan, lower(seen.program, seen.plan, without))
             show_text(console, "\n" + "\n".join(notes))

@@ -126,6 +126,7 @@ class Job:
     casts     values that trainers pull in another dtype, by name: the variable that is kept, and the dtype
     local     outputs that stay on each trainer: tensors along the batch axis
     digest    of variables, update programs and the sequence of communications; never of a batch's shape
+    joined    by the name of a variable that servers keep for several, its parts
     spans     what holds in the first steps instead, in order
     exchanges what trainers do together beside their steps, in the order in which they do it where several are due
     """
@@ -139,8 +140,17 @@ class Job:
     digest: str
     casts: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
+    joined: Mapping[str, tuple[Variable, ...]] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+
+    @property
+    def served(self) -> set[str]:
+        """The user's variables that servers keep, under their own names."""
+        kept = {v.whole or v.name for v in self.held.values()}
+        return {name for name in kept if name not in self.joined} | {
+            v.name for parts in self.joined.values() for v in parts
+        }
 
     def at(self, step: int) -> Job:
         """The job of step `step`, counted from 0."""

@@ -22,6 +22,8 @@ from syncwright.job import Exchange, Job, ServerPart, Span
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
+from syncwright.passes.flat import flat_parts
+from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
 from syncwright.plan import AllReduce, Local, LocalSteps, ParameterServer, Plan, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
@@ -62,7 +64,7 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
     _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
     step = program
     for each in pipeline(passes, without):
-        step = _applied(each, step, plan)
+        step = _applied(each, step, as_joined(step, plan))
     _refuse_without(step, plan, without)
     job = _job(program, step, plan)
     _check_touched(job)
@@ -98,7 +100,11 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
     digest = _digest(roles.trainer, roles.servers)
-    return Job(plan, phases, roles.servers, roles.channels, roles.owners, local, digest, roles.casts, roles.tables)
+    kept = {variable.name for part in roles.servers for variable in part.holds}
+    joined = {name: tuple(parts) for name, parts in flat_parts(step).items() if name in kept}
+    return Job(
+        plan, phases, roles.servers, roles.channels, roles.owners, local, digest, roles.casts, roles.tables, joined
+    )
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from syncwright.capture import capture_step
 from syncwright.capture.state import Binding
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
-from syncwright.passes.flatten import flat_parts
+from syncwright.passes.flat import flat_parts
 from syncwright.planning import make_plan
 from syncwright.program import Program, Role
 from syncwright.regions import forward
 from syncwright.runtime import compiled
 from syncwright.runtime.compiled import Compiled, CompiledExecutor
 from syncwright.runtime.executor import Executor
+from syncwright.runtime.flat_values import apart, equal, laid_flat
 from syncwright.runtime.inductor import is_available, obstacle
 from syncwright.runtime.segments import Segment, cut
 
@@ -98,21 +99,14 @@ def lowered(kind: str, trainers: int, passes, build: type[nn.Module] = Model) ->
 def laid_out(program: Program, values: dict[str, object]) -> dict[str, object]:
     found = dict(values)
     for name, parts in flat_parts(program).items():
-        if program.variables[name].shape:
-            flat = torch.zeros(program.variables[name].shape)
-            for part in parts:
-                flat[slice(*part.part)] = found[part.name].reshape(-1)
-            found[name] = flat
+        flat = program.variables[name]
+        found[name] = laid_flat(flat, parts, found) if flat.shape else equal(parts, found)
     return found
 
 
 def taken_apart(program: Program, values: dict[str, object]) -> dict[str, object]:
-    found = dict(values)
-    for name, parts in flat_parts(program).items():
-        for part in parts:
-            whole = found[name]
-            found[part.name] = whole if part.part is None else whole[slice(*part.part)].view(part.shape)
-    return found
+    joined = flat_parts(program)
+    return values | apart({name: values[name] for name in joined}, joined)  # type: ignore[arg-type]
 
 
 def run(executor, program: Program, values: dict[str, object], steps: int) -> dict[str, object]:

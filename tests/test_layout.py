@@ -120,14 +120,16 @@ capture         a step, a model and optimizers to a Program; the only part that 
     step
 passes          one rewrite of the whole program per file
     insert
+    alike
+    flat
     clip_per_trainer
     compact_lookups
+    join_served
     serve_parameters
     compensate
     share_globals
     average
     bucket
-    alike
     flatten
     tidy
 global_batch    lookups that only the whole batch can tell

@@ -16,6 +16,7 @@ from syncwright import AllReduce, LocalSteps, ParameterServer, Plan, Program, Ru
 from syncwright.errors import BatchError, LoweringError
 from syncwright.exchanges import outer_steps
 from syncwright.lower import communications, lower
+from syncwright.passes import JOINING
 from syncwright.plan import Even, Mean, Optimizer, Outer
 from syncwright.planning import make_plan
 from syncwright.runtime.inductor import is_available
@@ -387,7 +388,7 @@ def test_what_people_see() -> None:
     job = lower(program, plan)
     assert "syncwright.all_reduce" in program_text("exchange:0", program, job)
     assert plan_notes(program, plan, job)[-1] == "a step of one trainer: 1 all-reduce; every 4 steps: 1 all-reduce"
-    table = plan_table(program, plan, lower(program, plan, ("bucket",)))
+    table = plan_table(program, plan, lower(program, plan, JOINING))
     row = next(row for row in table.rows if row[0] == "2.bias")
     assert (row[4], row[6]) == ("local_steps, every 4", "2 B")
 

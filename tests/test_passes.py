@@ -17,9 +17,10 @@ from syncwright import ops, passes
 from syncwright.idle import idle
 from syncwright.job import ServerPart
 from syncwright.lower import lower
-from syncwright.passes.flatten import flat_parts
+from syncwright.passes.flat import flat_parts
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role
+from syncwright.runtime.flat_values import laid_flat
 from syncwright.text import parse, to_text
 from syncwright.verify import verify, verify_after
 from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
@@ -88,11 +89,11 @@ def packed(program: Program, values: dict) -> dict:
     found = dict(values)
     for name, parts in flat_parts(program).items():
         known = [part for part in parts if part.name in values]
-        if known and name in program.variables:
-            flat = torch.zeros(program.variables[name].shape, dtype=program.variables[name].dtype)
+        if known:
+            flat = program.variables[name]
+            found[name] = laid_flat(flat, known, values) if flat.shape else values[known[0].name]
             for part in known:
-                flat[slice(*part.part)] = found.pop(part.name).reshape(-1)
-            found[name] = flat
+                del found[part.name]
     return found
 
 

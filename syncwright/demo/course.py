@@ -16,6 +16,7 @@ from rich.console import Console
 
 from syncwright.errors import RequestError
 from syncwright.lower import lower
+from syncwright.passes import JOINING
 from syncwright.runtime.launch import launch
 from syncwright.view.checked import show_check
 from syncwright.view.look import Look, look
@@ -99,7 +100,7 @@ def flights_script() -> Path:
 
 def _show_plan(console: Console, seen: Look) -> None:
     job = lower(seen.program, seen.plan)
-    show_table(console, plan_table(seen.program, seen.plan, lower(seen.program, seen.plan, ("bucket",))))
+    show_table(console, plan_table(seen.program, seen.plan, lower(seen.program, seen.plan, JOINING)))
     show_text(console, "\n" + "\n".join(plan_notes(seen.program, seen.plan, job)))
 
 

@@ -9,12 +9,16 @@ from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
 from syncwright.passes.flatten import flatten
+from syncwright.passes.join_served import join_served
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
-_PLACING = (clip_per_trainer, compact_lookups, serve_parameters, compensate, share_globals)
+_PLACING = (clip_per_trainer, compact_lookups, join_served, serve_parameters, compensate, share_globals)
 _SENDING = (average_gradients, average_values, bucket)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)
+
+JOINING = ("bucket", "join_served")
+"""Passes without which every variable's communication stands alone, as a table of variables shows it."""

@@ -56,6 +56,7 @@ def members(program: Program) -> list[Member]:
         if (
             name in results
             and not is_served(results[name])
+            and program.variables[name].shape
             and _is_elementwise(nodes, gradient, program.variables[name])
         ):
             facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)

@@ -48,6 +48,7 @@ class ParameterServer:
     staged      sync: steps read values that are one step old, so that pulls never wait
     prefetch    of tables: rows of the next step are asked for while this one runs; in step they are still exact
     push, pull  dtype in which gradients and values travel; None: their own
+    bucket_mb   megabytes (2**20 bytes) of small variables of one server that travel and are updated together; 0: each alone
     partition   how the variable is cut along axis 0
     place       which server keeps each piece
     reduce      "mean": weighted by examples; "sum": for losses that are sums; of tables also "mean_by_touch": each row's sum
@@ -68,6 +69,7 @@ class ParameterServer:
     staged: bool = field(default=False, metadata=RARE)
     lazy: bool = field(default=False, metadata=RARE)
     prefetch: bool = field(default=True, metadata=RARE)
+    bucket_mb: Amount = field(default=4.0, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
 

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -29,9 +30,11 @@ from syncwright.runtime.sharding import bounds
 from syncwright.shapes import Inference, mode_of
 from syncwright.verify import verify
 
+aten = torch.ops.aten
 Gather = Callable[[Sequence[torch.Tensor], str], list[torch.Tensor]]
-Served = tuple[Mapping[str, Variable], Collection[str]]
-"""What servers hold, and of which variables rows travel."""
+Joined = Mapping[str, Sequence[Variable]]
+Served = tuple[Mapping[str, Variable], Collection[str], Joined]
+"""What servers hold, of which variables rows travel, and which stand for several."""
 
 
 class Evaluated:
@@ -85,11 +88,11 @@ class Evaluations:
 
     def for_batch(self, fn: Callable, batch: tuple, rows: int, job: Job | None) -> Evaluated:
         """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
-        held, tables = ({}, {}) if job is None else (job.held, job.tables)
+        held, tables, joined = ({}, {}, {}) if job is None else (job.held, job.tables, job.joined)
         given = Given.of(batch, self._binding, (_identity(fn), *held))
         found = self._kept.find(given)
         if found is None:
-            found = self._captured(fn, batch, rows, (held, tables))
+            found = self._captured(fn, batch, rows, (held, tables, joined))
             self._kept.keep(given.key(found.program), found)
         return found
 
@@ -104,7 +107,11 @@ class Evaluations:
 
 
 def pulling(
-    program: Program, outputs: Sequence[str], held: Mapping[str, Variable], tables: Collection[str] = ()
+    program: Program,
+    outputs: Sequence[str],
+    held: Mapping[str, Variable],
+    tables: Collection[str] = (),
+    joined: Joined = MappingProxyType({}),
 ) -> Program:
     """Only the outputs are computed, from values that servers hold as they are now; of tables the rows that are looked up.
 
@@ -121,6 +128,7 @@ def pulling(
         pieces.setdefault(variable.whole or variable.name, []).append(variable)
     for taken in program.graph.find_nodes(op="call_function", target=ops.take_rows):
         _pull_rows(program, taken, known)
+    _pull_joined(program, held, joined, known)
     for name, node in program.placeholders.items():
         if name in pieces and node.users:
             _pull(program, node, pieces[name], known)
@@ -135,9 +143,28 @@ def _pull(program: Program, node, pieces: list[Variable], known: Inference) -> N
     users, graph = list(node.users), program.graph
     with before_first_use(users):
         pulled = [known.call(graph, ops.pull, [], p.name, list(p.shape), p.dtype) for p in parts]
-        whole = pulled[0] if len(pulled) == 1 else known.call(graph, torch.ops.aten.cat.default, pulled)
+        whole = pulled[0] if len(pulled) == 1 else known.call(graph, aten.cat.default, pulled)
     for user in users:
         user.replace_input_with(node, whole)
+
+
+def _pull_joined(program: Program, held: Mapping[str, Variable], joined: Joined, known: Inference) -> None:
+    """Variables that servers keep as parts of others are views of these."""
+    graph = program.graph
+    for name, parts in joined.items():
+        read = [(p, program.placeholders[p.name]) for p in parts if p.name in program.placeholders]
+        users = [user for _, node in read for user in node.users]
+        if not users:
+            continue
+        with before_first_use(users):
+            form = held[name]
+            flat = known.call(graph, ops.pull, [], name, list(form.shape), form.dtype)
+            for part, node in read:
+                view = flat
+                if part.part is not None:
+                    stretch = known.call(graph, aten.slice.Tensor, flat, 0, *part.part)
+                    view = known.call(graph, aten.view.default, stretch, list(part.shape))
+                node.replace_all_uses_with(view)
 
 
 def _pull_rows(program: Program, taken: Node, known: Inference) -> None:

@@ -10,15 +10,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
-from syncwright.errors import BatchError, JobError
+from syncwright.errors import BatchError
 from syncwright.job import Job
-from syncwright.passes.flatten import flat_parts
+from syncwright.passes.flat import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.plan import ParameterServer, Sync
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.flat_values import apart, equal, laid_flat
 from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
 from syncwright.runtime.outer import Outer, begun
@@ -53,7 +54,7 @@ class Replica:
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
-        served = {v.whole or v.name for v in job.held.values()}
+        served = job.served
         self.values: dict[str, object] = {
             name: value.detach().clone() if isinstance(value, torch.Tensor) else value
             for name, value in binding.values().items()
@@ -168,25 +169,11 @@ class Replica:
         for name, parts in self._parts.items():
             flat = program.variables[name]
             if not flat.shape:
-                self._check_equal(name, parts)
+                self.values[name] = equal(parts, self.values)
                 continue
-            first = self.values[parts[0].name]
-            assert isinstance(first, torch.Tensor), "flat variables are tensors"
-            joined = torch.zeros(flat.shape, dtype=flat.dtype, device=first.device)
+            self.values[name] = joined = laid_flat(flat, parts, self.values)
             for part in parts:
-                view = joined[slice(*part.part)].view(part.shape)  # type: ignore[misc]
-                self.values[part.name] = view.copy_(self.values[part.name])  # type: ignore[arg-type]
-            self.values[name] = joined
-
-    def _check_equal(self, name: str, parts: list[Variable]) -> None:
-        """State that one of many stands for (step counts) must be equal for all."""
-        apart = [p.name for p in parts if self.values[p.name] != self.values[name]]
-        if apart:
-            raise JobError(
-                f"'{apart[0]}' is {self.values[apart[0]]}, '{name}' is {self.values[name]}; one update for all of them "
-                "needs them equal. Expected parameters of one optimizer to have made the same number of steps. "
-                "Give distribute(..., compile=False)."
-            )
+                self.values[part.name] = joined[slice(*part.part)].view(part.shape)  # type: ignore[misc]
 
     def _keep(self, results: Mapping[str, object]) -> None:
         for name, value in results.items():
@@ -250,7 +237,7 @@ class Replica:
             start = variable.part[0] if variable.part is not None else -1
             found.setdefault(variable.whole or name, []).append((start, value))
         self.client.release()
-        return {name: _joined(parts) for name, parts in found.items()}
+        return apart({name: _joined(parts) for name, parts in found.items()}, self.job.joined)
 
     def give(self, values: Mapping[str, object], version: int) -> None:
         """Sends servers their slices of `values`."""
@@ -258,10 +245,17 @@ class Replica:
             if variable.initial is not None:
                 self.client.give(name, version, begun(variable))
                 continue
-            value = values[variable.whole or name]
+            value = self._whole(variable, values)
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
             self.client.give(name, version, tensor if variable.part is None else tensor[slice(*variable.part)])
         self.client.resume(version)
+
+    def _whole(self, variable: Variable, values: Mapping[str, object]) -> object:
+        """The value of a variable of which a server keeps all or a piece; of one that stands for several, of all of them."""
+        parts = self.job.joined.get(variable.name)
+        if parts is None:
+            return values[variable.whole or variable.name]
+        return laid_flat(variable, parts, values) if variable.shape else equal(parts, values)
 
     @torch.no_grad()
     def take_first(self) -> None:

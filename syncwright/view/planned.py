@@ -43,7 +43,7 @@ class Traffic:
 def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
     """The plan of a captured program.
 
-    unbucketed  its job, lowered without the pass `bucket`, so that every variable's communication stands alone
+    unbucketed  its job, lowered without the passes `JOINING`, so that every variable's communication stands alone
     """
     traffic, variables = traffic_of(program, unbucketed), _variables(program)
     rows = [_row(v, *_shared(v, program, plan), traffic.get(v.name, Traffic())) for v in variables]

@@ -1,0 +1,169 @@
+"""Parameters laid out one behind another in one flat tensor, each part at a multiple of 64 bytes, and their one update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from syncwright.passes.alike import Member
+from syncwright.passes.insert import first_call
+from syncwright.program import Program, Role, Variable, new_placeholder, set_results
+from syncwright.selection import Selection
+from syncwright.shapes import Inference, call, fake, mode_of, substitute
+
+aten = torch.ops.aten
+ALIGNMENT_NBYTES = 64
+
+
+def flat_parts(program: Program) -> dict[str, list[Variable]]:
+    """The variables that each flat variable stands for."""
+    found: dict[str, list[Variable]] = {}
+    for variable in program.variables.values():
+        if variable.whole in program.variables and variable.role in (Role.PARAM, Role.STATE):
+            found.setdefault(str(variable.whole), []).append(variable)
+    return found
+
+
+def laid_out(run: list[Member]) -> tuple[list[int], int]:
+    """Where each parameter begins, and how many elements there are, with the gaps."""
+    grain = ALIGNMENT_NBYTES // run[0].parameter.dtype.itemsize
+    offsets, at = [], 0
+    for member in run:
+        offsets.append(at)
+        at += -(-member.parameter.numel // grain) * grain
+    return offsets, at
+
+
+def view_of(program: Program, flat: Node, offset: int, variable: Variable, known: Inference) -> Node:
+    rows = known.call(program.graph, aten.slice.Tensor, flat, 0, offset, offset + variable.numel)
+    return known.call(program.graph, aten.view.default, rows, list(variable.shape))
+
+
+def padded(program: Program, pieces: list[Node], offsets: list[int], numel: int, dtype: torch.dtype) -> list[Node]:
+    found = []
+    for piece, start, stop in zip(pieces, offsets, [*offsets[1:], numel], strict=True):
+        gap = stop - start - piece.meta["val"].numel()
+        found += [piece, zeros(program, gap, dtype)] if gap else [piece]
+    return found
+
+
+def zeros(program: Program, numel: int, dtype: torch.dtype) -> Node:
+    return call(program.graph, mode_of(program.graph), aten.zeros.default, [numel], dtype=dtype)
+
+
+def join_updates(
+    program: Program, run: list[Member], name: str, gradient: Mapping[Node, Node], known: Inference
+) -> Program:
+    """One update of a flat variable for those of a run, which become parts of it.
+
+    gradient  by the first member's own gradient, that of all of them
+    """
+    offsets, numel = laid_out(run)
+    program, reads = _flat_variables(program, run, name, offsets, numel, known)
+    made = _copy_update(program, run[0], gradient, reads)
+    return _write_flat(program, run, name, made, offsets, known)
+
+
+def _copy_update(
+    program: Program, first: Member, gradient: Mapping[Node, Node], reads: Mapping[str, Node]
+) -> dict[Node, Node]:
+    """The first member's update, on flat values, behind its gradient. Numbers are computed as before."""
+    graph, mode = program.graph, mode_of(program.graph)
+    last = max(gradient.values())
+    own = {
+        program.placeholders[v.name]: key
+        for key, v in {"": first.parameter, **first.state}.items()
+        if v.name in program.reads
+    }
+    made: dict[Node, Node] = dict(gradient)
+    made.update({node: reads[key] for node, key in own.items() if key in reads})
+    for node in first.nodes:
+        sources = [n for n in node.all_input_nodes if n in made]
+        if not sources or not isinstance(node.meta["val"], torch.Tensor) or node.meta["val"].dim() == 0:
+            continue
+        last = max(last, node)
+        with graph.inserting_after(last):
+            made[node] = last = call(
+                graph,
+                mode,
+                node.target,
+                *substitute(node.args, lambda n: made.get(n, n)),
+                **substitute(node.kwargs, lambda n: made.get(n, n)),
+            )
+    return made
+
+
+def _flat_variables(
+    program: Program, run: list[Member], name: str, offsets: list[int], numel: int, known: Inference
+) -> tuple[Program, dict[str, Node]]:
+    """Placeholders of the flat parameter and state; reads of the members become views of them."""
+    graph, mode = program.graph, mode_of(program.graph)
+    placeholders, variables, reads = program.placeholders, dict(program.variables), {}
+    for key, variable in {"": run[0].parameter, **run[0].state}.items():
+        shape = (numel,) if variable.shape or variable.role is Role.PARAM else ()
+        of = None if variable.role is Role.PARAM else name
+        flat = Variable(f"{name}{key}", variable.role, shape, variable.dtype, of=of)
+        with graph.inserting_before(first_call(graph)):
+            reads[key] = new_placeholder(graph, flat, fake(mode, shape, variable.dtype))
+        if not shape and variable.name in placeholders:
+            placeholders[variable.name].replace_all_uses_with(reads[key])
+        variables[flat.name] = flat
+    program = replace(program, variables=variables)
+    for member, offset in zip(run, offsets, strict=True):
+        old = placeholders[member.parameter.name]
+        if any(u not in member.nodes for u in old.users):
+            with graph.inserting_before(first_call(graph)):
+                view = view_of(program, reads[""], offset, member.parameter, known)
+            for user in [u for u in old.users if u not in member.nodes]:
+                user.replace_input_with(old, view)
+    return program, reads
+
+
+def _write_flat(
+    program: Program,
+    run: list[Member],
+    name: str,
+    made: Mapping[Node, Node],
+    offsets: list[int],
+    known: Inference,
+) -> Program:
+    results, variables = program.results, dict(program.variables)
+    before, first = program.results, run[0]
+    for key, variable in {"": first.parameter, **first.state}.items():
+        target, new = f"{name}{key}", made.get(before.get(variable.name), before.get(variable.name))
+        for member, offset in zip(run, offsets, strict=True):
+            part = member.parameter if key == "" else member.state[key]
+            variables[part.name] = replace(part, selection=_selection(part, target, offset))
+            results.pop(part.name, None)
+            if part.shape and part.name in before:
+                _redirect(program, part, member, before[part.name], _Slice(new, offset), known)
+        if new is not None:
+            results[target] = new
+    set_results(program, results)
+    return replace(program, variables=variables)
+
+
+def _selection(part: Variable, of: str, offset: int) -> Selection:
+    """Which part of a flat variable another is; of a number all."""
+    return Selection(of, "elements", offset, offset + part.numel) if part.shape else Selection(of)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    """Where a part begins in a flat value."""
+
+    flat: Node
+    offset: int
+
+
+def _redirect(program: Program, part: Variable, member: Member, old: Node, new: _Slice, known: Inference) -> None:
+    """Reads of a member's new value elsewhere in the step become views of the flat one's."""
+    users = [u for u in old.users if u not in member.nodes and u.op != "output"]
+    if users:
+        with program.graph.inserting_before(min(users)):
+            view = view_of(program, new.flat, new.offset, part, known)
+        for user in users:
+            user.replace_input_with(old, view)
