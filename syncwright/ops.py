@@ -8,6 +8,7 @@ Of tables, of which a step reads few rows; ids of -1 stand for no row, and behin
                                            tensor of ids the places of its ids among them. `padding` from 0 on: this id comes
                                            first, in one more place, whether it is given or not
     take_rows(x, ids)                      these rows of x; zeros for no row
+    add_rows(x, places, rows)              `rows` rows of zeros, to which rows of x are added, one for each place, in order
     dense_rows(x, ids, rows, skip)         `rows` rows of zeros, to which each row of x but the first `skip` is added where its
                                            id says
 
@@ -66,6 +67,7 @@ def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 _library.define("unique(Tensor[] ids, int padding) -> Tensor[]")
 _library.define("take_rows(Tensor x, Tensor ids) -> Tensor")
+_library.define("add_rows(Tensor x, Tensor places, SymInt rows) -> Tensor")
 _library.define("dense_rows(Tensor x, Tensor ids, SymInt rows, int skip=0) -> Tensor")
 _library.define(
     "push.rows(Tensor x, str channel, Tensor ids, str merge, int rows, str written, int skip=0, int take=0, int up_to=1, "
@@ -122,6 +124,11 @@ def _take_rows_shape(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x.new_empty([ids.shape[0], *x.shape[1:]])
 
 
+@torch.library.register_fake(f"{NAMESPACE}::add_rows", lib=_library)
+def _add_rows_shape(x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    return x.new_empty([rows, *x.shape[places.dim() :]])
+
+
 @torch.library.register_fake(f"{NAMESPACE}::dense_rows", lib=_library)
 def _dense_rows_shape(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) -> torch.Tensor:
     return x.new_empty([rows, *x.shape[1:]])
@@ -174,6 +181,11 @@ def _take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def _add_rows(x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    inner = x.shape[places.dim() :]
+    return x.new_zeros([rows, *inner]).index_add_(0, places.reshape(-1), x.reshape(places.numel(), *inner))
+
+
 def _dense_rows(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) -> torch.Tensor:
     x, ids = x[skip:], ids[skip:]
     there = ids >= 0
@@ -182,6 +194,7 @@ def _dense_rows(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) ->
 
 _library.impl("unique", _unique, "CompositeExplicitAutograd")
 _library.impl("take_rows", _take_rows, "CompositeExplicitAutograd")
+_library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
 _library.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
 _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 
@@ -196,6 +209,7 @@ send = torch.ops.syncwright.send.default
 gather = torch.ops.syncwright.gather.default
 unique = torch.ops.syncwright.unique.default
 take_rows = torch.ops.syncwright.take_rows.default
+add_rows = torch.ops.syncwright.add_rows.default
 dense_rows = torch.ops.syncwright.dense_rows.default
 push_rows_merged = torch.ops.syncwright.push.rows
 pull_rows_value = torch.ops.syncwright.pull.rows

@@ -36,6 +36,7 @@ document        YAML that knows its lines
 typed           dataclasses that hold what their annotations say, in Python and in YAML
 cluster         facts about machines
 selection       a part of a variable, and who owns it
+tree            trees of values, such as batches
 place           where each node of a whole program runs
 program         Program, Variable, Role
 ops             communication, as operators of a graph
@@ -177,6 +178,7 @@ runtime         what runs a job
     sharding
     evaluation
     outer
+    flat_values
     replica
     agreement
     session

@@ -22,9 +22,10 @@ from syncwright.runtime.evaluation import Evaluations, pulling
 from syncwright.runtime.limits import limit_of, limits_of
 from syncwright.runtime.loopback import Loopback, Network
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.structure import difference, skeleton
+from syncwright.runtime.structure import difference
 from syncwright.runtime.wire import decode, encode
 from syncwright.text import to_text
+from syncwright.tree import skeleton
 from tests.golden_files import check_golden
 
 MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})

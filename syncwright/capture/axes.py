@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch.utils import _pytree as pytree
 
 from syncwright.errors import CaptureError
+from syncwright.tree import with_paths
 
 Axes = Mapping[str, tuple[int, ...]]
 
 
 def name_of(path: tuple) -> str:
     """The variable of a leaf of the batch, by its place in the tree: `batch.0`, `batch.1.mask`."""
-    return ".".join(["batch", *(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)])
+    return ".".join(["batch", *map(str, path)])
 
 
 def dynamic_axes(batch: tuple, dynamic_shapes: object = None) -> Axes:
@@ -30,7 +30,7 @@ def dynamic_axes(batch: tuple, dynamic_shapes: object = None) -> Axes:
     """
     asked = dict(_asked(dynamic_shapes, batch, ()))
     found = {}
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+    for path, leaf in with_paths(batch):
         if isinstance(leaf, torch.Tensor):
             name = name_of(path)
             marked = vars(leaf).get("_dynamo_dynamic_indices", ())

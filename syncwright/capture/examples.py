@@ -10,13 +10,14 @@ from torch.utils import _pytree as pytree
 
 from syncwright.errors import CaptureError
 from syncwright.program import Along, Program, Variable
+from syncwright.tree import tensors
 
 Shapes = Sequence[tuple[int, ...]]
 
 
 def leading_size(batch: object) -> int | None:
     """The batch's size: the leading size of its first tensor that has axes."""
-    sizes = (leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    sizes = (leaf.shape[0] for leaf in tensors(batch) if leaf.dim())
     return next(sizes, None)
 
 

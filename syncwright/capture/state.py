@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ class Binding:
                     "buffers become variables. Keep other values in a buffer of a module."
                 )
             self._add_module(module, f"{label}.", Role.BUFFER)
+        self._every_module = [each for root in (model, *self.extra.values()) for each in root.modules()]
         self.parameters = {id(slots[0].get()): name for name, slots in self.modules.items()}
         for label, each in self.optimizers.items():
             self._add_optimizer(label, each)
@@ -115,21 +117,19 @@ class Binding:
 
     def modes(self) -> tuple[bool, ...]:
         """Of every module, whether it trains."""
-        return tuple(module.training for module in self._all_modules())
+        return tuple(module.training for module in self._every_module)
 
     def set_modes(self, modes: Sequence[bool]) -> None:
         """The inverse of `modes`: what a step leaves behind that calls `model.eval()`, or `train()`, for the rest."""
-        for module, training in zip(self._all_modules(), modes, strict=True):
-            module.training = training
-
-    def _all_modules(self) -> list[nn.Module]:
-        return [module for root in (self.model, *self.extra.values()) for module in root.modules()]
+        for module, training in zip(self._every_module, modes, strict=True):
+            if module.training != training:
+                module.training = training
 
     def settings(self) -> tuple:
         """What the trace has frozen and must be captured again when it changes: train or eval, flags, frozen layers."""
         modes = self.modes()
         trained = tuple(slots[0].get().requires_grad for slots in self.modules.values())
-        read = {(id(slot.optimizer), slot.group, slot.key) for slot in self.hypers.values()}
+        read = self._hyper_keys
         flags = tuple(
             tuple(
                 (k, v)
@@ -140,6 +140,10 @@ class Binding:
             for index, group in enumerate(each.param_groups)
         )
         return modes, trained, flags
+
+    @functools.cached_property
+    def _hyper_keys(self) -> set[tuple[int, int, str]]:
+        return {(id(slot.optimizer), slot.group, slot.key) for slot in self.hypers.values()}
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Value]) -> None:
@@ -191,7 +195,7 @@ class Binding:
     def swapped(self, values: Mapping[str, object], hypers: Mapping[str, object]) -> Iterator[Swap]:
         """While open, modules hold `values`, optimizers their state and `hypers`; then all is as it was."""
         with ExitStack() as undo:
-            for module in self._all_modules():
+            for module in self._every_module:
                 undo.callback(setattr, module, "training", module.training)
             for name, slots in self.modules.items():
                 for slot in slots:

@@ -16,6 +16,7 @@ from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
 from syncwright.capture.trace import returned_shapes, trace
 from syncwright.program import Program, Role, Variable
+from syncwright.tree import with_paths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +87,7 @@ def capture_step(
 def batch_variables(batch: tuple, dynamic: Axes) -> tuple[Variable, ...]:
     """An INPUT variable per tensor of a batch, named by its place in the tree. A trace takes sizes of 0 and 1 as fixed."""
     found = []
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+    for path, leaf in with_paths(batch):
         if isinstance(leaf, torch.Tensor):
             name = name_of(path)
             axes = tuple(axis for axis in dynamic.get(name, ()) if leaf.shape[axis] > 1)

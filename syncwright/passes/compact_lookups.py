@@ -43,7 +43,7 @@ def compact_lookups(program: Program, plan: Plan) -> Program:
 
     before  %y = embedding(w, ids), ..., %d = embedding_dense_backward(%gy, ids, 1000, -1, False), %g = gradient(%d, "w")
     after   %u = unique([ids], -1), %rows = take_rows(w, %u[0]), %y = embedding(%rows, %u[1]), ...,
-            %c = embedding_dense_backward(%gy, %u[1], 12, -1, False), %d = dense_rows(%c, %u[0], 1000), %g = gradient(%d, "w")
+            %c = add_rows(%gy, %u[1], 12), %d = dense_rows(%c, %u[0], 1000), %g = gradient(%d, "w")
 
     12 is as many ids as the batch has, so shapes do not depend on how many are distinct. Duplicates are summed here, before
     anything else. A row of padding_idx comes first; its gradient is zero.
@@ -168,6 +168,20 @@ def _rewrite(table: _Table, unique: Node, place: dict[Node, Node], size: object,
         put_argument(node, *(("weight", rows) if node in table.reads else ("num_weights", size)))
         if argument(node, "padding_idx") not in (None, -1):
             put_argument(node, "padding_idx", 0)
+    for node in table.gradients:
+        _add_in_order(node)
+
+
+def _add_in_order(node: Node) -> None:
+    """Gradients of plain lookups are added in a third of the time to few rows that lie together, to the same bits.
+
+    Those of bags are not: what is added in which order there, only the operation itself says.
+    """
+    plain = argument(node, "padding_idx") == -1 and not argument(node, "scale_grad_by_freq")
+    if node.target is aten.embedding_dense_backward.default and plain:
+        given, indices, size = (argument(node, name) for name in ("grad_output", "indices", "num_weights"))
+        node.args, node.kwargs = (given, indices, size), {}  # type: ignore[assignment]
+        node.target = ops.add_rows
 
 
 def _item(graph: Graph, found: Node, index: int) -> Node:

@@ -28,6 +28,7 @@ from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Warming
 from syncwright.runtime.sharding import bounds
 from syncwright.shapes import Inference, mode_of
+from syncwright.tree import tensors
 from syncwright.verify import verify
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ class Evaluated:
     @torch.no_grad()
     def run(self, values: Mapping[str, object], batch: tuple, port: Port) -> Generator[Blocked, None, list]:
         """The outputs for `batch`; gives `Blocked` while a value from a server is not there."""
-        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        leaves = tensors(batch)
         inputs = dict(zip(self._inputs, leaves, strict=True))
         results = yield from self._warming.executor().run({**values, **self._captured.constants, **inputs}, port)
         return [results[name] for name in self._captured.outputs]

@@ -53,7 +53,7 @@ class Intake:
     def _read(self, peer: Address, frames: Frames) -> tuple[Address, Message] | None:
         reason = MALFORMED
         try:
-            message = decode(frames, None if self._limit is None else self._limit.forms)
+            message = decode(frames, None if self._limit is None else self._limit.forms, given=True)
             if self._limit is not None:
                 reason = REFUSED
                 self._limit.check(peer, message.header)

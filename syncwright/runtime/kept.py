@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from syncwright.capture.axes import name_of
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError
 from syncwright.program import Guard, Program
+from syncwright.tree import leaves, with_paths
 
 CAPACITY = 8
 
@@ -53,18 +53,17 @@ class Given:
     @classmethod
     def of(cls, batch: tuple, binding: Binding, more: tuple = ()) -> Given:
         """`more` is compared like the settings of the model and the optimizer."""
-        paths, _ = pytree.tree_flatten_with_path(batch)
-        sizes = {name_of(path): tuple(leaf.shape) for path, leaf in paths if isinstance(leaf, torch.Tensor)}
+        found = with_paths(batch)
+        sizes = {name_of(path): tuple(leaf.shape) for path, leaf in found if isinstance(leaf, torch.Tensor)}
         return cls(batch, (*binding.settings(), *more), sizes, {**binding.hyper_values(), **sizes})
 
     def key(self, program: Program) -> Key:
-        paths, _ = pytree.tree_flatten_with_path(self.batch)
-        known = [program.variables.get(name_of(path)) for path, _ in paths]
+        known = [program.variables.get(name_of(path)) for path, _ in with_paths(self.batch)]
         axes = tuple(() if variable is None else variable.dynamic for variable in known)
         return Key(self.leaves(axes), axes, self.settings, program.guards)
 
     def leaves(self, axes: tuple[tuple[int, ...], ...]) -> tuple[object, ...]:
-        return tuple(_leaf(leaf, each) for leaf, each in zip(pytree.tree_leaves(self.batch), axes, strict=True))
+        return tuple(_leaf(leaf, each) for leaf, each in zip(leaves(self.batch), axes, strict=True))
 
 
 T = TypeVar("T")

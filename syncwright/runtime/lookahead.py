@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from syncwright import ops
 from syncwright.program import Program, Role
 from syncwright.runtime.executor import NO_PORT, Executor
+from syncwright.tree import leaves, skeleton
 
 Found = Mapping[str, list[torch.Tensor]]
 """By the name of a node that makes ids distinct, what it gives."""
@@ -102,16 +102,15 @@ def _is_of_batch(node: Node, program: Program) -> bool:
 
 def is_same(one: tuple, other: tuple) -> bool:
     """Whether two batches are the same objects."""
-    mine, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    mine, theirs = leaves(one), leaves(other)
     return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
 def is_alike(one: tuple, other: tuple) -> bool:
     """Whether two batches have the same tree, with tensors of the same shapes."""
-    (mine, tree), (theirs, other_tree) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return tree == other_tree and all(
+    return skeleton(one) == skeleton(other) and all(
         (a.shape, a.dtype) == (b.shape, b.dtype)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
         else a == b
-        for a, b in zip(mine, theirs, strict=True)
+        for a, b in zip(leaves(one), leaves(other), strict=True)
     )

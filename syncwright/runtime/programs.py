@@ -31,7 +31,8 @@ from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor, pulled_when
 from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.lookahead import IndexProgram
-from syncwright.runtime.structure import difference, skeleton
+from syncwright.runtime.structure import difference
+from syncwright.tree import skeleton
 
 log = logging.getLogger("syncwright")
 INTERPRETED_FIRST = 3

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError
@@ -24,6 +23,7 @@ from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
 from syncwright.runtime.outer import Outer, begun
 from syncwright.runtime.programs import Prepared
+from syncwright.tree import tensors
 
 Examples = Callable[..., float] | float | None
 UNTIL_ALL_LEFT = "the end of all trainers"
@@ -294,9 +294,9 @@ def count_examples(batch: tuple, examples: Examples) -> float:
                 "what the loss is a mean over, such as the valid tokens."
             )
         return count
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return float(leaf.shape[0])
+    for tensor in tensors(batch):
+        if tensor.dim() > 0:
+            return float(tensor.shape[0])
     raise BatchError(
         "the batch has no tensor with a leading axis, so its examples cannot be counted; expected one such as [64, "
         "10]. Give distribute(..., examples=) a number, or a function of the batch."
@@ -325,8 +325,7 @@ def random_stream(trainer: int) -> torch.Tensor:
 
 def _inputs(prepared: Prepared, batch: tuple) -> dict[str, torch.Tensor]:
     names = [v.name for v in prepared.captured.program.of_role(Role.INPUT)]
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    return dict(zip(names, leaves, strict=True))
+    return dict(zip(names, tensors(batch), strict=True))
 
 
 def _returned(prepared: Prepared, results: Mapping[str, object]) -> object:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from syncwright.capture.examples import leading_size
 from syncwright.capture.step import batch_variables
 from syncwright.errors import BatchError
+from syncwright.tree import tensors
 
 ShareState = Callable[[torch.Tensor], torch.Tensor]
 T = TypeVar("T")
@@ -56,8 +57,7 @@ def _given_whole(batch: object, whole: Collection[str]) -> set[int]:
             raise BatchError(
                 f"whole: no tensor of the batch is called '{name}'; expected some of {', '.join(names)}. Correct the name."
             )
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    return {id(leaf) for name, leaf in zip(names, tensors, strict=True) if name in whole}
+    return {id(leaf) for name, leaf in zip(names, tensors(batch), strict=True) if name in whole}
 
 
 def shard(loader: Iterable, trainers: int, rank: int, share: ShareState, whole: Collection[str] = ()) -> Iterator:

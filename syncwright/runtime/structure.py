@@ -5,11 +5,6 @@ from __future__ import annotations
 from torch.utils import _pytree as pytree
 
 
-def skeleton(batch: tuple) -> tuple:
-    """A batch without its values."""
-    return pytree.tree_map(lambda _: None, batch, is_leaf=_is_leaf)
-
-
 def difference(found: tuple, expected: tuple) -> str | None:
     """Where the skeleton `found` first differs from `expected`, or None.
 
@@ -52,8 +47,3 @@ def _words(tree: object) -> str:
         case list() | tuple():
             return f"a {type(tree).__name__} of {len(tree)}"
     return f"a {type(tree).__name__}"
-
-
-def _is_leaf(value: object) -> bool:
-    """What the step is given as it is: a tensor, a number, also None."""
-    return value is None

@@ -97,12 +97,15 @@ def encode(message: Message) -> list[bytes | memoryview]:
     return [_first_frame(first), *chunks]
 
 
-def decode(frames: Sequence[bytes | memoryview], limit: Limit | None = None, max_nbytes: int = LARGEST) -> Message:
+def decode(
+    frames: Sequence[bytes | memoryview], limit: Limit | None = None, max_nbytes: int = LARGEST, *, given: bool = False
+) -> Message:
     """The message that `encode` made these frames from; `WireError` for anything else.
 
     limit: which channels are expected, and what their tensors are; None accepts any.
     max_nbytes: the largest tensor that is accepted.
-    The tensor is in new, writable memory.
+    given: the frames are nobody else's, and the tensor may stay in their memory.
+    The tensor is in writable memory; new one unless it stays.
     """
     if not frames:
         raise WireError("a message of no frames; expected a header frame")
@@ -111,7 +114,7 @@ def decode(frames: Sequence[bytes | memoryview], limit: Limit | None = None, max
     _check_limit(first, limit, max_nbytes)
     spec = first.tensor
     _check_payload(first.header, spec.nbytes if spec else 0, [memoryview(f).nbytes for f in frames[1:]])
-    return Message(first.header, None if spec is None else _tensor(first.header, spec, frames[1:]))
+    return Message(first.header, None if spec is None else _tensor(first.header, spec, frames[1:], given))
 
 
 def _first_frame(first: FirstFrame) -> bytes:
@@ -209,10 +212,14 @@ def _check_payload(header: msgspec.Struct, nbytes: int, sizes: list[int]) -> Non
         raise WireError(f"{_about(header)}: {found}; expected {wanted}")
 
 
-def _tensor(header: msgspec.Struct, spec: TensorHeader, payload: Sequence[bytes | memoryview]) -> torch.Tensor:
+def _tensor(
+    header: msgspec.Struct, spec: TensorHeader, payload: Sequence[bytes | memoryview], given: bool
+) -> torch.Tensor:
     dtype = DTYPES[spec.dtype]
     if dtype is torch.bool and any(set(bytes(frame)) - {0, 1} for frame in payload):
         raise WireError(f"{_about(header)}: bytes of a bool tensor that are neither 0 nor 1")
+    if given and len(payload) == 1 and (own := _own(payload[0], dtype)) is not None:
+        return own.view(spec.shape)
     memory = _memory(spec.nbytes)
     at = 0
     for frame in payload:
@@ -222,6 +229,15 @@ def _tensor(header: msgspec.Struct, spec: TensorHeader, payload: Sequence[bytes 
     if not spec.nbytes:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.from_numpy(memory).view(dtype).reshape(spec.shape)
+
+
+def _own(frame: bytes | memoryview, dtype: torch.dtype) -> torch.Tensor | None:
+    """A tensor over a frame's memory; None where it cannot be written, or is not aligned."""
+    view = memoryview(frame)
+    if view.readonly or not view.nbytes:
+        return None
+    tensor = torch.frombuffer(view, dtype=dtype)
+    return tensor if tensor.data_ptr() % dtype.itemsize == 0 else None
 
 
 def _memory(nbytes: int) -> np.ndarray:
