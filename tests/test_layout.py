@@ -134,7 +134,8 @@ passes          one rewrite of the whole program per file
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
-exchanges       what trainers that train alone do when they meet: an outer step, captured
+meeting_steps   what trainers that train alone do when they meet, written as a user writes a step
+exchanges       such steps, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
     messages
@@ -168,8 +169,11 @@ runtime         what runs a job
     row_server
     interpreter
     server
+    joint_server
     row_client
     client
+    lane
+    pieces
     structure
     kept
     lookahead

@@ -174,7 +174,7 @@ class Session:
     def leave(self) -> None:
         """Tells servers that these trainers take part in no further step."""
         for replica in self.replicas:
-            replica.client.leave(replica.step_count)
+            replica.leave()
 
     def fail(self, reason: str) -> None:
         """Tells servers that these trainers end early."""
@@ -192,6 +192,7 @@ class Session:
             if replica.rank == 0:
                 replica.give(self.binding.values(), replica.step_count)
             replica.take_first()
+            replica.begin_alone()
 
     def _evaluate(
         self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows, whole: Collection[str]
