@@ -124,6 +124,7 @@ passes          one rewrite of the whole program per file
     flat
     clip_per_trainer
     compact_lookups
+    note_lookups
     join_served
     serve_parameters
     compensate

@@ -41,7 +41,7 @@ class Sharing:
     sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
     owners  the server of each piece; () where servers keep nothing of the variable
     rows    of a table that servers keep: "touched" or "all", the rows that an update writes, while only those travel that a
-            batch looks up (or, where trainers train alone, that have moved); "" where the whole variable travels
+            batch looks up (or, where trainers train alone, some batches); "" where the whole variable travels
     """
 
     variable: str

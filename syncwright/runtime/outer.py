@@ -8,6 +8,7 @@ import torch
 
 from syncwright.job import Exchange
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
+from syncwright.passes.note_lookups import noted_name
 from syncwright.program import Role
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.executor import Blocked, Executor
@@ -22,6 +23,8 @@ class Outer:
 
     Before `begin` it holds nothing. The outer step is interpreted: it moves every byte once, every so many steps. Servers
     number meetings, not steps; when all values are set anew, that counts as one.
+
+    Of a table of which some rows travel, it notes which the trainer has looked up since the last meeting.
     """
 
     def __init__(self, exchange: Exchange, lane: Lane):
@@ -33,6 +36,8 @@ class Outer:
         self._values: dict[str, torch.Tensor] = {}
         self._steps, self._weight = 0, 0.0
         self._number, self._fresh = 0, 0
+        self._touched: torch.Tensor | None = None
+        self._noted = noted_name(next(iter(self._interface.latest.values())))
 
     @property
     def has_begun(self) -> bool:
@@ -68,6 +73,9 @@ class Outer:
                 self._values[name] = begun(variable, node.meta["val"].device)
         for name in self._interface.latest.values():
             self._values.setdefault(name, _copied(values[name]))
+        if self._interface.ids is not None:
+            (base,) = self._values.values()
+            self._touched = torch.zeros(len(base), dtype=torch.bool, device=base.device)
         if self._exchange.is_served and self._lane.me.rank == 0:
             give(self.client, values, self._number)
 
@@ -77,10 +85,12 @@ class Outer:
         self._number += 1
         self.client.restart(self._number)
 
-    def add(self, weight: float) -> None:
-        """A step taken alone, on so many examples / the nominal number."""
+    def add(self, weight: float, results: Mapping[str, object]) -> None:
+        """A step taken alone, on so many examples / the nominal number, and what it has written."""
         self._steps += 1
         self._weight += weight
+        if self._touched is not None and self._noted in results:
+            self._touched[results[self._noted].long()] = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def meet(self, values: Mapping[str, object], step: int) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
@@ -89,10 +99,11 @@ class Outer:
         A trainer counts with its examples since the last meeting. One that had none has changed nothing, and sends nothing,
         with weight 0. Raises `BatchError` where nobody had any. Where nobody waits for the others, nobody is weighed.
         """
-        weight = self._weight / self.clock.every if self._exchange.waits else 1.0
+        weighed = self._exchange.waits and self._exchange.job.plan.trainers > 1
+        weight = self._weight / self.clock.every if weighed else 1.0
         self._lane.step = step
         self.client.begin(self._number, weight, self._exchange.hypers)
-        ids = self._moved(values) if self._interface.ids is not None else None
+        ids = None if self._touched is None else self._touched.nonzero().view(-1)
         self._steps, self._weight = 0, 0.0
         if ids is not None and not len(ids):
             return {}
@@ -101,6 +112,8 @@ class Outer:
         if results.pop(TOTAL, 1) == 0:
             raise no_examples(step)
         self._number += 1
+        if self._touched is not None:
+            self._touched.zero_()
         return self._taken(results, values, ids)
 
     def _given(self, values: Mapping[str, object], ids: torch.Tensor | None) -> dict[str, object]:
@@ -136,12 +149,6 @@ class Outer:
             self._values[name] = value
         else:
             self._values[name].index_copy_(0, ids, value)
-
-    def _moved(self, values: Mapping[str, object]) -> torch.Tensor:
-        """The rows that this trainer has moved since the last meeting."""
-        (name,) = self._interface.latest.values()
-        base = self._values[name]
-        return (values[name] != base).view(len(base), -1).any(1).nonzero().view(-1)  # type: ignore[union-attr]
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What servers have now, where nobody waits for the others; what all have else is `shared`."""

@@ -103,7 +103,7 @@ class Replica:
         self.client.ask(prepared.pulls, self.step_count)
         for outer in self.outers:
             if outer.has_begun:
-                outer.add(weight)
+                outer.add(weight, results)
             if outer.is_due:
                 yield from self._meet(outer)
         yield from self._keep_together()
