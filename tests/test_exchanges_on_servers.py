@@ -108,6 +108,37 @@ def numbers(
     return job
 
 
+@pytest.mark.parametrize("outer", [DILOCO, Optimizer.of("Adam", lr=0.02)], ids=["diloco", "adam"])
+@pytest.mark.parametrize(
+    ("saved_over", "loaded_over"),
+    [(SERVER, AllReduce()), (AllReduce(), PIECES), (PIECES, SERVER)],
+    ids=["down", "up", "whole"],
+)
+def test_an_outer_optimizer_goes_on_where_it_was_saved(outer: Outer, saved_over: object, loaded_over: object) -> None:
+    """Saved after an exchange and loaded under another plan, bit for bit as without; the inner optimizer keeps no state."""
+    given = batches((4, 2), 6)
+    through, before, after = (
+        syncwright.loopback(step, *model_of("sgd"), plan=Rules(LocalSteps(2, outer, over=over)), trainers=2, servers=2)  # type: ignore[arg-type]
+        for over in (AllReduce(), saved_over, loaded_over)
+    )
+    for each in given:
+        through.step(each)
+    for each in given[:4]:
+        before.step(each)
+    saved = before.state_dict()
+    assert set(saved["outer"]) == set(through.state_dict()["outer"])  # type: ignore[call-overload]
+    after.step(given[0])
+    after.load_state_dict(saved)
+    for each in given[4:]:
+        after.step(each)
+    for name, expected in through.state_dict()["model"].items():  # type: ignore[attr-defined]
+        assert torch.equal(after.state_dict()["model"][name], expected), name  # type: ignore[index]
+
+
+def test_without_an_outer_state_nothing_is_saved_of_it() -> None:
+    assert "outer" not in numbers(Rules(LocalSteps(2, over=SERVER)), [[(1.0,), (3.0,)]]).state_dict()
+
+
 def test_buffers_go_with_the_exchange() -> None:
     steps = [[(1.0, 3.0), (4.0, 4.0)], [(2.0, 2.0), (6.0, 6.0)]]
     over_servers, replicated = (numbers(Rules(LocalSteps(2, over=over)), steps) for over in (SERVER, AllReduce()))

@@ -9,7 +9,7 @@ import torch
 from syncwright.job import Exchange
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.passes.note_lookups import noted_name
-from syncwright.program import Role
+from syncwright.program import Role, Variable
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.executor import Blocked, Executor
 from syncwright.runtime.lane import Lane
@@ -36,6 +36,7 @@ class Outer:
         self._values: dict[str, torch.Tensor] = {}
         self._steps, self._weight = 0, 0.0
         self._number, self._fresh = 0, 0
+        self._restored: dict[str, torch.Tensor] = {}
         self._touched: torch.Tensor | None = None
         self._noted = noted_name(next(iter(self._interface.latest.values())))
 
@@ -70,20 +71,40 @@ class Outer:
             if variable.role in (Role.PARAM, Role.BUFFER):
                 self._values[name] = _copied(values[name])
             elif variable.role is Role.STATE:
-                self._values[name] = begun(variable, node.meta["val"].device)
+                self._values[name] = self._begun(variable, node.meta["val"].device)
         for name in self._interface.latest.values():
             self._values.setdefault(name, _copied(values[name]))
         if self._interface.ids is not None:
             (base,) = self._values.values()
             self._touched = torch.zeros(len(base), dtype=torch.bool, device=base.device)
         if self._exchange.is_served and self._lane.me.rank == 0:
-            give(self.client, values, self._number)
+            give(self.client, {**values, **self._restored}, self._number)
 
-    def forget(self) -> None:
-        """As before `begin`."""
+    def _begun(self, variable: Variable, device: torch.device) -> torch.Tensor:
+        known = self._restored.get(variable.name)
+        return begun(variable, device) if known is None else known.to(device, copy=True)
+
+    def forget(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """As before `begin`; which then begins with this state of the outer optimizer, or with that of a new one."""
         self._values, self._steps, self._weight = {}, 0, 0.0
+        own = {v.whole or v.name: v for v in self._states().values()}
+        self._restored = {name: value for name, value in (state or {}).items() if name in own}
         self._number += 1
         self.client.restart(self._number)
+
+    def _states(self) -> dict[str, Variable]:
+        """The outer optimizer's state, here or in pieces on servers."""
+        job = self._exchange.job
+        known = job.held if self._exchange.is_served else self._program.variables
+        return {name: variable for name, variable in known.items() if variable.role is Role.STATE}
+
+    def state(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """The outer optimizer's state after the last meeting, whole."""
+        if not self.has_begun:
+            return dict(self._restored)
+        if self._exchange.is_served:
+            return (yield from self._fetched("now", self._states(), self._number))
+        return {name: self._values[name] for name in self._states()}
 
     def add(self, weight: float, results: Mapping[str, object]) -> None:
         """A step taken alone, on so many examples / the nominal number, and what it has written."""
@@ -155,7 +176,7 @@ class Outer:
         if self._exchange.waits or not self.has_begun:
             return {}
         self._fresh = self.client.fresh()
-        return (yield from self._fetched("now"))
+        return (yield from self._fetched("now", self._exchange.job.held, self._fresh))
 
     def leave(self) -> None:
         """Takes part in no further meeting."""
@@ -171,15 +192,16 @@ class Outer:
         """What servers have when all trainers have left, where nobody waits for the others before."""
         if self._exchange.waits or not self.has_begun:
             return {}
-        return (yield from self._fetched("end"))
+        return (yield from self._fetched("end", self._exchange.job.held, self._fresh))
 
-    def _fetched(self, when: When) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def _fetched(
+        self, when: When, variables: Mapping[str, Variable], number: int
+    ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         found = []
-        for name, variable in self._exchange.job.held.items():
-            while (value := self.client.fetch(name, self._fresh, when)) is None:
+        for name, variable in variables.items():
+            while (value := self.client.fetch(name, number, when)) is None:
                 yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
             found.append((variable, value))
-        self.client.release()
         return joined(found)
 
 

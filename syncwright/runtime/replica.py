@@ -196,11 +196,11 @@ class Replica:
             for part in self._parts.get(name, ()):
                 self.values[part.name] = value
 
-    def reload(self) -> None:
+    def reload(self, outer_state: Mapping[str, torch.Tensor]) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new.
 
         State that passes have added begins anew: the user's objects do not hold it. So do meetings of trainers that train
-        alone: as many steps as between two of them go before the next.
+        alone, but for the outer optimizer's state: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
         self.values = {
@@ -209,7 +209,7 @@ class Replica:
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
         for outer in self.outers:
-            outer.forget()
+            outer.forget(outer_state)
         self.step_count += 1
         self.client.restart(self.step_count)
 
@@ -220,6 +220,13 @@ class Replica:
         for outer in self.outers:
             found |= yield from outer.served()
         return found
+
+    def outer_state(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """The state of outer optimizers after the last meetings, by variable."""
+        found: dict[str, torch.Tensor] = {}
+        for outer in self.outers:
+            found |= yield from outer.state()
+        return {name: value.clone() for name, value in found.items()}
 
     def finish(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""

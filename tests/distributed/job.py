@@ -28,7 +28,7 @@ NESTEROV = Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)
 ALONE = Rules.of(LocalSteps(2, NESTEROV, start=1), {"2.bias": LocalSteps(3, start=1)})
 AT_SERVERS = Rules.of(
     LocalSteps(2, NESTEROV, start=1, over=ParameterServer(partition=Even(2))),
-    {"2.bias": LocalSteps(3, over=ParameterServer())},
+    {"2.bias": LocalSteps(3, start=1, over=ParameterServer())},
 )
 EXAMPLES, BATCH = 37, 8  # the last batch has 5: parts of 3 and 2
 HELD_OUT = 13  # in batches of 4: the last one has 1, so trainer 1's part is empty
