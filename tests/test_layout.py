@@ -174,6 +174,7 @@ runtime         what runs a job
     row_client
     client
     lane
+    flat_values
     pieces
     structure
     kept

@@ -197,18 +197,18 @@ MISTAKES = [
     (
         "default: {local_steps: {every: 2, over: {parameter_server: {mode: async}}}}",
         "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with mode: async, expected no "
-        "settings but partition, place, reduce: an exchange takes the difference of every trainer; with outer: geo servers "
-        "add each as it comes. Take it out.",
+        "settings but bucket_mb, partition, place, reduce: an exchange takes the difference of every trainer; with "
+        "outer: geo servers add each as it comes. Take it out.",
     ),
     (
         "default: {local_steps: {every: 2, outer: geo, over: {parameter_server: {reduce: sum}}}}",
         "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with reduce: sum, expected no "
-        "settings but mode, partition, place: each difference is divided by the number of trainers. Take it out.",
+        "settings but bucket_mb, mode, partition, place: each difference is divided by the number of trainers. Take it out.",
     ),
     (
         "default: {local_steps: {every: 2, over: {parameter_server: {staged: true}}}}",
         "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with staged: True, expected no "
-        "settings but partition, place, reduce: it is said of what travels in every step. Take it out.",
+        "settings but bucket_mb, partition, place, reduce: it is said of what travels in every step. Take it out.",
     ),
     (
         "default: {local_steps: {every: 2, over: {parameter_server: {reduce: mean_by_touch}}}}",

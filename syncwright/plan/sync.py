@@ -147,7 +147,7 @@ class LocalSteps:
         return isinstance(self.outer, Geo)
 
     def _check_servers(self, over: ParameterServer) -> None:
-        meant = {"partition", "place", *(("mode",) if self.is_geo else ("reduce",))}
+        meant = {"bucket_mb", "partition", "place", *(("mode",) if self.is_geo else ("reduce",))}
         for each in fields(over):
             found = getattr(over, each.name)
             if each.name not in meant and found != each.default:

@@ -78,7 +78,8 @@ class Outer:
             (base,) = self._values.values()
             self._touched = torch.zeros(len(base), dtype=torch.bool, device=base.device)
         if self._exchange.is_served and self._lane.me.rank == 0:
-            give(self.client, {**values, **self._restored}, self._number)
+            begun_with = {name: values[name] for name in self._interface.latest.values()}
+            give(self.client, {**begun_with, **self._restored}, self._number)  # the user's optimizer has such names too
 
     def _begun(self, variable: Variable, device: torch.device) -> torch.Tensor:
         known = self._restored.get(variable.name)
@@ -87,7 +88,7 @@ class Outer:
     def forget(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """As before `begin`; which then begins with this state of the outer optimizer, or with that of a new one."""
         self._values, self._steps, self._weight = {}, 0, 0.0
-        own = {v.whole or v.name: v for v in self._states().values()}
+        own = self._exchange.job.served if self._exchange.is_served else self._states()
         self._restored = {name: value for name, value in (state or {}).items() if name in own}
         self._number += 1
         self.client.restart(self._number)
@@ -202,7 +203,7 @@ class Outer:
             while (value := self.client.fetch(name, number, when)) is None:
                 yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
             found.append((variable, value))
-        return joined(found)
+        return joined(self._exchange.job, found)
 
 
 def _copied(value: object) -> torch.Tensor:
