@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from syncwright.errors import LoweringError
 from syncwright.lower import lower
 from syncwright.plan import Even, Geo, Local, Mean, Optimizer, Outer
 from syncwright.planning import make_plan
+from syncwright.runtime.limits import limits_of
 from syncwright.runtime.loopback import Loopback, Network
 from syncwright.runtime.messages import PullRows, Push
 from syncwright.runtime.replay import Replay
+from syncwright.runtime.wire import WireError, encode
 from syncwright.text import to_text
 from syncwright.view.planned import plan_notes, plan_table
 from syncwright.view.programs import program_text
@@ -366,6 +369,34 @@ def test_tables_by_geo_beside_variables_in_step() -> None:
         job.step([looking_up(1, 2), looking_up(2, 3)])
     assert [r.values["w"].tolist() for r in job.replicas] == [[-1.0, -1.0]] * 2  # type: ignore[attr-defined]
     assert column(job.state_dict()["model"]["rows.weight"]) == [1, 0.5, 0, 0.5, 1, 1, 1, 1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("sync", [LocalSteps(2, DILOCO, over=PIECES), LocalSteps(2, Geo(), over=PIECES)])
+def test_every_message_of_a_job_is_what_its_receiver_accepts(sync: LocalSteps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of saving and loading; of no other job."""
+    posted, post = set(), Network.post
+
+    def checked(self: Network, sender, to, message) -> None:
+        assert job.job is not None
+        limits = limits_of(job.job, to)
+        frames = [bytes(frame) for frame in encode(message)]
+        assert limits.read(frames).job == message.job
+        limits.check(sender, message.header, message.job)
+        with pytest.raises(WireError, match="of job 2; this one has 2"):
+            limits.read([bytes(frame) for frame in encode(replace(message, job=2))])
+        posted.add((message.job, type(message.header).__name__))
+        post(self, sender, to, message)
+
+    monkeypatch.setattr(Network, "post", checked)
+    model = Table()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    job = syncwright.loopback(looked_up, model, optimizer, plan=Rules(sync), trainers=2, servers=2)
+    for ids in ((1, 2), (2, 3), (7,)):
+        job.step([looking_up(*ids), looking_up(3)])
+    job.load_state_dict(job.state_dict())
+    job.step([looking_up(1), looking_up(3)])
+    job.leave()
+    assert {(1, "Push"), (1, "Value"), (1, "Leave"), (0, "Leave")} <= posted
 
 
 # --- what is refused, and what people see ----------------------------------------------------------------
