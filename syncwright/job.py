@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from syncwright import ops
-from syncwright.plan import AllReduce, LocalSteps, ParameterServer, Plan
+from syncwright.plan import AllReduce, LocalSteps, ParameterServer, Plan, served_by
 from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Variable
 from syncwright.selection import Selection
@@ -89,21 +89,50 @@ class Clock:
         return alone >= self.every
 
 
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What goes into the program of an exchange and what comes out, beside what servers keep.
+
+    latest   by input of the program, the variable whose latest value on this trainer it is
+    base     by input, the variable whose value after this trainer's last exchange it is; a program also reads that under the
+             variable's own name
+    goes_on  by what the program writes, the variable whose latest value it becomes
+    keeps    by what the program writes, the variable whose value after this exchange it is
+    ids      the input that says which rows of the one table the others are of; None: they are whole
+    """
+
+    latest: Mapping[str, str]
+    base: Mapping[str, str]
+    goes_on: Mapping[str, str]
+    keeps: Mapping[str, str]
+    ids: str | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
     """What trainers that train alone do when they meet.
 
-    clock   when they do
-    latest  by input of its program, the variable whose latest value it is
-    hypers  numbers that its program reads; they never change
-    job     its program `step` reads the values that all had after the last exchange, under the variables' own names, and
-            the latest ones; it writes those with which all go on
+    clock      when they do
+    interface  which values its program reads and writes
+    hypers     numbers that it reads; they never change
+    job        its program `step` reads the values that were there after the last exchange and the latest ones; it writes
+               those with which trainers go on
     """
 
     clock: Clock
-    latest: Mapping[str, str]
+    interface: Interface
     hypers: Mapping[str, float]
     job: Job
+
+    @property
+    def is_served(self) -> bool:
+        """Whether servers keep what was there after the last exchange."""
+        return bool(self.job.servers)
+
+    @property
+    def waits(self) -> bool:
+        """Whether all trainers come to an exchange together, and have the same values after it."""
+        return not self.job.arriving
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,9 +207,10 @@ class Job:
     @property
     def survives_losses(self) -> bool:
         """Whether the others can go on without a trainer that is lost: where servers alone join them."""
-        syncs = [s.sync for s in self.plan.sharings]
-        served = any(isinstance(sync, ParameterServer) for sync in syncs)
-        return served and not any(isinstance(sync, AllReduce | LocalSteps) for sync in syncs)
+        plans = [self.plan, *(span.job.plan for span in self.spans)]
+        syncs = [s.sync for plan in plans for s in plan.sharings]
+        replicated = [s for s in syncs if isinstance(s, AllReduce | LocalSteps) and served_by(s) is None]
+        return any(served_by(sync) is not None for sync in syncs) and not replicated
 
     @property
     def staleness(self) -> int | None:

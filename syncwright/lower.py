@@ -74,7 +74,7 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
 
 def _exchange(outer: OuterStep, without: Sequence[str]) -> Exchange:
     """An outer step, lowered. It moves every byte once, every so many steps: it is never compiled."""
-    return Exchange(outer.clock, outer.latest, outer.hypers, _lowered(outer.program, outer.plan, without, PIPELINE))
+    return Exchange(outer.clock, outer.interface, outer.hypers, _lowered(outer.program, outer.plan, without, PIPELINE))
 
 
 def _joined(job: Job, spans: tuple[Span, ...], exchanges: tuple[Exchange, ...]) -> Job:
@@ -90,8 +90,12 @@ def _joined(job: Job, spans: tuple[Span, ...], exchanges: tuple[Exchange, ...]) 
     lines += [f"{each.clock} {sorted(each.hypers.items())} {each.job.digest}" for each in exchanges]
     channels = {name: channel for each in (*(s.job for s in spans), job) for name, channel in each.channels.items()}
     owners = {name: owner for each in (*(s.job for s in spans), job) for name, owner in each.owners.items()}
-    digest = _hash(lines)
-    return replace(job, channels=channels, owners=owners, digest=digest, spans=spans, exchanges=exchanges)
+    servers = job.servers
+    if not servers and any(each.is_served for each in exchanges):
+        servers = tuple(ServerPart(rank, (), (), {}) for rank in range(job.plan.servers))
+    return replace(
+        job, servers=servers, channels=channels, owners=owners, digest=_hash(lines), spans=spans, exchanges=exchanges
+    )
 
 
 def _job(program: Program, step: Program, plan: Plan) -> Job:

@@ -70,6 +70,8 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
             node.meta["val"] = _plain(node)
     elif node.target is torch.ops.aten._local_scalar_dense.default:
         node.meta.setdefault("val", float)
+    elif node.target is torch.ops.aten.sym_size.int:
+        node.meta["val"] = int
     elif (node.target in _LIKE_FIRST and not node.kwargs) or _only_scales(node):
         node.meta["val"] = node.all_input_nodes[0].meta["val"]
     else:

@@ -125,6 +125,7 @@ passes          one rewrite of the whole program per file
     flat
     clip_per_trainer
     compact_lookups
+    note_lookups
     join_served
     serve_parameters
     compensate
@@ -135,7 +136,8 @@ passes          one rewrite of the whole program per file
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
-exchanges       what trainers that train alone do when they meet: an outer step, captured
+meeting_steps   what trainers that train alone do when they meet, written as a user writes a step
+exchanges       such steps, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
     messages
@@ -169,8 +171,12 @@ runtime         what runs a job
     row_server
     interpreter
     server
+    joint_server
     row_client
     client
+    lane
+    flat_values
+    pieces
     structure
     kept
     lookahead

@@ -277,7 +277,7 @@ def test_an_exchange_for_which_nobody_has_examples_is_refused() -> None:
     for replica in job.replicas:
         replica.outers[0].forget()
         replica.outers[0].begin(replica.values)
-        replica.outers[0].add(0.0)
+        replica.outers[0].add(0.0, {})
     with pytest.raises(BatchError, match="step 1: no trainer has examples"):
         job.leave()
 

@@ -190,13 +190,30 @@ MISTAKES = [
     ),
     (
         "default: {local_steps: {every: 2, outer: geo}}",
-        "rules, line 1, at default.local_steps: LocalSteps.outer: found geo, expected mean or an optimizer: a server would "
-        "have to add each trainer's difference as it comes, and servers wait for all trainers so far. Write one of these.",
+        "rules, line 1, at default.local_steps: LocalSteps.outer: found geo over all_reduce, expected it over "
+        "parameter_server: a server adds each trainer's difference as it comes, and nobody waits for the others. Say over: "
+        "parameter_server as well.",
     ),
     (
-        "default: {local_steps: {every: 2, over: parameter_server}}",
-        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server, expected all_reduce: servers count "
-        "one update for each step so far, and not one for each exchange. Write all_reduce, or leave `over` out.",
+        "default: {local_steps: {every: 2, over: {parameter_server: {mode: async}}}}",
+        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with mode: async, expected no "
+        "settings but bucket_mb, partition, place, reduce: an exchange takes the difference of every trainer; with "
+        "outer: geo servers add each as it comes. Take it out.",
+    ),
+    (
+        "default: {local_steps: {every: 2, outer: geo, over: {parameter_server: {reduce: sum}}}}",
+        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with reduce: sum, expected no "
+        "settings but bucket_mb, mode, partition, place: each difference is divided by the number of trainers. Take it out.",
+    ),
+    (
+        "default: {local_steps: {every: 2, over: {parameter_server: {staged: true}}}}",
+        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with staged: True, expected no "
+        "settings but bucket_mb, partition, place, reduce: it is said of what travels in every step. Take it out.",
+    ),
+    (
+        "default: {local_steps: {every: 2, over: {parameter_server: {reduce: mean_by_touch}}}}",
+        "rules, line 1, at default.local_steps: LocalSteps.over: found parameter_server with reduce: mean_by_touch, expected "
+        "mean or sum: of differences no row is known to be touched. Take it out.",
     ),
     (
         "default: {local_steps: {every: 2, outer: {optimizer: {name: SDG}}}}",

@@ -11,11 +11,14 @@ from syncwright.errors import PlanError
 from syncwright.plan import (
     AllReduce,
     Blocks,
+    Geo,
     LeastLoaded,
     Local,
     LocalSteps,
+    Mean,
     On,
     Optimizer,
+    Outer,
     ParameterServer,
     Plan,
     RoundRobin,
@@ -53,6 +56,7 @@ def test_the_registry_lists_the_fixed_strategies():
         "parallax",
         "local_sgd",
         "diloco",
+        "geo",
     ]
 
 
@@ -69,6 +73,23 @@ def test_without_servers(name: str, sync: object):
     found = plan(name, servers=0)
     assert {sharing.sync for sharing in found.sharings} == {sync}
     assert found.reducer is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "every", "outer"),
+    [
+        ("local_sgd", {"over": "parameter_server"}, 8, Mean()),
+        ("diloco", {"over": "parameter_server"}, 500, Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)),
+        ("geo", {}, 100, Geo()),
+    ],
+)
+def test_exchanges_over_servers(name: str, options: dict[str, object], every: int, outer: Outer):
+    """What trainers exchange is kept where there is the least."""
+    found = plan(name, servers=2, **options)
+    assert {sharing.sync for sharing in found.sharings} == {
+        LocalSteps(every, outer, over=ParameterServer(place=LeastLoaded()))
+    }
+    assert {owner for sharing in found.sharings for owner in sharing.owners} == {0, 1}
 
 
 def test_parameter_server_keeps_all_on_server_0():
@@ -129,7 +150,7 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             {},
             "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
             "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, parallax, local_sgd, "
-            "diloco. Did you mean 'all_reduce'?",
+            "diloco, geo. Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",
@@ -142,6 +163,11 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             "independent",
             {"bucket_mb": 1},
             "strategy independent: found the option 'bucket_mb', expected no option. Take it out.",
+        ),
+        (
+            "diloco",
+            {"over": "servers"},
+            "strategy: found over: 'servers', expected all_reduce or parameter_server. Write one of these.",
         ),
         (
             "parameter_server_partitioned",

@@ -107,9 +107,21 @@ WRONG = [
     (frames_of(VALUE, ["float32", [0], 0], b""), "1 payload frames"),
     (frames_of(VALUE, ["bool", [2], 2], b"\x00\x02"), "neither 0 nor 1"),
     (frames_of(VALUE, None), "without a tensor"),
+    ([msgspec.msgpack.encode([{"type": "leave", "step": 1}, None, -1])], "its job is -1; expected 0"),
+    ([msgspec.msgpack.encode([{"type": "leave", "step": 1}, None, "1"])], "Expected `int`, got `str`"),
     (frames_of({"type": "leave", "step": 1}, ["float32", [], 4], b"1234"), "with a tensor"),
     (frames_of({"type": "leave", "step": 1}, None, b"1234"), "1 payload frames"),
 ]
+
+
+def test_a_message_says_of_which_job_it_is_and_is_held_to_its_limits() -> None:
+    limits = {"w": ((2,), torch.float32)}, {"w": ((3,), torch.float32)}
+    frames = encode(Message(Value("w", 1), torch.ones(3), job=1))
+    assert decode(frames, limits[0], exchanges=limits[1:]).job == 1
+    with pytest.raises(WireError, match="expected float32 of shape"):
+        decode(encode(Message(Value("w", 1), torch.ones(3))), limits[0], exchanges=limits[1:])
+    with pytest.raises(WireError, match="of job 1; this one has 1, which count from 0"):
+        decode(frames, limits[0])
 
 
 @pytest.mark.parametrize(("frames", "said"), WRONG, ids=[said for _, said in WRONG])

@@ -15,7 +15,7 @@ from syncwright.capture.lookups import with_sparsity
 from syncwright.capture.normalize import normalize
 from syncwright.capture.state import Binding
 from syncwright.capture.trace import returned_shapes, trace
-from syncwright.program import Program, Role, Variable
+from syncwright.program import Along, Program, Role, Variable
 from syncwright.tree import with_paths
 
 
@@ -67,9 +67,17 @@ def capture(
 
 
 def capture_step(
-    step: Callable, binding: Binding, optimizer: object, batch: tuple, dynamic: Axes | None = None
+    step: Callable,
+    binding: Binding,
+    optimizer: object,
+    batch: tuple,
+    dynamic: Axes | None = None,
+    returns: Along | None = None,
 ) -> Captured:
-    """`capture` for a caller that keeps the binding. `dynamic`: axes of any size."""
+    """`capture` for a caller that keeps the binding. `dynamic`: axes of any size.
+
+    returns  what the tensors are that the step returns, where that need not be found out
+    """
     inputs = batch_variables(batch, dynamic or {})
     traced = trace(step, binding, optimizer, batch, inputs)
     constants: dict[str, torch.Tensor] = {}
@@ -80,7 +88,11 @@ def capture_step(
     def shapes(other: tuple) -> Shapes:
         return returned_shapes(step, binding, optimizer, other, batch_variables(other, {}))
 
-    program = replace(program, variables=with_examples(program, outputs, batch, shapes))
+    if returns is not None:
+        known = {name: replace(program.variables[name], along=returns) for name in outputs}
+        program = replace(program, variables={**program.variables, **known})
+    else:
+        program = replace(program, variables=with_examples(program, outputs, batch, shapes))
     return Captured(program, traced.returned, outputs, constants, traced.modes, traced.means)
 
 

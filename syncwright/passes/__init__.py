@@ -10,11 +10,15 @@ from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
 from syncwright.passes.flatten import flatten
 from syncwright.passes.join_served import join_served
+from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
-_PLACING = (clip_per_trainer, compact_lookups, join_served, serve_parameters, compensate, share_globals)
+_PLACING = (
+    *(clip_per_trainer, compact_lookups, note_lookups, join_served),
+    *(serve_parameters, compensate, share_globals),
+)
 _SENDING = (average_gradients, average_values, bucket)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)

@@ -14,7 +14,7 @@ from syncwright.dead import is_random
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks
 from syncwright.passes.insert import before_first_use, behind
-from syncwright.plan import Plan
+from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role
 from syncwright.schema import argument, put_argument
 from syncwright.shapes import Inference, mode_of
@@ -48,7 +48,8 @@ def compact_lookups(program: Program, plan: Plan) -> Program:
     12 is as many ids as the batch has, so shapes do not depend on how many are distinct. Duplicates are summed here, before
     anything else. A row of padding_idx comes first; its gradient is zero.
     """
-    names = {s.variable for s in plan.sharings if s.rows} & set(program.placeholders)
+    served = {s.variable for s in plan.sharings if s.rows and isinstance(s.sync, ParameterServer)}
+    names = served & set(program.placeholders)
     return compacted(program, names)
 
 

@@ -17,7 +17,7 @@ from syncwright.plan.plan import Piece, Plan, Sharing
 from syncwright.plan.resolve import Update, resolve
 from syncwright.plan.rules import BufferPolicy, Rules, Uncuttable
 from syncwright.plan.spans import plan_at, starts_of
-from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync
+from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync, served_by
 
 __all__ = [
     "AllReduce",
@@ -53,5 +53,6 @@ __all__ = [
     "place",
     "plan_at",
     "resolve",
+    "served_by",
     "starts_of",
 ]

@@ -13,7 +13,7 @@ from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import ParameterServer, Sync
+from syncwright.plan.sync import Sync, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
@@ -39,9 +39,9 @@ class Sharing:
     """How one variable is shared.
 
     sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
-    owners  the server of each piece; () where trainers keep the variable
+    owners  the server of each piece; () where servers keep nothing of the variable
     rows    of a table that servers keep: "touched" or "all", the rows that an update writes, while only those travel that a
-            batch looks up; "" where the whole variable travels
+            batch looks up (or, where trainers train alone, some batches); "" where the whole variable travels
     """
 
     variable: str
@@ -53,7 +53,7 @@ class Sharing:
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
-        served = isinstance(self.sync, ParameterServer)
+        served = served_by(self.sync) is not None
         if not self.sizes or (len(self.sizes) > 1 and 0 in self.sizes):
             self._refuse(f"sizes {list(self.sizes)}", "at least one piece and none empty", "Correct the sizes.")
         if served and len(self.owners) != len(self.sizes):

@@ -20,7 +20,7 @@ from syncwright.plan.partition import Whole, axis_length, cut
 from syncwright.plan.placement import place
 from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
-from syncwright.plan.sync import AllReduce, Local, ParameterServer, Sync
+from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync, served_by
 from syncwright.program import Role, Variable
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ def _buffers(
 ) -> tuple[tuple[str, BufferPolicy], ...]:
     """The policy of each buffer that the step writes: only trainers that keep step have something to average."""
     served = [sync for sync in syncs if isinstance(sync, ParameterServer)]
-    if not served or any(isinstance(sync, AllReduce) for sync in syncs) or any(sync.in_step for sync in served):
+    arriving = [*(s for s in served if not s.in_step), *(s for s in syncs if isinstance(s, LocalSteps) and s.is_geo)]
+    if not arriving or any(isinstance(sync, AllReduce) for sync in syncs) or any(sync.in_step for sync in served):
         return tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written)
     for buffer in written:
         policy = _last_match(rules.buffers, buffer, "local")
@@ -93,14 +94,17 @@ def _cut(
     rules: Rules, variable: Variable, sync: Sync, update: Update | None, servers: int, notes: list[str]
 ) -> tuple[Sync, tuple[int, ...]]:
     """The sharing that is carried out, and the sizes of its pieces; what was changed is added to `notes`."""
-    if not isinstance(sync, ParameterServer):
+    served = served_by(sync)
+    if served is None:
         return sync, (axis_length(variable.shape),)
     if servers == 0:
         raise PlanError(
             f"{rules.source}: variable {variable.name!r}: found parameter_server and no servers, expected at "
             f"least one server. Start servers, or share it another way, such as all_reduce."
         )
-    sizes = cut(sync.partition, variable.shape, servers)
+    sizes = cut(served.partition, variable.shape, servers)
+    if isinstance(sync, LocalSteps):
+        return sync, sizes  # it is the outer update that servers run
     if len(sizes) == 1 or update == "elementwise" or (update == "row-wise" and variable.sparse):
         return sync, sizes
     if rules.uncuttable == "refuse":
@@ -111,7 +115,7 @@ def _cut(
         )
     why = "needs the whole tensor" if update == "whole" else f"is {update}, not elementwise"
     notes.append(f"{variable.name} is kept whole: its update {why}")
-    return replace(sync, partition=Whole()), (axis_length(variable.shape),)
+    return replace(served, partition=Whole()), (axis_length(variable.shape),)
 
 
 _NOT_OF_ROWS = {
@@ -126,6 +130,8 @@ def _rows(
     rules: Rules, variable: Variable, sync: Sync, update: Update | None, still: bool, notes: list[str]
 ) -> Travelling:
     """Which rows an update of a table writes whose rows travel; what costs a pass over the table is noted."""
+    if isinstance(sync, LocalSteps) and sync.is_geo and variable.sparse:
+        return "touched"
     if not isinstance(sync, ParameterServer):
         return ""
     split = update in ("elementwise", "row-wise")
@@ -154,7 +160,7 @@ def _rows(
 
 
 def _placed(chosen: list[tuple[Variable, Sync, tuple[int, ...]]], servers: int) -> tuple[Sharing, ...]:
-    served = [(variable, sizes, sync.place) for variable, sync, sizes in chosen if isinstance(sync, ParameterServer)]
+    served = [(variable, sizes, by.place) for variable, sync, sizes in chosen if (by := served_by(sync)) is not None]
     owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
     return tuple(Sharing(variable.name, sync, sizes, owners.get(variable.name, ())) for variable, sync, sizes in chosen)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from syncwright.plan.plan import Plan, Sharing
-from syncwright.plan.sync import LocalSteps
+from syncwright.plan.sync import AllReduce, LocalSteps
 
 
 def starts_of(plan: Plan) -> list[int]:
@@ -20,7 +20,7 @@ def starts_of(plan: Plan) -> list[int]:
 
 
 def plan_at(plan: Plan, step: int) -> Plan:
-    """The plan of a step: variables that trainers do not train alone yet are shared as their `over` says."""
+    """The plan of a step: variables that trainers do not train alone yet are all-reduced, as their `over` says."""
     if not any(step < start for start in starts_of(plan)):
         return plan
     return replace(plan, sharings=tuple(_sharing_at(sharing, step) for sharing in plan.sharings))
@@ -28,6 +28,8 @@ def plan_at(plan: Plan, step: int) -> Plan:
 
 def _sharing_at(sharing: Sharing, step: int) -> Sharing:
     match sharing.sync:
-        case LocalSteps(start=start, over=over) if step < start:
+        case LocalSteps(start=start, over=AllReduce() as over) if step < start:
             return replace(sharing, sync=over)
+        case LocalSteps(start=start) if step < start:
+            return Sharing(sharing.variable, AllReduce(), (sum(sharing.sizes),))
     return sharing

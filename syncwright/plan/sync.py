@@ -118,9 +118,12 @@ class LocalSteps:
     """Every trainer runs the whole update on its own gradient; every k-th step they exchange what they have come to.
 
     every  the steps between two exchanges
-    outer  what an exchange makes of it: the mean, or the update of an outer optimizer
-    start  the first step that a trainer takes alone; until then gradients are all-reduced, as under `over`
-    over   how the differences travel. Only all_reduce, so far: every trainer runs the outer update
+    outer  what an exchange makes of it: the mean, the update of an outer optimizer, or (geo) each trainer's own difference
+    start  the first step that a trainer takes alone; until then gradients are all-reduced
+    over   how the differences travel: all_reduce, where every trainer runs the outer update, or parameter_server, where
+           servers keep what all had after the last exchange and the outer optimizer's state
+
+    Raises PlanError for settings that mean nothing together.
     """
 
     every: Count
@@ -130,16 +133,50 @@ class LocalSteps:
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
-        if isinstance(self.outer, Geo):
-            raise PlanError(
-                "LocalSteps.outer: found geo, expected mean or an optimizer: a server would have to add each trainer's "
-                "difference as it comes, and servers wait for all trainers so far. Write one of these."
-            )
         if isinstance(self.over, ParameterServer):
+            self._check_servers(self.over)
+        elif self.is_geo:
             raise PlanError(
-                "LocalSteps.over: found parameter_server, expected all_reduce: servers count one update for each step so "
-                "far, and not one for each exchange. Write all_reduce, or leave `over` out."
+                "LocalSteps.outer: found geo over all_reduce, expected it over parameter_server: a server adds each trainer's "
+                "difference as it comes, and nobody waits for the others. Say over: parameter_server as well."
             )
 
+    @property
+    def is_geo(self) -> bool:
+        """Whether nobody waits for the others."""
+        return isinstance(self.outer, Geo)
+
+    def _check_servers(self, over: ParameterServer) -> None:
+        meant = {"bucket_mb", "partition", "place", *(("mode",) if self.is_geo else ("reduce",))}
+        for each in fields(over):
+            found = getattr(over, each.name)
+            if each.name not in meant and found != each.default:
+                raise PlanError(
+                    f"LocalSteps.over: found parameter_server with {each.name}: {found}, expected no settings but "
+                    f"{', '.join(sorted(meant))}: {_NOT_OF_STEPS.get(each.name, 'it is said of what travels in every step')}. "
+                    "Take it out."
+                )
+        if over.reduce == "mean_by_touch":
+            raise PlanError(
+                "LocalSteps.over: found parameter_server with reduce: mean_by_touch, expected mean or sum: of differences no "
+                "row is known to be touched. Take it out."
+            )
+
+
+_NOT_OF_STEPS = {
+    "mode": "an exchange takes the difference of every trainer; with outer: geo servers add each as it comes",
+    "reduce": "each difference is divided by the number of trainers",
+}
+"""Settings that servers of exchanges do not have, and why, where it is not the same for all."""
 
 Sync = Local | AllReduce | ParameterServer | LocalSteps
+
+
+def served_by(sync: Sync) -> ParameterServer | None:
+    """How servers keep a variable that is shared so; None where they do not."""
+    match sync:
+        case ParameterServer():
+            return sync
+        case LocalSteps(over=ParameterServer() as over):
+            return over
+    return None

@@ -8,11 +8,11 @@ import zmq
 
 from syncwright.job import Job
 from syncwright.runtime.heartbeat import Heartbeat
+from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.limits import limits_of
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import cannot_go_on
-from syncwright.runtime.server import Server
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sockets import SocketTransport
 
@@ -58,13 +58,13 @@ class Hosted:
     def _serve(self, job: Job, address: Address) -> None:
         transport = self._transport(job, address, self._meeting.heartbeat)
         try:
-            serve(Server(job, address.rank), transport, self._meeting.deadlines.wait)
+            serve(JointServer(job, address.rank), transport, self._meeting.deadlines.wait)
         finally:
             transport.close()
 
     def _thread(self, job: Job, address: Address) -> ServerThread:
         transport = self._transport(job, address, None)
-        return ServerThread(Server(job, address.rank), transport, self._meeting.deadlines.wait)
+        return ServerThread(JointServer(job, address.rank), transport, self._meeting.deadlines.wait)
 
     def _transport(self, job: Job, address: Address, heartbeat: Heartbeat | None) -> SocketTransport:
         return SocketTransport(

@@ -53,10 +53,10 @@ class Intake:
     def _read(self, peer: Address, frames: Frames) -> tuple[Address, Message] | None:
         reason = MALFORMED
         try:
-            message = decode(frames, None if self._limit is None else self._limit.forms, given=True)
+            message = decode(frames, given=True) if self._limit is None else self._limit.read(frames, given=True)
             if self._limit is not None:
                 reason = REFUSED
-                self._limit.check(peer, message.header)
+                self._limit.check(peer, message.header, message.job)
         except WireError as error:
             self._traffic.drops.drop(peer, reason, str(error))
             return None

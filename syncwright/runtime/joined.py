@@ -8,10 +8,10 @@ import torch
 
 from syncwright.errors import DeadlineExceeded
 from syncwright.job import Job
-from syncwright.runtime.client import Client
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.replica import UNTIL_ALL_LEFT
+from syncwright.runtime.pieces import UNTIL_ALL_LEFT
+from syncwright.runtime.replica import Replica
 from syncwright.runtime.transport import Transport
 
 
@@ -25,7 +25,7 @@ class Joined:
     def __init__(self, job: Job, transport: Transport, seconds: float, check: Callable[[], None]) -> None:
         self.job, self.transport = job, transport
         self.trainers = job.plan.trainers
-        self.client: Client | None = None
+        self.replica: Replica | None = None
         self._seconds, self._check = seconds, check
 
     def drive(self, runs: Sequence[Generator[Blocked, None, object]]) -> list:
@@ -48,7 +48,8 @@ class Joined:
 
     def _wait(self, blocked: Blocked) -> None:
         """Takes the next message in, whatever it is."""
-        assert self.client is not None, "the session is open"
+        assert self.replica is not None, "the session is open"
+        step = self.replica.client.step
         owner = Address(Kind.SERVER, self._server_of(blocked.channel))
         others = [Address(Kind.TRAINER, k) for k in range(self.trainers) if k != self.transport.me.rank]
         wait = self.transport.wait([owner, *others], self._seconds)
@@ -61,17 +62,20 @@ class Joined:
             if wait.is_over():
                 late = self.transport.late([owner, *others])
                 raise DeadlineExceeded(
-                    f"{self.transport.me} has waited {self._seconds:g} s at {blocked.node} of step {self.client.step} for "
+                    f"{self.transport.me} has waited {self._seconds:g} s at {blocked.node} of step {step} for "
                     f"'{blocked.channel}' of {owner}: {late}. Expected it in time. See the output of who is late; if it is "
                     "only slow, give a longer Deadlines.wait."
                 )
-        self.client.take(*got)
+        self.replica.take(*got)
 
     def _server_of(self, channel: str) -> int:
         """Who answers for a channel; for the trainers' clocks, who keeps them."""
-        if channel in self.job.channels:
-            return self.job.channels[channel].server
-        return self.job.owners.get(channel, self.job.plan.reducer or 0)
+        for job in (self.job, *(each.job for each in self.job.exchanges)):
+            if channel in job.channels:
+                return job.channels[channel].server
+            if channel in job.owners:
+                return job.owners[channel]
+        return self.job.plan.reducer or 0
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from syncwright.runtime.messages import (
     Hello,
     Kind,
     Leave,
+    Message,
     Pull,
     PullRows,
     Push,
@@ -26,7 +27,7 @@ from syncwright.runtime.messages import (
     Tick,
     Value,
 )
-from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError
+from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode
 
 Form = tuple[tuple[int | range, ...], torch.dtype]
 
@@ -42,6 +43,7 @@ class Limits:
     pulled  what it is asked for
     given   whose values it takes, by channel
     serves  whether it is a server, to which trainers come and from which they go
+    exchanges  the same for each exchange of the job
     """
 
     forms: Limit
@@ -49,15 +51,23 @@ class Limits:
     pulled: frozenset[str] = frozenset()
     given: Mapping[str, frozenset[Address]] = field(default_factory=dict)
     serves: bool = False
+    exchanges: tuple[Limits, ...] = ()
 
     @property
     def frames(self) -> int:
         """The most frames of a message: a header and the chunks of the largest tensor."""
-        sizes = [_most_nbytes(shape, dtype) for shape, dtype in self.forms.values()]
+        forms = [form for each in (self, *self.exchanges) for form in each.forms.values()]
+        sizes = [_most_nbytes(shape, dtype) for shape, dtype in forms]
         return 1 + -(-max(sizes, default=0) // CHUNK_NBYTES)
 
-    def check(self, sender: Address, header: Header) -> None:
-        """`WireError` if `sender` has no business to send this."""
+    def read(self, frames: Sequence[bytes | memoryview], *, given: bool = False) -> Message:
+        """The message that these frames are; `WireError` where no role may send it to this one. `given`: `wire.decode`'s."""
+        return decode(frames, self.forms, exchanges=[each.forms for each in self.exchanges], given=given)
+
+    def check(self, sender: Address, header: Header, job: int = 0) -> None:
+        """`WireError` if `sender` has no business to send this, of the steps' job or of that of an exchange."""
+        if job:
+            return self.exchanges[job - 1].check(sender, header)
         by_trainer = sender.kind is Kind.TRAINER
         match header:
             case Push(channel=channel, hypers=hypers):
@@ -89,10 +99,13 @@ class Limits:
 
 def limits_of(job: Job, me: Address) -> Limits:
     """What `me` may be sent in `job`."""
-    forms = limit_of(job, me)
+    exchanges = tuple(limits_of(each.job, me) for each in job.exchanges)
     if me.kind is Kind.TRAINER:
         owners = {name: frozenset({Address(Kind.SERVER, owner)}) for name, owner in job.owners.items()}
-        return Limits(forms, given=owners)
+        return Limits(limit_of(job, me), given=owners, exchanges=exchanges)
+    if not job.servers:
+        return Limits({})
+    forms = limit_of(job, me)
     held = {variable.name for variable in job.servers[me.rank].holds}
     exporters = {
         name: frozenset({Address(Kind.SERVER, part.rank)})
@@ -106,6 +119,7 @@ def limits_of(job: Job, me: Address) -> Limits:
         pulled=frozenset(name for name, owner in job.owners.items() if owner == me.rank),
         given=exporters | {name: frozenset({FIRST}) for name in held},
         serves=True,
+        exchanges=exchanges,
     )
 
 

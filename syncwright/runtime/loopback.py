@@ -13,10 +13,10 @@ from syncwright.errors import BatchError, DeadlineExceeded
 from syncwright.job import Job
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
-from syncwright.runtime.server import Server
 from syncwright.runtime.session import Session, Training
 
 __all__ = ["Loopback", "loopback"]
@@ -62,7 +62,7 @@ class Loopback:
         self.session = Session(training)
         self.model, self.optimizer, self.trainers = training.model, training.optimizer, trainers
         self.network = Network(trainers)
-        self.servers: list[Server] = []
+        self.servers: list[JointServer] = []
         self.streams = [random_stream(k) for k in range(trainers)]
 
     @property
@@ -130,7 +130,7 @@ class Loopback:
     def _start(self, prepared: Prepared, part: Part) -> None:
         if self.replicas:
             return
-        self.servers = [Server(prepared.job, p.rank) for p in prepared.job.servers]
+        self.servers = [JointServer(prepared.job, p.rank) for p in prepared.job.servers]
         outlets = [self.network.transport(rank) for rank in range(self.trainers)]
         self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 
@@ -164,13 +164,13 @@ class Loopback:
                 for target, answer in self.servers[to.rank].handle(sender, message):
                     self.network.post(to, target, answer)
             else:
-                self.replicas[to.rank].client.take(sender, message)
+                self.replicas[to.rank].take(sender, message)
         return any_moved
 
     def hand_over(self, sender: Address, to: Address, message: Message) -> None:
         """Lets one message arrive, and at once all that servers send because of it."""
         if to.kind is Kind.TRAINER:
-            self.replicas[to.rank].client.take(sender, message)
+            self.replicas[to.rank].take(sender, message)
             return
         for target, answer in self.servers[to.rank].handle(sender, message):
             self.hand_over(to, target, answer)

@@ -143,7 +143,11 @@ HEADERS = (Hello, Push, Pull, PullRows, Rows, Taken, Tick, Go, Value, Resume, Le
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A header and, for `Push`, `PullRows`, `Rows` and `Value`, one contiguous tensor."""
+    """A header and, for `Push`, `PullRows`, `Rows` and `Value`, one contiguous tensor.
+
+    job: which it is of, as each numbers its rounds by itself: 0 is that of the steps, n the n-th of its exchanges.
+    """
 
     header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: torch.Tensor | None = None
+    job: int = 0

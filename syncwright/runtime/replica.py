@@ -18,16 +18,17 @@ from syncwright.program import Program, Role, Variable
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
-from syncwright.runtime.flat_values import apart, equal, laid_flat
+from syncwright.runtime.flat_values import equal, laid_flat
+from syncwright.runtime.lane import Lane
 from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
-from syncwright.runtime.outer import Outer, begun
+from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.outer import Outer
+from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
 from syncwright.tree import tensors
 
 Examples = Callable[..., float] | float | None
-UNTIL_ALL_LEFT = "the end of all trainers"
-"""Where a trainer waits that has left before others."""
 CLOCKS = "clocks"
 """What a trainer waits for that is too far ahead."""
 
@@ -61,12 +62,18 @@ class Replica:
             if name not in served
         }
         self.values |= _added(job.trainer["step"])
-        self.outers = [Outer(each, Client(each.job, client.transport)) for each in job.exchanges]
+        lanes = [Lane(client.transport, number) for number, _ in enumerate(job.exchanges, start=1)]
+        self.outers = [Outer(each, lane) for each, lane in zip(job.exchanges, lanes, strict=True)]
 
     @property
     def shared(self) -> dict[str, object]:
         """What stands for one device: of variables that trainers train alone, what they had after their last meeting."""
         return {**self.values, **{name: value for outer in self.outers for name, value in outer.shared.items()}}
+
+    def take(self, sender: Address, message: Message) -> None:
+        """What a server sent."""
+        client = self.outers[message.job - 1].client if message.job else self.client
+        client.take(sender, message)
 
     @torch.no_grad()
     def step(self, prepared: Prepared, part: Part, following: tuple | None = None) -> Generator[Blocked, None, object]:
@@ -77,7 +84,7 @@ class Replica:
         """
         prepared = prepared.at(self.trained)
         self._adopt(prepared)
-        self._begin_alone()
+        self.begin_alone()
         phase = "step" if part.examples > 0 else "idle"
         executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
@@ -96,7 +103,7 @@ class Replica:
         self.client.ask(prepared.pulls, self.step_count)
         for outer in self.outers:
             if outer.has_begun:
-                outer.add(weight)
+                outer.add(weight, results)
             if outer.is_due:
                 yield from self._meet(outer)
         yield from self._keep_together()
@@ -140,7 +147,8 @@ class Replica:
             if outer.is_open:
                 yield from self._meet(outer)
 
-    def _begin_alone(self) -> None:
+    def begin_alone(self) -> None:
+        """Begins what is alone from the next step on: the values of now are what all have."""
         for outer in self.outers:
             if not outer.has_begun and outer.clock.has_begun(self.trained):
                 outer.begin(self.values)
@@ -151,7 +159,7 @@ class Replica:
             if name in parts:
                 self.values[name].copy_(value)  # type: ignore[attr-defined]
             else:
-                self.values[name] = value.clone()
+                self.values[name] = value
 
     def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
         """What a function gives for this trainer's part of a batch, from the values of the steps done."""
@@ -188,11 +196,11 @@ class Replica:
             for part in self._parts.get(name, ()):
                 self.values[part.name] = value
 
-    def reload(self) -> None:
+    def reload(self, outer_state: Mapping[str, torch.Tensor]) -> None:
         """Takes the user's values anew; counts as a step, so that servers tell old values from new.
 
         State that passes have added begins anew: the user's objects do not hold it. So do meetings of trainers that train
-        alone: as many steps as between two of them go before the next.
+        alone, but for the outer optimizer's state: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
         self.values = {
@@ -201,17 +209,41 @@ class Replica:
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
         for outer in self.outers:
-            outer.forget()
+            outer.forget(outer_state)
         self.step_count += 1
         self.client.restart(self.step_count)
 
     def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What servers hold, whole, under the variables' own names, as of the steps done."""
         self.client.flush()
-        return (yield from self._collected("now"))
+        found = yield from self._collected("now")
+        for outer in self.outers:
+            found |= yield from outer.served()
+        return found
+
+    def outer_state(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """The state of outer optimizers after the last meetings, by variable."""
+        found: dict[str, torch.Tensor] = {}
+        for outer in self.outers:
+            found |= yield from outer.state()
+        return {name: value.clone() for name, value in found.items()}
 
     def finish(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
+        for outer in self.outers:
+            outer.leave()
+        found = yield from self._finish_steps()
+        for outer in self.outers:
+            found |= yield from outer.last()
+        return found
+
+    def leave(self) -> None:
+        """Takes part in no further step or exchange."""
+        for outer in self.outers:
+            outer.leave()
+        self.client.leave(self.step_count)
+
+    def _finish_steps(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         if not self.job.arriving:
             found = yield from self._collected("now")
             self.client.leave(self.step_count)
@@ -226,7 +258,7 @@ class Replica:
     def _collected(
         self, when: When, without: Collection[str] = (), fresh: int | None = None
     ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
-        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        found: list[tuple[Variable, torch.Tensor]] = []
         fresh = self.client.fresh() if fresh is None else fresh
         for name, variable in self.job.held.items():
             if name in without:
@@ -234,28 +266,13 @@ class Replica:
             version = fresh if name in self.job.arriving else self.step_count
             while (value := self.client.fetch(name, version, when)) is None:
                 yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
-            start = variable.part[0] if variable.part is not None else -1
-            found.setdefault(variable.whole or name, []).append((start, value))
+            found.append((variable, value))
         self.client.release()
-        return apart({name: _joined(parts) for name, parts in found.items()}, self.job.joined)
+        return joined(self.job, found)
 
     def give(self, values: Mapping[str, object], version: int) -> None:
         """Sends servers their slices of `values`."""
-        for name, variable in self.job.held.items():
-            if variable.initial is not None:
-                self.client.give(name, version, begun(variable))
-                continue
-            value = self._whole(variable, values)
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-            self.client.give(name, version, tensor if variable.part is None else tensor[slice(*variable.part)])
-        self.client.resume(version)
-
-    def _whole(self, variable: Variable, values: Mapping[str, object]) -> object:
-        """The value of a variable of which a server keeps all or a piece; of one that stands for several, of all of them."""
-        parts = self.job.joined.get(variable.name)
-        if parts is None:
-            return values[variable.whole or variable.name]
-        return laid_flat(variable, parts, values) if variable.shape else equal(parts, values)
+        give(self.client, values, version)
 
     @torch.no_grad()
     def take_first(self) -> None:
@@ -331,10 +348,3 @@ def _inputs(prepared: Prepared, batch: tuple) -> dict[str, torch.Tensor]:
 def _returned(prepared: Prepared, results: Mapping[str, object]) -> object:
     leaves = [results.get(name) for name in prepared.captured.outputs]
     return prepared.captured.returned.unflatten(leaves)
-
-
-def _joined(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Pieces in order; of what every piece has whole (a step count), the first."""
-    if parts[0][0] < 0:
-        return parts[0][1]
-    return torch.cat([tensor for _, tensor in sorted(parts, key=lambda p: p[0])])

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from syncwright.errors import DeadlineExceeded, JobError, PeerLost, SyncwrightError
 from syncwright.runtime.deadlines import Wait
+from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.messages import Address, Failure, Kind, Message
-from syncwright.runtime.server import Server
 from syncwright.runtime.transport import Transport
 
 log = logging.getLogger("syncwright")
@@ -18,7 +18,7 @@ QUIET_SECONDS = 5.0
 """After so long without a message, a server looks whether the trainers are still there."""
 
 
-def serve(server: Server, transport: Transport, seconds: float, stop: threading.Event | None = None) -> None:
+def serve(server: JointServer, transport: Transport, seconds: float, stop: threading.Event | None = None) -> None:
     """Serves until every trainer has left, or `stop` is set. Tells everyone before it ends with an error.
 
     seconds  how long a merge may wait for its last contribution, and trainers may show no sign of life; while they
@@ -45,7 +45,7 @@ def serve(server: Server, transport: Transport, seconds: float, stop: threading.
         raise told from (None if told is error else error)
 
 
-def _go_on(server: Server, transport: Transport, lost: Iterable[int]) -> None:
+def _go_on(server: JointServer, transport: Transport, lost: Iterable[int]) -> None:
     """Goes on without trainers that are lost."""
     for trainer in sorted(set(lost) - server.lost):
         log.warning("server %d goes on without trainer %d, which is lost", server.rank, trainer)
@@ -53,7 +53,7 @@ def _go_on(server: Server, transport: Transport, lost: Iterable[int]) -> None:
             transport.send(to, message)
 
 
-def _check_late(server: Server, transport: Transport, quiet: float, wait: Wait) -> None:
+def _check_late(server: JointServer, transport: Transport, quiet: float, wait: Wait) -> None:
     live = [Address(Kind.TRAINER, k) for k in server.live]
     if server.pending and wait.is_over():
         raise DeadlineExceeded(
@@ -73,7 +73,7 @@ def _check_late(server: Server, transport: Transport, quiet: float, wait: Wait) 
         )
 
 
-def _told(server: Server, error: Exception) -> SyncwrightError:
+def _told(server: JointServer, error: Exception) -> SyncwrightError:
     if isinstance(error, SyncwrightError):
         return error
     return JobError(
@@ -94,7 +94,7 @@ def _tell(transport: Transport, trainers: list[Address], reason: str) -> None:
 class ServerThread(threading.Thread):
     """A server that lives in a trainer's process. Ends by itself when all trainers have left, or when it is told to."""
 
-    def __init__(self, server: Server, transport: Transport, seconds: float):
+    def __init__(self, server: JointServer, transport: Transport, seconds: float):
         super().__init__(name=f"syncwright server {server.rank}", daemon=True)
         self.error: SyncwrightError | None = None
         self.stop = threading.Event()

@@ -22,6 +22,9 @@ from syncwright.runtime.replica import Examples, Part, Replica, count_examples
 from syncwright.runtime.sharding import rows_of
 from syncwright.runtime.transport import Outlet
 
+OUTER = "outer"
+"""The key of outer optimizers' state in a job's."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
@@ -149,15 +152,18 @@ class Session:
             self.binding.write(values)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, object]:
-        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it."""
+        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it; and the state of outer
+        optimizers, where there is some: `"outer": {"fc.weight.momentum_buffer": ...}`."""
         self.sync()
-        return self.binding.state_dict(self.training.optimizer)
+        found = self.binding.state_dict(self.training.optimizer)
+        outer = self._joined.drive([self.replicas[0].outer_state()])[0] if self.replicas else {}
+        return {**found, OUTER: outer} if outer else found
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes what `state_dict` gave, here under any plan or in plain PyTorch."""
         self.binding.load_state_dict(self.training.optimizer, state)
         for replica in self.replicas:
-            replica.reload()
+            replica.reload(cast(Mapping, state.get(OUTER, {})))
         self._spread()
 
     def finish(self) -> None:
@@ -174,7 +180,7 @@ class Session:
     def leave(self) -> None:
         """Tells servers that these trainers take part in no further step."""
         for replica in self.replicas:
-            replica.client.leave(replica.step_count)
+            replica.leave()
 
     def fail(self, reason: str) -> None:
         """Tells servers that these trainers end early."""
@@ -192,6 +198,7 @@ class Session:
             if replica.rank == 0:
                 replica.give(self.binding.values(), replica.step_count)
             replica.take_first()
+            replica.begin_alone()
 
     def _evaluate(
         self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows, whole: Collection[str]

@@ -295,7 +295,7 @@ class Trainer:
         joined = Joined(job, self._transport, self._meeting.deadlines.wait, self._hosted.check)
         nominal = float(self._meeting.published("nominal", str(part.examples or 1.0)))
         self._session.open(job, [self._transport], nominal, joined)
-        joined.client = self._session.replicas[0].client
+        joined.replica = self._session.replicas[0]
         if self.rank == 0:
             log.info("%d trainers and %d servers have met", self.trainers, len(job.servers))
 

@@ -70,6 +70,7 @@ class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Resume | Leave | Failure
     tensor: TensorHeader | None
+    job: int = 0
 
 
 DECODER = msgspec.msgpack.Decoder(FirstFrame)
@@ -85,24 +86,31 @@ def encode(message: Message) -> list[bytes | memoryview]:
     if not isinstance(header, HEADERS):
         raise WireError(f"cannot send a {type(header).__name__}: not one of the headers in messages.HEADERS")
     if tensor is None:
-        _check_header(FirstFrame(header, None))
-        return [_first_frame(FirstFrame(header, None))]
+        first = FirstFrame(header, None, message.job)
+        _check_header(first)
+        return [_first_frame(first)]
     if tensor.dtype not in NAMES:
         raise WireError(f"cannot send {_about(header)}: dtype {tensor.dtype} is none of {', '.join(DTYPES)}")
     payload = _host_bytes(tensor)
     spec = TensorHeader(NAMES[tensor.dtype], tuple(tensor.shape), payload.nbytes)
-    first = FirstFrame(header, spec)
+    first = FirstFrame(header, spec, message.job)
     _check_header(first)
     chunks = [payload[at : at + CHUNK_NBYTES] for at in range(0, payload.nbytes, CHUNK_NBYTES)]
     return [_first_frame(first), *chunks]
 
 
 def decode(
-    frames: Sequence[bytes | memoryview], limit: Limit | None = None, max_nbytes: int = LARGEST, *, given: bool = False
+    frames: Sequence[bytes | memoryview],
+    limit: Limit | None = None,
+    max_nbytes: int = LARGEST,
+    exchanges: Sequence[Limit] = (),
+    *,
+    given: bool = False,
 ) -> Message:
     """The message that `encode` made these frames from; `WireError` for anything else.
 
     limit: which channels are expected, and what their tensors are; None accepts any.
+    exchanges: the same for each exchange of the job.
     max_nbytes: the largest tensor that is accepted.
     given: the frames are nobody else's, and the tensor may stay in their memory.
     The tensor is in writable memory; new one unless it stays.
@@ -111,10 +119,11 @@ def decode(
         raise WireError("a message of no frames; expected a header frame")
     first = _parse(frames[0])
     _check_header(first)
-    _check_limit(first, limit, max_nbytes)
+    _check_limit(first, limit if limit is None else _of_job(first, [limit, *exchanges]), max_nbytes)
     spec = first.tensor
     _check_payload(first.header, spec.nbytes if spec else 0, [memoryview(f).nbytes for f in frames[1:]])
-    return Message(first.header, None if spec is None else _tensor(first.header, spec, frames[1:], given))
+    tensor = None if spec is None else _tensor(first.header, spec, frames[1:], given)
+    return Message(first.header, tensor, first.job)
 
 
 def _first_frame(first: FirstFrame) -> bytes:
@@ -142,6 +151,8 @@ def _parse(frame: bytes | memoryview) -> FirstFrame:
 
 def _check_header(first: FirstFrame) -> None:
     header, spec = first.header, first.tensor
+    if not 0 <= first.job <= LARGEST:
+        raise WireError(f"{_about(header)}: its job is {first.job}; expected 0 to {LARGEST}")
     match header:
         case Push(step=number, weight=weight) if not (math.isfinite(weight) and weight >= 0):
             raise WireError(f"{_about(header)}: weight is {weight}; expected a finite number, at least 0")
@@ -179,6 +190,12 @@ def _check_tensor(header: Push | PullRows | Rows | Value, spec: TensorHeader) ->
     if spec.nbytes != expected:
         found = f"{spec.nbytes} bytes for {spec.dtype} of shape {spec.shape}"
         raise WireError(f"{_about(header)}: {found}; expected {expected}")
+
+
+def _of_job(first: FirstFrame, limits: Sequence[Limit]) -> Limit:
+    if first.job >= len(limits):
+        raise WireError(f"{_about(first.header)}: of job {first.job}; this one has {len(limits)}, which count from 0")
+    return limits[first.job]
 
 
 def _check_limit(first: FirstFrame, limit: Limit | None, max_nbytes: int) -> None:

@@ -23,6 +23,7 @@ STRATEGIES: dict[str, Callable[..., Rules]] = {
     "parallax": fixed.parallax,
     "local_sgd": fixed.local_sgd,
     "diloco": fixed.diloco,
+    "geo": fixed.geo,
 }
 
 

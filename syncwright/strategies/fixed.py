@@ -9,9 +9,11 @@ import glob
 from collections.abc import Sequence
 from typing import Literal
 
+from syncwright.errors import PlanError
 from syncwright.plan import (
     AllReduce,
     Blocks,
+    Geo,
     LeastLoaded,
     Local,
     LocalSteps,
@@ -26,6 +28,7 @@ from syncwright.plan import (
 from syncwright.program import Role, Variable
 
 Mode = Literal["sync", "async"]
+Over = Literal["all_reduce", "parameter_server"]
 
 
 def independent(variables: Sequence[Variable]) -> Rules:
@@ -82,19 +85,42 @@ def _tables(variables: Sequence[Variable], place: LeastLoaded, mode: Mode = "syn
     return tuple((glob.escape(name), ParameterServer(mode, place=place)) for name in sparse)
 
 
-def local_sgd(variables: Sequence[Variable], every: int = 8, start: int = 0, bucket_mb: float = 25.0) -> Rules:
+def local_sgd(
+    variables: Sequence[Variable], every: int = 8, start: int = 0, bucket_mb: float = 25.0, over: Over = "all_reduce"
+) -> Rules:
     """Trainers train alone and take the mean every so many steps (Stich, ICLR 2019); with a `start`, after some steps
     of all_reduce (post-local SGD, Lin et al., ICLR 2020, who take 8 to 16 steps between means)."""
-    return _rules("local_sgd", LocalSteps(every, start=start, over=AllReduce(bucket_mb)))
+    return _rules("local_sgd", LocalSteps(every, start=start, over=_over(over, bucket_mb)))
 
 
 def diloco(
-    variables: Sequence[Variable], every: int = 500, lr: float = 0.7, momentum: float = 0.9, bucket_mb: float = 25.0
+    variables: Sequence[Variable],
+    every: int = 500,
+    lr: float = 0.7,
+    momentum: float = 0.9,
+    bucket_mb: float = 25.0,
+    over: Over = "all_reduce",
 ) -> Rules:
     """Trainers train alone; every so many steps, what they have moved by goes to an outer SGD with Nesterov momentum
     (DiLoCo, arXiv 2311.08105, whose numbers these are)."""
     outer = Optimizer.of("SGD", lr=lr, momentum=momentum, nesterov=True)
-    return _rules("diloco", LocalSteps(every, outer, over=AllReduce(bucket_mb)))
+    return _rules("diloco", LocalSteps(every, outer, over=_over(over, bucket_mb)))
+
+
+def geo(variables: Sequence[Variable], every: int = 100, start: int = 0) -> Rules:
+    """Trainers train alone; every so many steps of its own each adds what it has moved by to the servers' values, takes in
+    what the others have added, and waits for nobody (Paddle's GEO-SGD, whose number this is)."""
+    return _rules("geo", LocalSteps(every, Geo(), start, ParameterServer(place=LeastLoaded())))
+
+
+def _over(over: Over, bucket_mb: float) -> AllReduce | ParameterServer:
+    """How exchanges travel."""
+    match over:
+        case "all_reduce":
+            return AllReduce(bucket_mb)
+        case "parameter_server":
+            return ParameterServer(place=LeastLoaded())
+    raise PlanError(f"strategy: found over: {over!r}, expected all_reduce or parameter_server. Write one of these.")
 
 
 def _rules(name: str, default: Sync, patterns: tuple[tuple[str, Sync], ...] = ()) -> Rules:

@@ -110,14 +110,21 @@ def _subjects(program: Program, job: Job) -> Mapping[str, str]:
     shown = {v.name for v in _variables(program)}
     grads = {grad_variable(program, v.name).name: v.name for v in program.of_role(Role.PARAM)}
     found = {**grads, **{name: name for name in shown}}
-    for name, channel in job.channels.items():
+    for name, channel in [pair for each in (job, *_exchanged(job)) for pair in each.channels.items()]:
         whole = channel.variable.whole or channel.variable.name
         if whole in grads or whole in shown:
             found[name] = grads.get(whole, whole)
+    for name, variable in [pair for each in _exchanged(job) for pair in each.held.items()]:
+        whole = variable.whole or name
+        found[name] = whole if whole in shown else variable.of or OTHER
     for name, variable in job.held.items():
         whole = program.variables[variable.whole or name]
         found[name] = whole.name if whole.name in shown else whole.of or OTHER
     return found
+
+
+def _exchanged(job: Job) -> list[Job]:
+    return [each.job for each in job.exchanges]
 
 
 def _row(variable: Variable, sharing: str, owner: str, traffic: Traffic) -> tuple[str, ...]:

@@ -26,6 +26,10 @@ ROLE, RANK = os.environ.get("SYNCWRIGHT_ROLE", "trainer"), os.environ.get("RANK"
 MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})
 NESTEROV = Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)
 ALONE = Rules.of(LocalSteps(2, NESTEROV, start=1), {"2.bias": LocalSteps(3, start=1)})
+AT_SERVERS = Rules.of(
+    LocalSteps(2, NESTEROV, start=1, over=ParameterServer(partition=Even(2))),
+    {"2.bias": LocalSteps(3, start=1, over=ParameterServer())},
+)
 EXAMPLES, BATCH = 37, 8  # the last batch has 5: parts of 3 and 2
 HELD_OUT = 13  # in batches of 4: the last one has 1, so trainer 1's part is empty
 PATIENT = Deadlines(join=100.0, wait=60.0, linger=1.0)
@@ -134,15 +138,19 @@ def watched(folder: Path) -> None:
                 break
 
 
-def alone(folder: Path) -> None:
+def alone(folder: Path, plan: Rules = ALONE) -> None:
     """Trainers train alone; after the 5 steps, one since the last exchange, they end alike."""
     model, optimizer = build()
-    given = {"plan": ALONE, "compile": False, "deadlines": PATIENT, "check_replicas": True}
+    given = {"plan": plan, "compile": False, "deadlines": PATIENT, "check_replicas": True}
     with syncwright.distribute(step, model, optimizer, **given) as trainer:  # type: ignore[arg-type]
         for x, y in trainer.shard(batches(data(EXAMPLES, 0), BATCH)):
             trainer.step(x, y)
         between = trainer.state_dict()["model"]
     torch.save({"between": between, "end": model.state_dict()}, folder / f"{trainer.rank}.pt")
+
+
+def alone_at_servers(folder: Path) -> None:
+    alone(folder, AT_SERVERS)
 
 
 def early(folder: Path) -> None:

@@ -61,6 +61,7 @@ RIGHT = {
     "mixed": Setup("mixed", 2, 1),
     "torchrun": Setup("mixed_once", 2, by="torchrun"),
     "alone": Setup("alone", 2),
+    "alone, over servers": Setup("alone_at_servers", 2, 2),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -219,12 +220,15 @@ def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
         assert done.left_over == ()
 
 
-def test_trainers_that_train_alone_end_alike(jobs):
-    done = jobs["alone"].result()
+@pytest.mark.parametrize(
+    ("name", "plan"), [("alone", job.ALONE), ("alone, over servers", job.AT_SERVERS)], ids=["all_reduce", "servers"]
+)
+def test_trainers_that_train_alone_end_alike(jobs, name: str, plan: syncwright.Rules):
+    done = jobs[name].result()
     assert done.status == 0, done.output
     reports = [torch.load(done.folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model, optimizer = job.build()
-    loopback = syncwright.loopback(job.step, model, optimizer, plan=job.ALONE, trainers=2)
+    loopback = syncwright.loopback(job.step, model, optimizer, plan=plan, trainers=2, servers=2)
     for batch in job.batches(job.data(job.EXAMPLES, 0), job.BATCH):
         loopback.step([own_part(batch, 2, rank) for rank in range(2)])
     between = loopback.state_dict()["model"]

@@ -66,9 +66,29 @@ def is_paused(folder: Path) -> bool:
     return Path(f"/proc/{pid.read_text()}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("sync", -float(STEPS)), ("async", -float(STEPS + PAUSED_AT))])
+def added(steps: int) -> float:
+    """What a trainer has added under geo, of two, exchanging after every second step and at its end. Each step moves by -1;
+    of what is not yet added half is."""
+    total, left = 0.0, 0.0
+    for number in range(1, steps + 1):
+        left -= 1
+        if number % 2 == 0 or number == steps:
+            total, left = total + left / 2, left / 2
+    return total
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("sync", -float(STEPS)),
+        ("async", -float(STEPS + PAUSED_AT)),
+        ("local_steps", -float(STEPS)),
+        ("geo", added(STEPS) + added(PAUSED_AT - 1)),
+    ],
+)
 def test_the_others_go_on_without_a_trainer_that_is_killed(tmp_path: Path, environment, mode: str, expected: float):
-    """Remaining gradients all 1 give 1.0, not half of it; asynchronous, every push of the lost one counts once."""
+    """Remaining gradients all 1 give 1.0, not half of it; asynchronous, every push of the lost one counts once. A mean of
+    what trainers that train alone have come to is that of those who are left."""
     with job(tmp_path, mode, "SIGKILL", environment=environment) as process:
         output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, output
@@ -100,9 +120,14 @@ def test_in_step_the_others_wait_and_name_who_is_late(tmp_path: Path, environmen
     assert "has been silent for" in said
 
 
-def test_who_has_left_waits_for_the_last_value_as_long_as_others_train(tmp_path: Path, environment):
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("async", -float(sum(STEPS_OF_EACH))), ("geo", sum(map(added, STEPS_OF_EACH)))]
+)
+def test_who_has_left_waits_for_the_last_value_as_long_as_others_train(
+    tmp_path: Path, environment, mode: str, expected: float
+):
     """Longer than any deadline: all end with what all have pushed."""
-    with job(tmp_path, environment=environment, script=SCRIPT.parent / "early.py") as process:
+    with job(tmp_path, mode, environment=environment, script=SCRIPT.parent / "early.py") as process:
         output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, output
-    assert [float((tmp_path / f"{rank}.value").read_text()) for rank in range(2)] == [-float(sum(STEPS_OF_EACH))] * 2
+    assert [float((tmp_path / f"{rank}.value").read_text()) for rank in range(2)] == [expected] * 2

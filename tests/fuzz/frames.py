@@ -43,7 +43,7 @@ from syncwright.runtime.rendezvous import Endpoint, Rendezvous
 from syncwright.runtime.server import Server
 from syncwright.runtime.sockets import SocketTransport, identity
 from syncwright.runtime.traffic import MALFORMED, OVERSIZED, REFUSED, STRANGER
-from syncwright.runtime.wire import CHUNK_NBYTES, WireError, decode, encode
+from syncwright.runtime.wire import CHUNK_NBYTES, WireError, encode
 
 T0, T1, S0 = Address(Kind.TRAINER, 0), Address(Kind.TRAINER, 1), Address(Kind.SERVER, 0)
 LARGEST_GROWTH_NBYTES = 64 << 20
@@ -141,16 +141,18 @@ class Mutations:
 
     def huge(self, frames: Frames) -> Frames:
         """Numbers in the header that are too large, negative, or of another type."""
-        header, tensor = msgspec.msgpack.decode(frames[0])
+        header, tensor, job = msgspec.msgpack.decode(frames[0])
         number = self.random.choice([2**31, 2**62, 2**63 - 1, 2**64 - 1, -1, -(2**63), 1e308, float("nan"), "9", None])
-        if tensor is not None and self.random.random() < 0.5:
+        if self.random.random() < 0.2:
+            job = number
+        elif tensor is not None and self.random.random() < 0.5:
             tensor = self.random.choice(
                 [[tensor[0], [number], tensor[2]], [tensor[0], tensor[1], number], [number] * 3]
             )
         else:
             name = self.random.choice(list(header))
             header[name] = number
-        return [msgspec.msgpack.encode([header, tensor]), *frames[1:]]
+        return [msgspec.msgpack.encode([header, tensor, job]), *frames[1:]]
 
     def deep(self, frames: Frames) -> Frames:
         opened = self.random.choice([b"\x91", b"\x81\xa1a", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
@@ -178,11 +180,11 @@ def reason_to_drop(frames: Frames, limits: Limits) -> str | None:
     if len(frames) > limits.frames:
         return OVERSIZED
     try:
-        header = decode(frames, limits.forms).header
+        message = limits.read(frames)
     except WireError:
         return MALFORMED
     try:
-        limits.check(T1, header)
+        limits.check(T1, message.header, message.job)
     except WireError:
         return REFUSED
     return None

@@ -1,4 +1,7 @@
-"""An asynchronous job in which trainer 0 ends long before trainer 1. Argument: a folder, where each writes what it ends with."""
+"""A job in which nobody waits and trainer 0 ends long before trainer 1.
+
+arguments: a folder, where each writes what it ends with, and "async" | "geo"
+"""
 
 import sys
 import time
@@ -7,16 +10,16 @@ from pathlib import Path
 import torch
 
 import syncwright
-from syncwright import ParameterServer, Rules
+from syncwright import Rules
 from syncwright.runtime.deadlines import Deadlines
-from tests.scripts.paused import Scalar, step
+from tests.scripts.paused import Scalar, step, sync_of
 
 STEPS = (3, 10)
 
 if __name__ == "__main__":
     model = Scalar()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    plan = Rules(ParameterServer(mode="async"))
+    plan = Rules(sync_of(sys.argv[2]))
     with syncwright.distribute(
         step, model, optimizer, plan=plan, compile=False, deadlines=Deadlines(wait=4)
     ) as trainer:

@@ -1,6 +1,6 @@
 """A job in which trainer 1 is lost or pauses after three steps: what each trainer has done stands in files.
 
-arguments: a folder, "sync" | "async" | a staleness, and the signal that trainer 1 sends itself
+arguments: a folder, "sync" | "async" | a staleness | "local_steps" | "geo", and the signal that trainer 1 sends itself
 """
 
 import os
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import syncwright
-from syncwright import ParameterServer, Rules
+from syncwright import LocalSteps, ParameterServer, Rules
+from syncwright.plan import Geo, Sync
 from syncwright.runtime.deadlines import Deadlines
 
 STEPS, PAUSED_AT = 12, 3
@@ -35,8 +36,19 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) ->
     return loss
 
 
+def sync_of(mode: str) -> Sync:
+    match mode:
+        case "local_steps":
+            return LocalSteps(2, over=ParameterServer())
+        case "geo":
+            return LocalSteps(2, Geo(), over=ParameterServer())
+        case "sync" | "async":
+            return ParameterServer(mode=mode)
+    return ParameterServer(mode="async", staleness=int(mode))
+
+
 def main(folder: Path, mode: str, number: int) -> None:
-    sync = ParameterServer(mode="async", staleness=int(mode)) if mode.isdecimal() else ParameterServer(mode=mode)
+    sync = sync_of(mode)
     model = Scalar()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     deadlines = Deadlines(wait=15)

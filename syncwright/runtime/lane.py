@@ -1,0 +1,35 @@
+"""One job's way through a trainer's outlet, where several jobs share it: what it sends says of which job it is."""
+
+from __future__ import annotations
+
+import torch
+
+from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.transport import Outlet, Work
+
+
+class Lane:
+    """See `transport.Outlet`. Changes: notes at which step of the trainer it is.
+
+    job   which: the n-th exchange's is n, counted from 1 (see `Message`)
+    step  for those who ask how far this trainer is: exchanges number theirs apart
+    """
+
+    def __init__(self, outlet: Outlet, job: int) -> None:
+        self.me, self.job, self.step = outlet.me, job, 0
+        self._outlet = outlet
+
+    def send(self, to: Address, message: Message) -> None:
+        self._outlet.send(to, Message(message.header, message.tensor, self.job))
+
+    def flush(self) -> None:
+        self._outlet.flush()
+
+    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
+        return self._outlet.all_reduce(tensor, note)
+
+    def broadcast(self, tensor: torch.Tensor, note: str) -> None:
+        self._outlet.broadcast(tensor, note)
+
+    def progress(self, step: int, node: str) -> None:
+        self._outlet.progress(self.step, node)

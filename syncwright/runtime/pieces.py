@@ -1,0 +1,58 @@
+"""What servers keep of a trainer's values: sliced on the way there, joined on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from syncwright.job import Job
+from syncwright.program import Variable
+from syncwright.runtime.client import Client
+from syncwright.runtime.flat_values import apart, equal, laid_flat
+
+UNTIL_ALL_LEFT = "the end of all trainers"
+"""Where a trainer waits that has left before others."""
+
+
+def give(client: Client, values: Mapping[str, object], version: int) -> None:
+    """Sends servers all that they keep of `values`, by the user's variables; state that is not among them as it begins."""
+    for name, variable in client.job.held.items():
+        value = _kept(client.job, variable, values)
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+        client.give(name, version, tensor)
+    client.resume(version)
+
+
+def _kept(job: Job, variable: Variable, values: Mapping[str, object]) -> object:
+    """The value of a variable, or piece of one, that a server keeps; of one that stands for several, of all of them."""
+    parts = job.joined.get(variable.name)
+    if parts is not None:
+        its = {part.name: values[part.name] if part.name in values else begun(part) for part in parts}
+        return laid_flat(variable, parts, its) if variable.shape else equal(parts, its)
+    whole = variable.whole or variable.name
+    if variable.initial is not None and whole not in values:
+        return begun(variable)
+    value = values[whole]
+    return value[slice(*variable.part)] if variable.part is not None else value  # type: ignore[index]
+
+
+def begun(variable: Variable, device: torch.device | None = None) -> torch.Tensor:
+    """State that the user's objects do not hold, as it begins."""
+    assert variable.initial is not None, f"'{variable.name}' is the user's"
+    return torch.full(variable.shape, variable.initial, dtype=variable.dtype, device=device)
+
+
+def joined(job: Job, found: Iterable[tuple[Variable, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The user's variables from what servers keep of them; of what every piece has whole (a step count), the first."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for variable, value in found:
+        start = variable.part[0] if variable.part is not None else -1
+        parts.setdefault(variable.whole or variable.name, []).append((start, value))
+    return apart({name: _joined(its) for name, its in parts.items()}, job.joined)
+
+
+def _joined(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    if parts[0][0] < 0:
+        return parts[0][1]
+    return torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
