@@ -58,11 +58,14 @@ def compacted(program: Program, names: set[str]) -> Program:
     if not names:
         return program
     program = program.edit()
-    known, marks = Inference(mode_of(program.graph)), find_marks(program)
+    known, marks, made = Inference(mode_of(program.graph)), find_marks(program), set[Node]()
     for name in sorted(names):
         table = _Table(name, program.placeholders[name], marks.get(name))
         if table.reads:
-            _compact(program, table, known)
+            made |= _compact(program, table, known)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in made:
+            known.infer(node)
     return program
 
 
@@ -112,7 +115,8 @@ def _made_by_lookups(node: Node) -> Iterator[Node]:
         yield from _made_by_lookups(source)
 
 
-def _compact(program: Program, table: _Table, known: Inference) -> None:
+def _compact(program: Program, table: _Table, known: Inference) -> set[Node]:
+    """The new nodes whose meta is right already; that of what is computed from them is not."""
     graph = program.graph
     ids = list(dict.fromkeys(_node(argument(node, "indices")) for node in table.calls))
     if max(ids) > table.calls[0]:
@@ -130,9 +134,7 @@ def _compact(program: Program, table: _Table, known: Inference) -> None:
             size = graph.call_function(aten.sym_size.int, (unique, 0))
             size.meta["val"] = int  # type: ignore[attr-defined]
     _rewrite(table, unique, dict(zip(ids, places, strict=True)), size, known)
-    for node in graph.nodes:
-        if node.op == "call_function" and node not in made:
-            known.infer(node)
+    return set(made)
 
 
 def _hoist(table: _Table, ids: list[Node]) -> None:

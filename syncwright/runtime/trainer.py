@@ -161,6 +161,16 @@ class Trainer:
         for batch in looking_ahead(parts, self._session):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
+    def own(self, loader: Iterable) -> Iterator:
+        """The batches of `loader`, which are this trainer's already: read from files of its own, say.
+
+        The n-th batches of all trainers, joined in the order of trainers, are the n-th global batch. Every trainer's loader
+        must give as many; one that has no examples left gives batches without any (of leading size 0). As with `shard`, the
+        next batch is read before this one is given, where rows of tables travel.
+        """
+        for batch in looking_ahead(loader, self._session):
+            yield batch if isinstance(batch, tuple | list) else (batch,)
+
     def evaluate(self, fn: Callable, loader: Iterable, whole: Collection[str] = ()) -> object:
         """`fn(model, *batch)` over all batches, each example once over all trainers, outputs in order on every trainer.
 
