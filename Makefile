@@ -9,13 +9,14 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PEERS := $(filter-out %.no-deps,$(basename $(notdir $(wildcard bench/peers/*.txt))))
 PYTEST := -m pytest -n 2 -m "not bench"
 
-.PHONY: help demo test matrix check golden docs bench bench-peers test-torch
+.PHONY: help demo test matrix equality check golden docs bench bench-peers test-torch
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo                           train on real flights: two trainers and a server, on this machine"
 	@echo "make test [ARGS='-k plan']          the tests"
 	@echo "make matrix                         every plan on every small model, against one device"
+	@echo "make equality                       the examples with tables on servers, in processes, against one device"
 	@echo "make check                          ruff and pyright"
 	@echo "make golden                         rewrite the golden files, then look at git diff"
 	@echo "make docs                           run what the documents show"
@@ -41,6 +42,9 @@ test: .venv/ready
 
 matrix: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix $(ARGS)
+
+equality: .venv/ready
+	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m tests.distributed.example_matrix $(ARGS)
 
 check: .venv/ready
 	@status=0; \

@@ -138,6 +138,13 @@ def _same_size(reader: _Reader, node: Node) -> Known:
     return known if known == ZERO or same else OTHER
 
 
+def _copy(reader: _Reader, node: Node) -> Known:
+    """The second argument, in the first one's shape and dtype."""
+    target, source = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    known = reader.of(node.args[1])
+    return known if known == ZERO or (source.shape, source.dtype) == (target.shape, target.dtype) else OTHER
+
+
 _RULES: Mapping[object, Rule] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _add,
@@ -148,6 +155,7 @@ _RULES: Mapping[object, Rule] = {
     aten.addcmul.default: _addcmul,
     aten.addcdiv.default: _addcdiv,
     aten.where.self: _where,
+    aten.copy.default: _copy,
     aten.gt.Scalar: _compare(FALSE),
     aten.ne.Scalar: _compare(FALSE),
     aten.eq.Scalar: _compare(TRUE),

@@ -16,6 +16,7 @@ from syncwright.errors import CaptureError
 from syncwright.optim import RowWiseAdagrad
 from syncwright.plan import Rules
 from syncwright.plan.partition import Even
+from syncwright.planning import make_plan
 from tests.test_sparse import IDS, TARGETS, Table, bag, lookup, several, step, tied, weighted_bag
 
 PLANS = {
@@ -74,6 +75,14 @@ def test_equals_one_device(optimizer: str, trainers: int, plan: str) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("optimizer", MAKE)
+def test_rows_alone_travel_and_are_written_but_under_momentum(optimizer: str) -> None:
+    model = Table(lookup, sparse=True)
+    program = syncwright.capture(step, model, MAKE[optimizer](model), IDS, TARGETS)
+    plan = make_plan("parallax", program, 2, 1)
+    assert plan.sharing("table.weight").rows == ("all" if optimizer == "momentum" else "touched")
 
 
 @every_plan
