@@ -184,7 +184,6 @@ runtime         what runs a job
     sharding
     evaluation
     outer
-    flat_values
     replica
     agreement
     session
