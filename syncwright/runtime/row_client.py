@@ -9,7 +9,7 @@ import torch
 
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
-from syncwright.runtime.rows import from_bits
+from syncwright.runtime.rows import from_bits, write_rows
 
 Send = Callable[[int, Message], None]
 
@@ -51,7 +51,7 @@ class Request:
         if places is None:
             self._whole[: self.count] = rows
         else:
-            self._whole.index_copy_(0, places, rows)
+            write_rows(self._whole, places, rows)
 
 
 class RowClient:
