@@ -11,7 +11,7 @@ import torch
 from syncwright.errors import BatchError
 from syncwright.job import Channel
 from syncwright.runtime.messages import Push
-from syncwright.runtime.rows import RowGradient, merge_rows
+from syncwright.runtime.rows import Parting, RowGradient, Standing, by_sorting, merge_rows
 
 Contribution = torch.Tensor | RowGradient
 Given = dict[int, tuple[float, Contribution]]
@@ -92,6 +92,7 @@ class Rounds:
 
     def __init__(self, channel: Channel, attendance: Attendance):
         self.channel, self._attendance = channel, attendance
+        self._parted = _parting(channel)
         self._given: dict[int, Given] = {}
         self._done = -1
 
@@ -120,7 +121,7 @@ class Rounds:
             if not any(weight for weight, _ in given.values()):
                 raise no_examples(step)
             self._done = max(self._done, step)
-        return [(step, merge(self.channel, given, self._attendance.trainers)) for step, given in found]
+        return [(step, merge(self.channel, given, self._attendance.trainers, self._parted)) for step, given in found]
 
     def drop(self, trainer: int) -> None:
         for step in list(self._given):
@@ -149,7 +150,7 @@ class Arrivals:
     pending = False
 
     def __init__(self, channel: Channel):
-        self.channel = channel
+        self.channel, self._parted = channel, _parting(channel)
         self._given: list[tuple[float, Contribution]] = []
         self._complete: list[tuple[int, Contribution]] = []
         self._count = 0
@@ -175,10 +176,10 @@ class Arrivals:
         if not self.channel.rows:
             return together(self.channel, self._given)  # type: ignore[arg-type]
         if self.channel.merge != "mean" or self.channel.take == 1:
-            return merge_rows(self.channel, self._given)  # type: ignore[arg-type]
+            return merge_rows(self.channel, self._given, self._parted)  # type: ignore[arg-type]
         total = sum(weight for weight, _ in self._given)
         scaled = [(w, RowGradient(g.ids, g.rows * (w / total))) for w, g in self._given]  # type: ignore[union-attr]
-        return merge_rows(self.channel, scaled)
+        return merge_rows(self.channel, scaled, self._parted)
 
     def drop(self, trainer: int) -> None:
         """Each contribution is whole: what came stays."""
@@ -187,7 +188,16 @@ class Arrivals:
         return []
 
 
-def merge(channel: Channel, given: Mapping[int, tuple[float, Contribution]], trainers: int) -> Contribution:
+def _parting(channel: Channel) -> Parting:
+    return Standing(channel.variable.shape[0]).parted if channel.rows else by_sorting
+
+
+def merge(
+    channel: Channel,
+    given: Mapping[int, tuple[float, Contribution]],
+    trainers: int,
+    parted: Parting = by_sorting,
+) -> Contribution:
     """One value of all contributions to a step, added in the order of trainers: the same whoever came first.
 
     Contributions are already multiplied by weight / trainers; their sum is divided by the sum of the weights / trainers
@@ -195,7 +205,7 @@ def merge(channel: Channel, given: Mapping[int, tuple[float, Contribution]], tra
     """
     ordered = [given[k] for k in sorted(given)]
     if channel.rows:
-        merged = merge_rows(channel, ordered)  # type: ignore[arg-type]
+        merged = merge_rows(channel, ordered, parted)  # type: ignore[arg-type]
         return RowGradient(merged.ids, _averaged(channel, merged.rows, ordered, trainers))
     tensors = [tensor for _, tensor in ordered if isinstance(tensor, torch.Tensor)]
     total = tensors[0].to(channel.variable.dtype)
