@@ -3,12 +3,13 @@
 from syncwright import nn as nn
 from syncwright import optim as optim
 from syncwright.capture import capture
-from syncwright.plan import AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules
+from syncwright.plan import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.loopback import loopback
 from syncwright.runtime.trainer import Trainer, distribute
 
 __all__ = [
+    "AllGather",
     "AllReduce",
     "Local",
     "LocalSteps",

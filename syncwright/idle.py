@@ -37,7 +37,7 @@ def idle(program: Program) -> Program:
         results[TOTAL] = total
         program = replace(program, variables={**program.variables, TOTAL: _total(total)})
     set_results(program, results)
-    remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, ops.wait})
+    remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, *ops.WAITS})
     for node in program.placeholders.values():
         if not node.users:
             program.graph.erase_node(node)
@@ -60,7 +60,7 @@ def _silence(program: Program) -> tuple[Program, set[Node]]:
                 with program.graph.inserting_before(node):
                     program, nothing = _nothing(program, source, tainted, known)  # type: ignore[arg-type]
                 node.args = (nothing, *node.args[1:])
-            if node.target is ops.push_rows:
+            if node.target in ops.STARTS_ROWS:
                 with program.graph.inserting_before(node):
                     none = known.call(
                         program.graph, aten.full.default, [source.meta["val"].shape[0]], -1, dtype=torch.int64

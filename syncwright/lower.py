@@ -25,7 +25,7 @@ from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.flat import flat_parts
 from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
-from syncwright.plan import AllReduce, Local, LocalSteps, ParameterServer, Plan, plan_at, starts_of
+from syncwright.plan import AllGather, Local, LocalSteps, ParameterServer, Plan, Replicated, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_updates
@@ -61,6 +61,7 @@ def lower(
 def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Sequence[Pass]) -> Job:
     """The job of steps that are all alike."""
     check_lookups(program, plan)
+    _check_gathered(program, plan)
     _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
     step = program
     for each in pipeline(passes, without):
@@ -153,12 +154,22 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
         _check_arriving(join, plan)
     kinds = updates.kinds()
     for sharing in plan.sharings:
-        shared = isinstance(sharing.sync, AllReduce) and plan.trainers > 1
+        shared = isinstance(sharing.sync, Replicated) and plan.trainers > 1
         if shared and kinds.get(sharing.variable) == "foreign":
             raise LoweringError(
                 f"the update of '{sharing.variable}' reads the batch or the forward, or draws random numbers, so the "
                 "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
                 "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
+            )
+
+
+def _check_gathered(program: Program, plan: Plan) -> None:
+    """A plan may have been written by hand."""
+    for sharing in plan.sharings:
+        if isinstance(sharing.sync, AllGather) and not program.variables[sharing.variable].sparse:
+            raise LoweringError(
+                f"'{sharing.variable}' is shared by all_gather, but the step reads it otherwise than by lookups, or not at all; "
+                "expected a table of whose gradient only rows travel. Share it by: all_reduce."
             )
 
 

@@ -11,6 +11,9 @@ Of tables, of which a step reads few rows; ids of -1 stand for no row, and behin
     add_rows(x, places, rows)              `rows` rows of zeros, to which rows of x are added, one for each place, in order
     dense_rows(x, ids, rows, skip)         `rows` rows of zeros, to which each row of x but the first `skip` is added where its
                                            id says
+    own_rows(x, ids, skip)                 the ids but for the first `skip` and those of no row, and x's rows of these
+    put_rows(x, ids, rows)                 x, with these rows in place of its own. Where nothing reads x afterwards, a run
+                                           writes them into x itself
 
 In a whole program, which holds what every role does (see `place`); each names its channel, runs where its result is
 read, and its result is what is read there:
@@ -33,6 +36,9 @@ In the program of a trainer:
 
     all_reduce(x, channel)                 starts the sum of x over all trainers
     wait(x, channel)                       its result
+    gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
+    wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, sorted, and for each the sum of its rows, added in
+                                           the order of trainers; "mean_by_touch": over the trainers that have it
     push(x, channel)                       sends x to the owner of `channel`; a token (an empty tensor) that orders
     pull(after, channel, shape, dtype, when)
                                            the owner's value of `channel`, once what `after` sent is in it; or as `when` says
@@ -74,6 +80,10 @@ _library.define(
     "ScalarType? dtype=None) -> Tensor"
 )
 _library.define("pull.rows(Tensor x, str channel, Tensor ids, str when='step', ScalarType? dtype=None) -> Tensor")
+_library.define("own_rows(Tensor x, Tensor ids, int skip=0) -> Tensor[]")
+_library.define("put_rows(Tensor x, Tensor ids, Tensor rows) -> Tensor")
+_library.define("gather_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
+_library.define("wait_rows(Tensor x, str channel, str merge, int trainers) -> Tensor[]")
 _library.define("push_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
 _library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtype, str when='step') -> Tensor")
 
@@ -134,6 +144,27 @@ def _dense_rows_shape(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int =
     return x.new_empty([rows, *x.shape[1:]])
 
 
+@torch.library.register_fake(f"{NAMESPACE}::own_rows", lib=_library)
+def _own_rows_shapes(x: torch.Tensor, ids: torch.Tensor, skip: int = 0) -> list[torch.Tensor]:
+    return [torch.empty_like(ids), torch.empty_like(x)]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::put_rows", lib=_library)
+def _put_rows_shape(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_rows", lib=_library)
+def _gather_rows_shape(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::wait_rows", lib=_library)
+def _wait_rows_shapes(x: torch.Tensor, channel: str, merge: str, trainers: int) -> list[torch.Tensor]:
+    rows = x.new_empty([trainers * x.shape[0], *x.shape[1:]])
+    return [rows.new_empty([trainers * x.shape[0]], dtype=torch.int64), rows]
+
+
 @torch.library.register_fake(f"{NAMESPACE}::push.rows", lib=_library)
 def _push_rows_merged(
     x, channel: str, ids, merge: str, rows: int, written: str, skip: int = 0, take: int = 0, up_to: int = 1, dtype=None
@@ -192,6 +223,18 @@ def _dense_rows(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) ->
     return x.new_zeros([rows, *x.shape[1:]]).index_add_(0, ids[there], x[there])
 
 
+def _own_rows(x: torch.Tensor, ids: torch.Tensor, skip: int = 0) -> list[torch.Tensor]:
+    x, ids = x[skip:], ids[skip:]
+    there = ids >= 0
+    return [ids[there], x[there]]
+
+
+def _put_rows(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.index_copy(0, ids, rows)
+
+
+_library.impl("own_rows", _own_rows, "CompositeExplicitAutograd")
+_library.impl("put_rows", _put_rows, "CompositeExplicitAutograd")
 _library.impl("unique", _unique, "CompositeExplicitAutograd")
 _library.impl("take_rows", _take_rows, "CompositeExplicitAutograd")
 _library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
@@ -211,15 +254,26 @@ unique = torch.ops.syncwright.unique.default
 take_rows = torch.ops.syncwright.take_rows.default
 add_rows = torch.ops.syncwright.add_rows.default
 dense_rows = torch.ops.syncwright.dense_rows.default
+own_rows = torch.ops.syncwright.own_rows.default
+put_rows = torch.ops.syncwright.put_rows.default
+gather_rows = torch.ops.syncwright.gather_rows.default
+wait_rows = torch.ops.syncwright.wait_rows.default
 push_rows_merged = torch.ops.syncwright.push.rows
 pull_rows_value = torch.ops.syncwright.pull.rows
 push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
-COMMUNICATION = frozenset({all_reduce, wait, push, pull, push_rows, pull_rows})
+COMMUNICATION = frozenset({all_reduce, wait, gather_rows, wait_rows, push, pull, push_rows, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""
-SENDS = frozenset({all_reduce, push, push_rows})
+SENDS = frozenset({all_reduce, gather_rows, push, push_rows})
+WAITS = frozenset({wait, wait_rows})
+STARTS_ROWS = frozenset({gather_rows, push_rows})
+"""What sends rows: (rows, channel, ids, how many of the first are left out)."""
+LOOSE = frozenset({own_rows, wait_rows})
+"""What gives as many rows as there are: no compiled program may be made for their number."""
+SIZED = frozenset({dense_rows, put_rows})
+"""What makes of them as many as a table has."""
 PUSHES = frozenset({push_merged, push_rows_merged})
 PULLS = frozenset({pull_value, pull_rows_value})
 CROSSINGS = frozenset({*PUSHES, *PULLS, send, gather})

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from syncwright import ops
 from syncwright.plan import Plan
 from syncwright.program import Program, Role, Variable
+from syncwright.runtime.gathered import merged
 from syncwright.shapes import is_host
 
 Truth = Mapping[tuple[str, bool], torch.Tensor]
@@ -23,6 +24,7 @@ class Mirrored(Interpreter):
 
     truth  by name, and whether it is a later value
     sent   what was pushed or reduced, by channel, in order
+    gathered  ids and rows that were given to all trainers, by channel
     seen   the value of every node, by name
     """
 
@@ -30,6 +32,7 @@ class Mirrored(Interpreter):
         super().__init__(GraphModule({}, program.graph))
         self.trainers, self.truth, self.peers = trainers, truth, peers
         self.sent: dict[str, torch.Tensor] = {}
+        self.gathered: dict[str, list[torch.Tensor]] = {}
         self.seen: dict[str, object] = {}
 
     def run_node(self, n: Node) -> object:
@@ -60,6 +63,11 @@ class Mirrored(Interpreter):
                 return args[0]
             case ops.wait:
                 return args[0] * self.trainers if self.peers is None else args[0] + self.peers[args[1]]
+            case ops.gather_rows:
+                self.gathered[args[1]] = ops.own_rows(args[0], args[2], *args[3:])
+                return args[0]
+            case ops.wait_rows:
+                return merged([self.gathered[args[1]]] * args[3], args[2])
             case ops.push_rows:
                 self.sent[args[1]] = args[0]
                 return torch.empty(0)

@@ -12,6 +12,7 @@ import syncwright
 ROOT = Path(syncwright.__file__).parent
 
 PUBLIC = [
+    "AllGather",
     "AllReduce",
     "Local",
     "LocalSteps",
@@ -131,6 +132,7 @@ passes          one rewrite of the whole program per file
     compensate
     share_globals
     average
+    gather_rows
     bucket
     flatten
     tidy
@@ -173,6 +175,7 @@ runtime         what runs a job
     server
     joint_server
     row_client
+    gathered
     client
     lane
     flat_values

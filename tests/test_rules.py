@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from syncwright.errors import PlanError
 from syncwright.plan import (
+    AllGather,
     AllReduce,
     Blocks,
     Even,
@@ -51,6 +52,7 @@ OUTERS = st.one_of(
 SYNCS = st.one_of(
     st.just(Local()),
     st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE),
+    st.builds(AllGather, st.sampled_from(["mean", "sum", "mean_by_touch"]), st.booleans()),
     st.builds(ParameterServer, st.just("sync"), PARTITIONS, PLACES, REDUCE),
     st.builds(LocalSteps, NUMBERS, OUTERS, NUMBERS, st.builds(AllReduce, st.floats(0, allow_nan=False), REDUCE)),
 )
@@ -141,18 +143,19 @@ MISTAKES = [
     ),
     (
         "default: all-reduce",
-        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, parameter_server, local_steps. "
+        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, all_gather, parameter_server, "
+        "local_steps. "
         "Did you mean 'all_reduce'?",
     ),
     (
         "default: no",
         "rules, line 1, at default: found false (unquoted on, off, yes and no are truth values in YAML), "
-        "expected one of local, all_reduce, parameter_server, local_steps. Write one of them.",
+        "expected one of local, all_reduce, all_gather, parameter_server, local_steps. Write one of them.",
     ),
     (
         "default: {all_reduce: {}, local: {}}",
         "rules, line 1, at default: found a mapping with the keys 'all_reduce', 'local', expected one of "
-        "local, all_reduce, parameter_server, local_steps. Write one of them.",
+        "local, all_reduce, all_gather, parameter_server, local_steps. Write one of them.",
     ),
     (
         'default: local\nvariables:\n  - "a": {all_reduce: {bucket: 3}}',
@@ -244,12 +247,13 @@ MISTAKES = [
     (
         "default: local\nvariables: a",
         "rules, line 2, at variables: found 'a', expected a list of lines, each a pattern and one of local, "
-        'all_reduce, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
+        'all_reduce, all_gather, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
     ),
     (
         "default: local\nvariables:\n  - {a: local, b: local}",
         "rules, line 3, at variables[0]: found a mapping with the keys 'a', 'b', expected one pattern and "
-        'one of local, all_reduce, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
+        'one of local, all_reduce, all_gather, parameter_server, local_steps. Write a line such as - "embed.*": '
+        "parameter_server.",
     ),
     (
         "default: local\nbuffers:\n  - a: first",
@@ -314,7 +318,7 @@ def test_any_text_is_rules_or_a_plan_error(text: str):
     [
         (
             lambda: Rules("all_reduce"),
-            "Rules.default: found 'all_reduce', expected one of Local(), AllReduce(), ",
+            "Rules.default: found 'all_reduce', expected one of Local(), AllReduce(), AllGather(), ",
         ),
         (
             lambda: Rules(Local(), {"a": Local()}),

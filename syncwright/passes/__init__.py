@@ -9,6 +9,7 @@ from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
 from syncwright.passes.flatten import flatten
+from syncwright.passes.gather_rows import gather_rows
 from syncwright.passes.join_served import join_served
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.serve_parameters import serve_parameters
@@ -19,7 +20,7 @@ _PLACING = (
     *(clip_per_trainer, compact_lookups, note_lookups, join_served),
     *(serve_parameters, compensate, share_globals),
 )
-_SENDING = (average_gradients, average_values, bucket)
+_SENDING = (gather_rows, average_gradients, average_values, bucket)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)

@@ -21,7 +21,7 @@ from syncwright.passes.insert import (
     read_weight,
 )
 from syncwright.place import Server, put
-from syncwright.plan import AllReduce, ParameterServer, Plan
+from syncwright.plan import AllReduce, ParameterServer, Plan, Replicated
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 
@@ -45,7 +45,7 @@ def average_gradients(program: Program, plan: Plan) -> Program:
     marks = {name: mark for name, mark in find_marks(program).items() if name in chosen and name in written}
     known, mean = Inference(mode_of(program.graph)), None
     if any(chosen[name].reduce == "mean" for name in marks):
-        program, mean = _read_mean(program, plan)
+        program, mean = read_mean(program, plan)
     for name, mark in marks.items():
         _average(program, mark, f"{name}.grad", mean if chosen[name].reduce == "mean" else None, known)
     return program
@@ -76,13 +76,14 @@ def average_values(program: Program, plan: Plan) -> Program:
 def communicates(plan: Plan) -> bool:
     """Whether trainers keep step with each other: where all updates are asynchronous there is no step to average over."""
     return any(
-        isinstance(s.sync, AllReduce) or (isinstance(s.sync, ParameterServer) and s.sync.in_step) for s in plan.sharings
+        isinstance(s.sync, Replicated) or (isinstance(s.sync, ParameterServer) and s.sync.in_step)
+        for s in plan.sharings
     )
 
 
 def by_collective(plan: Plan) -> bool:
-    """Whether values travel by all-reduce; else through the reducer."""
-    return any(isinstance(s.sync, AllReduce) for s in plan.sharings)
+    """Whether values travel by all-reduce, as gradients do among trainers; else through the reducer."""
+    return any(isinstance(s.sync, Replicated) for s in plan.sharings)
 
 
 def is_local(variable: Variable) -> bool:
@@ -129,7 +130,7 @@ def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: st
     if by_collective(plan):
         mean = None
         if how == "mean":
-            program, mean = _read_mean(program, plan)
+            program, mean = read_mean(program, plan)
         known = Inference(mode_of(program.graph))
         reduced = _reduced(program, node, name, mean, [program.output], known)
     else:
@@ -139,14 +140,14 @@ def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: st
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Mean:
+class Mean:
     """What makes a sum a weighted mean: this trainer's share of it, and the reduced total of all shares."""
 
     share: Node
     total: Node
 
 
-def _average(program: Program, mark: Node, channel: str, mean: _Mean | None, known: Inference) -> None:
+def _average(program: Program, mark: Node, channel: str, mean: Mean | None, known: Inference) -> None:
     users = list(mark.users)
     if users:
         reduced = _reduced(program, mark, channel, mean, users, known)
@@ -154,7 +155,7 @@ def _average(program: Program, mark: Node, channel: str, mean: _Mean | None, kno
             user.replace_input_with(mark, reduced)
 
 
-def _reduced(program: Program, node: Node, channel: str, mean: _Mean | None, users: list[Node], known) -> Node:
+def _reduced(program: Program, node: Node, channel: str, mean: Mean | None, users: list[Node], known) -> Node:
     graph, started = program.graph, node
     if mean is not None:
         with behind(node):
@@ -167,8 +168,8 @@ def _reduced(program: Program, node: Node, channel: str, mean: _Mean | None, use
             reduced = divided = known.call(graph, aten.div.Tensor, reduced, mean.total)
         if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # a 0-d half divided by a 0-d float
             reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
-    if mean is not None and divided < mean.total:
-        _move_before(mean.total, divided)
+    if mean is not None:
+        wait_before(mean, divided)
     return reduced
 
 
@@ -185,13 +186,13 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
         return program, call(program.graph, mode, ops.pull_value, merged, name)
 
 
-def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:
+def read_mean(program: Program, plan: Plan) -> tuple[Program, Mean]:
     """The trainers' weights and their sum / trainers, as a tensor; reduced once, with the first value that is."""
     program, weight = read_weight(program)
     graph, mode = program.graph, mode_of(program.graph)
     known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == TOTAL), None)
     if known is not None:
-        return program, _Mean(read_share(weight, plan.trainers), next(iter(known.users)))
+        return program, Mean(read_share(weight, plan.trainers), next(iter(known.users)))
     wide = any(v.dtype is torch.float64 for v in program.of_role(Role.PARAM))
     with graph.inserting_before(first_call(graph)):
         own = call(graph, mode, aten.scalar_tensor.default, weight, dtype=torch.float64 if wide else torch.float32)
@@ -200,11 +201,11 @@ def _read_mean(program: Program, plan: Plan) -> tuple[Program, _Mean]:
         summed = call(graph, mode, ops.wait, started, TOTAL)
         total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
         total.meta[TOTAL] = True
-    return program, _Mean(read_share(weight, plan.trainers), total)
+    return program, Mean(read_share(weight, plan.trainers), total)
 
 
-def _move_before(total: Node, user: Node) -> None:
+def wait_before(mean: Mean, user: Node) -> None:
     """The wait for the weights stands where it is first needed."""
-    summed = total.args[0]
-    user.prepend(summed)  # type: ignore[arg-type]
-    user.prepend(total)
+    if user < mean.total:
+        user.prepend(mean.total.args[0])  # type: ignore[arg-type]
+        user.prepend(mean.total)

@@ -79,6 +79,10 @@ def _group(members: list[Member]) -> list[list[Member]]:
             riding.setdefault(member.dtype, []).append(member)
             continue
         riders = riding.pop(member.dtype, [])
+        early = [rider for rider in riders if rider.wait < member.start]
+        if early:  # what gathered rows are divided by may be waited for before any gradient is complete
+            groups.append(early)
+            riders = [rider for rider in riders if rider not in early]
         if current and _fits(current, member, riders):
             current += [*riders, member]
         else:

@@ -14,7 +14,7 @@ from syncwright.dead import is_random
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks
 from syncwright.passes.insert import before_first_use, behind
-from syncwright.plan import ParameterServer, Plan
+from syncwright.plan import AllGather, ParameterServer, Plan, Sharing
 from syncwright.program import Program, Role
 from syncwright.schema import argument, put_argument
 from syncwright.shapes import Inference, mode_of
@@ -48,9 +48,15 @@ def compact_lookups(program: Program, plan: Plan) -> Program:
     12 is as many ids as the batch has, so shapes do not depend on how many are distinct. Duplicates are summed here, before
     anything else. A row of padding_idx comes first; its gradient is zero.
     """
-    served = {s.variable for s in plan.sharings if s.rows and isinstance(s.sync, ParameterServer)}
-    names = served & set(program.placeholders)
-    return compacted(program, names)
+    alone = plan.trainers == 1
+    travelling = [s for s in plan.sharings if s.rows and isinstance(s.sync, AllGather | ParameterServer)]
+    names = {s.variable for s in travelling if not (alone and is_updated_whole(s))}
+    return compacted(program, names & set(program.placeholders))
+
+
+def is_updated_whole(sharing: Sharing) -> bool:
+    """Whether a table's rows travel among trainers to an update of all of it: on one trainer nothing is gained by them."""
+    return isinstance(sharing.sync, AllGather) and sharing.rows == "all"
 
 
 def compacted(program: Program, names: set[str]) -> Program:
@@ -112,7 +118,8 @@ def _made_by_lookups(node: Node) -> Iterator[Node]:
         yield node
         return
     for source in node.all_input_nodes:
-        yield from _made_by_lookups(source)
+        if source.meta["val"].dim():  # else what a gradient is scaled by, which others may have a part in
+            yield from _made_by_lookups(source)
 
 
 def _compact(program: Program, table: _Table, known: Inference) -> set[Node]:

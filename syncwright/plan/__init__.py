@@ -17,9 +17,10 @@ from syncwright.plan.plan import Piece, Plan, Sharing
 from syncwright.plan.resolve import Update, resolve
 from syncwright.plan.rules import BufferPolicy, Rules, Uncuttable
 from syncwright.plan.spans import plan_at, starts_of
-from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync, served_by
+from syncwright.plan.sync import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Replicated, Sync, served_by
 
 __all__ = [
+    "AllGather",
     "AllReduce",
     "Blocks",
     "BufferPolicy",
@@ -38,6 +39,7 @@ __all__ = [
     "Piece",
     "Placement",
     "Plan",
+    "Replicated",
     "RoundRobin",
     "Rules",
     "Sharing",

@@ -13,7 +13,7 @@ from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import Sync, served_by
+from syncwright.plan.sync import AllGather, Sync, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
@@ -40,8 +40,8 @@ class Sharing:
 
     sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
     owners  the server of each piece; () where servers keep nothing of the variable
-    rows    of a table that servers keep: "touched" or "all", the rows that an update writes, while only those travel that a
-            batch looks up (or, where trainers train alone, some batches); "" where the whole variable travels
+    rows    of a table of which only those rows travel that a batch looks up (or, where trainers train alone, some batches):
+            "touched" or "all", the rows that an update writes; "" where the whole variable travels
     """
 
     variable: str
@@ -59,10 +59,12 @@ class Sharing:
         if served and len(self.owners) != len(self.sizes):
             found = f"{len(self.sizes)} sizes and {len(self.owners)} owners"
             self._refuse(found, "one owner for each piece", "Give both lists the same length.")
-        if not served and self.rows:
-            self._refuse(
-                f"rows: {self.rows}", "none: trainers keep it", "Take it out, or share it by parameter_server."
-            )
+        gathered = isinstance(self.sync, AllGather)
+        if not (served or gathered) and self.rows:
+            do = "Take it out, or share it by parameter_server or all_gather."
+            self._refuse(f"rows: {self.rows}", "none: all of it travels, or nothing", do)
+        if gathered and not self.rows:
+            self._refuse("all_gather without rows", "rows: touched or rows: all", "Say which rows an update writes.")
         if not served and (self.owners or len(self.sizes) > 1):
             found = f"sizes {list(self.sizes)} and owners {list(self.owners)}"
             self._refuse(found, "one size and no owner: trainers keep it whole", "Take the rest out.")

@@ -20,7 +20,7 @@ from syncwright.plan.partition import Whole, axis_length, cut
 from syncwright.plan.placement import place
 from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
-from syncwright.plan.sync import AllReduce, Local, LocalSteps, ParameterServer, Sync, served_by
+from syncwright.plan.sync import AllGather, Local, LocalSteps, ParameterServer, Replicated, Sync, served_by
 from syncwright.program import Role, Variable
 
 T = TypeVar("T")
@@ -56,8 +56,10 @@ def resolve(
         sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
         sync, sizes = _cut(rules, variable, sync, update, servers, notes)
         chosen.append((variable, sync, sizes))
-    rows = {v.name: _rows(rules, v, sync, updates[v.name], v.name in still, notes) for v, sync, _ in chosen}
-    sharings = tuple(replace(sharing, rows=rows[sharing.variable]) for sharing in _placed(chosen, servers))
+    rows: dict[str, Travelling] = {
+        v.name: _rows(rules, v, sync, updates[v.name], v.name in still, notes) for v, sync, _ in chosen
+    }
+    sharings = _placed(chosen, rows, servers)
     used = [owner for sharing in sharings for owner in sharing.owners]
     return Plan(
         digest=digest,
@@ -77,7 +79,7 @@ def _buffers(
     """The policy of each buffer that the step writes: only trainers that keep step have something to average."""
     served = [sync for sync in syncs if isinstance(sync, ParameterServer)]
     arriving = [*(s for s in served if not s.in_step), *(s for s in syncs if isinstance(s, LocalSteps) and s.is_geo)]
-    if not arriving or any(isinstance(sync, AllReduce) for sync in syncs) or any(sync.in_step for sync in served):
+    if not arriving or any(isinstance(sync, Replicated) for sync in syncs) or any(sync.in_step for sync in served):
         return tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written)
     for buffer in written:
         policy = _last_match(rules.buffers, buffer, "local")
@@ -132,9 +134,12 @@ def _rows(
     """Which rows an update of a table writes whose rows travel; what costs a pass over the table is noted."""
     if isinstance(sync, LocalSteps) and sync.is_geo and variable.sparse:
         return "touched"
+    split = update in ("elementwise", "row-wise")
+    if isinstance(sync, AllGather):
+        _check_gathered(rules, variable, sync, split)
+        return _written(variable, split and (still or sync.lazy), notes)
     if not isinstance(sync, ParameterServer):
         return ""
-    split = update in ("elementwise", "row-wise")
     if not variable.sparse or not split:
         for name, found in (("lazy", sync.lazy), ("reduce", sync.reduce == "mean_by_touch")):
             if found:
@@ -150,7 +155,26 @@ def _rows(
                 f"{rules.source}: variable {variable.name!r}: found {name}: {getattr(sync, name)} for a table of which rows "
                 f"travel; expected otherwise, as {why}. Leave it out for this variable."
             )
-    if still or sync.lazy:
+    return _written(variable, still or sync.lazy, notes)
+
+
+def _check_gathered(rules: Rules, variable: Variable, sync: AllGather, split: bool) -> None:
+    """Rows can be gathered of a table that is read by lookups alone; only a row-wise update can leave rows out."""
+    if not variable.sparse:
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found all_gather, expected it for tables that the step reads by "
+            "lookups alone: of another variable every row of the gradient counts. Share it by all_reduce."
+        )
+    if sync.lazy and not split:
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found lazy: True, expected it for row-wise updates only: this one "
+            "needs the whole tensor. Leave it out for this variable."
+        )
+
+
+def _written(variable: Variable, touched: bool, notes: list[str]) -> Travelling:
+    """Which rows an update writes; what costs a pass over the table is noted."""
+    if touched:
         return "touched"
     notes.append(
         f"{variable.name} is updated whole in every step, as its optimizer moves rows that no lookup touches; lazy: true "
@@ -159,10 +183,15 @@ def _rows(
     return "all"
 
 
-def _placed(chosen: list[tuple[Variable, Sync, tuple[int, ...]]], servers: int) -> tuple[Sharing, ...]:
+def _placed(
+    chosen: list[tuple[Variable, Sync, tuple[int, ...]]], rows: Mapping[str, Travelling], servers: int
+) -> tuple[Sharing, ...]:
     served = [(variable, sizes, by.place) for variable, sync, sizes in chosen if (by := served_by(sync)) is not None]
     owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
-    return tuple(Sharing(variable.name, sync, sizes, owners.get(variable.name, ())) for variable, sync, sizes in chosen)
+    return tuple(
+        Sharing(variable.name, sync, sizes, owners.get(variable.name, ()), rows=rows[variable.name])
+        for variable, sync, sizes in chosen
+    )
 
 
 def _buffer_policy(rules: Rules, buffer: Variable) -> BufferPolicy:

@@ -36,6 +36,22 @@ class AllReduce:
 
 
 @dataclass(frozen=True, slots=True)
+class AllGather:
+    """Of tables: every trainer keeps a replica; the rows of the gradient that a batch touches go to all, who merge and update.
+
+    reduce  "mean": weighted by examples; "sum": for losses that are sums; "mean_by_touch": each row's sum over the trainers
+            that touched it
+    lazy    an update writes the rows that a batch touched, also where an exact one would write all
+    """
+
+    reduce: Literal["mean", "sum", "mean_by_touch"] = "mean"
+    lazy: bool = field(default=False, metadata=RARE)
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterServer:
     """Servers keep the variable and run its update: trainers push gradients and pull the value.
 
@@ -169,7 +185,10 @@ _NOT_OF_STEPS = {
 }
 """Settings that servers of exchanges do not have, and why, where it is not the same for all."""
 
-Sync = Local | AllReduce | ParameterServer | LocalSteps
+Replicated = AllReduce | AllGather
+"""Every trainer keeps a replica and updates it with what all have given in this step."""
+
+Sync = Local | AllReduce | AllGather | ParameterServer | LocalSteps
 
 
 def served_by(sync: Sync) -> ParameterServer | None:

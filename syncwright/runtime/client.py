@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -14,6 +15,7 @@ from syncwright import ops
 from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
+from syncwright.runtime.gathered import Gathering
 from syncwright.runtime.merging import together
 from syncwright.runtime.messages import (
     Address,
@@ -57,6 +59,7 @@ class Client:
         self._fresh = LATEST
         self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
+        self._gatherings: dict[str, Gathering] = {}
         self._left: dict[Key, int] = {}
         self._notes = _notes(job)
         self._fixed, self._base, self._settings = job.fixed, 0, 1
@@ -251,6 +254,19 @@ class Client:
             return None
         del self._works[channel]
         return tensor
+
+    def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Gives all trainers rows of a gradient, of distinct ids."""
+        self.transport.progress(self.step, f"gather {channel}")
+        if channel not in self._gatherings:
+            gather = partial(self.transport.all_gather, note=channel)
+            self._gatherings[channel] = Gathering(self.job.plan.trainers, gather)
+        self._gatherings[channel].start(ids, rows)
+
+    def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
+        """The ids and merged rows of all trainers, or None while they are not there."""
+        self.transport.progress(self.step, f"wait {channel}")
+        return self._gatherings[channel].finish(merge)
 
     def resume(self, step: int) -> None:
         """All values have been given: servers go on at `step`."""

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from syncwright import ops
 from syncwright.program import Program, Role
-from syncwright.runtime.executor import Port, Run, communicate
+from syncwright.runtime.executor import Port, Run, communicate, put_rows_, writes_in_place
 from syncwright.runtime.inductor import compile_graphs
 from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
 from syncwright.shapes import fake, is_host, like, new_mode, substitute
@@ -48,6 +48,7 @@ class CompiledExecutor:
         self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
         self._frees = _frees(program, self._cut, self._items)
         self._parts = _Parts(self._cut.parts)
+        self._writing = writes_in_place(program)
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""
@@ -64,7 +65,7 @@ class CompiledExecutor:
             else:
                 look = self._look(env)
                 args, kwargs = substitute((item.args, item.kwargs), look.__getitem__)
-                env[item] = item.target(*args, **kwargs)  # type: ignore[operator]
+                env[item] = (put_rows_ if item in self._writing else item.target)(*args, **kwargs)  # type: ignore[operator]
                 del look, args, kwargs
             for dead in frees:
                 del env[dead]

@@ -45,6 +45,12 @@ class Port(Protocol):
         """The sum, or None while it is not there."""
         ...
 
+    def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None: ...
+
+    def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
+        """All trainers' ids and their merged rows, or None while they are not there."""
+        ...
+
 
 NO_PORT = cast(Port, None)
 """For programs that hold no communication."""
@@ -63,9 +69,10 @@ Run = Generator[Blocked, None, dict[str, object]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Instruction:
-    """One node, ready to run; `frees` are values that no later node reads."""
+    """One node, ready to run by `call`; `frees` are values that no later node reads."""
 
     node: Node
+    call: Callable
     frees: tuple[Node, ...]
 
 
@@ -87,7 +94,7 @@ class Executor:
                 env[node] = yield from communicate(node, env, port)
             else:
                 args, kwargs = substitute((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = instruction.call(*args, **kwargs)
             for dead in instruction.frees:
                 del env[dead]
         return {name: env[node] for name, node in self._results.items()}
@@ -104,7 +111,24 @@ def _instructions(program: Program) -> list[Instruction]:
     for used, node in last.items():
         if used not in kept:
             frees.setdefault(node, []).append(used)
-    return [Instruction(node, tuple(frees.get(node, ()))) for node in calls]
+    writing = writes_in_place(program)
+    return [Instruction(n, put_rows_ if n in writing else n.target, tuple(frees.get(n, ()))) for n in calls]  # type: ignore[arg-type]
+
+
+def writes_in_place(program: Program) -> set[Node]:
+    """Where new rows of a variable may overwrite its old ones: what else reads it takes copies of rows, before."""
+    found = set()
+    for node in program.graph.find_nodes(op="call_function", target=ops.put_rows):
+        table = node.args[0]
+        others = [user for user in table.users if user is not node]
+        if table.op == "placeholder" and all(user.target is ops.take_rows and user < node for user in others):
+            found.add(node)
+    return found
+
+
+def put_rows_(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`ops.put_rows`, into x itself."""
+    return x.index_copy_(0, ids, rows)
 
 
 def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
@@ -129,6 +153,11 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             given = args[0] if _is_given_away(node) else args[0].clone()
             port.start(args[1], given.contiguous())
             return args[0]
+        case ops.gather_rows:
+            port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
+            return args[0]
+        case ops.wait_rows:
+            return (yield from _until(node, args[1], lambda: port.finish_rows(args[1], args[2])))
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))
         case _:

@@ -180,6 +180,10 @@ class Loopback:
         return f"trainer {rank} waits at {where.node} for '{where.channel}'"
 
 
+Given = tuple[torch.Tensor, torch.Tensor]
+"""Where a trainer wants the result of a collective, and what it gives."""
+
+
 class Network:
     """Messages under way, and collectives that some trainers have joined. Changes with every send."""
 
@@ -187,7 +191,7 @@ class Network:
         self.trainers = trainers
         self.queue: deque[tuple[Address, Address, Message]] = deque()
         self.sent = 0
-        self._rounds: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+        self._rounds: dict[tuple[str, int], dict[int, Given]] = {}
         self._joined: dict[tuple[str, int], int] = {}
 
     def post(self, sender: Address, to: Address, message: Message) -> None:
@@ -196,31 +200,44 @@ class Network:
 
     def join(self, note: str, rank: int, tensor: torch.Tensor) -> LoopbackWork:
         """Trainer `rank`'s n-th reduction called `note` meets everybody's n-th."""
+        return self._join(note, rank, (tensor, tensor), _sum)
+
+    def gather(self, note: str, rank: int, whole: torch.Tensor, part: torch.Tensor) -> LoopbackWork:
+        """Trainer `rank`'s n-th gathering called `note` meets everybody's n-th."""
+        return self._join(note, rank, (whole, part), _stack)
+
+    def _join(self, note: str, rank: int, mine: Given, meet: Callable[[list[Given]], None]) -> LoopbackWork:
         self.sent += 1
         turn = self._joined.get((note, rank), 0)
         self._joined[note, rank] = turn + 1
         given = self._rounds.setdefault((note, turn), {})
-        given[rank] = tensor
+        given[rank] = mine
         if len(given) == self.trainers:
-            self._sum(given)
+            meet([given[k] for k in range(self.trainers)])
             del self._rounds[note, turn]
         return LoopbackWork(given, self.trainers)
-
-    def _sum(self, given: dict[int, torch.Tensor]) -> None:
-        total = given[0].clone()
-        for rank in range(1, self.trainers):
-            total += given[rank]
-        for tensor in given.values():
-            tensor.copy_(total)
 
     def transport(self, rank: int) -> LoopbackTransport:
         return LoopbackTransport(self, Address(Kind.TRAINER, rank))
 
 
-class LoopbackWork:
-    """A reduction that is done when all trainers have joined."""
+def _sum(given: list[Given]) -> None:
+    total = given[0][1].clone()
+    for _, part in given[1:]:
+        total += part
+    for whole, _ in given:
+        whole.copy_(total)
 
-    def __init__(self, given: dict[int, torch.Tensor], trainers: int):
+
+def _stack(given: list[Given]) -> None:
+    for whole, _ in given:
+        whole.copy_(torch.stack([part for _, part in given]).reshape(whole.shape))
+
+
+class LoopbackWork:
+    """A collective that is done when all trainers have joined."""
+
+    def __init__(self, given: Mapping[int, Given], trainers: int):
         self._given, self._trainers = given, trainers
 
     def done(self) -> bool:
@@ -241,6 +258,9 @@ class LoopbackTransport:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
+
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> LoopbackWork:
+        return self.network.gather(note, self.me.rank, whole, part)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Nothing to send: all trainers have read the same objects of the user's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import getitem
 
@@ -75,7 +75,7 @@ class _Cutter:
     def __init__(self, program: Program):
         self.nodes = [n for n in program.graph.nodes if n.op == "call_function"]
         self.views = _views(program)
-        self.turn = turn(program)
+        self.turn, self.loose = turn(program), _loose(self.nodes)
         self.enough = max(8, len(self.nodes) // MOST_SEGMENTS)
         self.items: list[Item] = []
         self.open = Segment()
@@ -93,7 +93,7 @@ class _Cutter:
                 self._send(node)
             elif node.target in ops.COMMUNICATION:
                 self._receive(node)
-            elif runs_alone(node):
+            elif node in self.loose or runs_alone(node):
                 self._alone(node)
             else:
                 self._place(node)
@@ -134,6 +134,23 @@ class _Cutter:
         self.items.extend(self.sends)
         self.open, self.sends = Segment(), []
         self.inside = set()
+
+
+def _loose(nodes: Sequence[Node]) -> set[Node]:
+    """Operations on as many rows as there are: a compiled segment would be compiled again for each number of them."""
+    found: set[Node] = set()
+    given: set[Node] = set()
+    for node in nodes:
+        if node.target in ops.LOOSE or any(source in given for source in node.all_input_nodes):
+            found.add(node)
+            if node.target not in ops.SIZED and not _is_number(node):
+                given.add(node)
+    return found | {node for node in nodes if node.target is ops.take_rows}
+
+
+def _is_number(node: Node) -> bool:
+    val = node.meta["val"]
+    return is_host(val) or (isinstance(val, torch.Tensor) and val.dim() == 0)
 
 
 def runs_alone(node: Node) -> bool:

@@ -38,6 +38,10 @@ class Outlet(Protocol):
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
         ...
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+        ...
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place. Trainers only."""
         ...
@@ -55,10 +59,6 @@ class Transport(Outlet, Protocol):
 
     def receive(self, seconds: float) -> tuple[Address, Message] | None:
         """The next message from anyone, or None when none came within `seconds`."""
-        ...
-
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
-        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
         ...
 
     def wait(self, peers: list[Address], seconds: float) -> Wait:

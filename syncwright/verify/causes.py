@@ -41,8 +41,8 @@
             ├── UnfedRead            a server reads what nobody keeps, pushes, computes or exports for it
             ├── WrittenTwice         two programs write one variable
             ├── HeldTwice            two servers keep one variable
-            ├── ReducedTwice         two all-reduces of one channel in one step
-            ├── BadWait              an all-reduce that is not waited for once, or a wait for none
+            ├── ReducedTwice         two collectives of one channel in one step
+            ├── BadWait              a collective that is not waited for once, or a wait for none
             ├── OtherSequence        the program for empty batches sends other things than the step
             └── Deadlock             servers and trainers wait for each other
 
@@ -220,11 +220,11 @@ class HeldTwice(IllegalJob):
 
 
 class ReducedTwice(IllegalJob):
-    """An all-reduce must have a channel of its own."""
+    """A collective must have a channel of its own."""
 
 
 class BadWait(IllegalJob):
-    """Every all-reduce must be waited for exactly once."""
+    """Every collective must be waited for exactly once."""
 
 
 class OtherSequence(IllegalJob):

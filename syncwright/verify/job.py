@@ -142,22 +142,29 @@ def _check_sends(job: Job, phase: str, program: Program) -> None:
 
 def _check_reductions(phase: str, program: Program) -> None:
     started: dict[str, Node] = {}
-    for node in _calls(program, ops.all_reduce):
-        name = _channel(node)
+    for node in _calls(program, ops.all_reduce, ops.gather_rows):
+        name, ending = _channel(node), _ENDING[node.target]  # type: ignore[index]
         if name in started:
             found, expected = f"{quote(name)}, as %{started[name].name} reduces", "a channel of its own"
             raise ReducedTwice(f"{phase}: %{node.name}", found, expected, "name each reduction once")
         started[name] = node
-        waits = [user for user in node.users if user.target is ops.wait]
+        waits = [user for user in node.users if user.target is ending]
         if len(waits) != 1 or len(node.users) != 1 or _channel(waits[0]) != name:
             found = ", ".join(f"%{user.name}" for user in node.users) or "nobody"
             expected = f"one wait for {quote(name)} and no other use"
             raise BadWait(f"{phase}: %{node.name}", f"it used by {found}", expected, "wait for it once")
-    for node in _calls(program, ops.wait):
+    for node in _calls(program, *ops.WAITS):
         source = node.args[0]
-        if not isinstance(source, Node) or source.target is not ops.all_reduce:
-            found = f"a wait for {_shown(source)}"
-            raise BadWait(f"{phase}: %{node.name}", found, "an all_reduce", "wait for what was started")
+        if not isinstance(source, Node) or _ENDING.get(source.target) is not node.target:  # type: ignore[call-overload]
+            found, expected = (
+                f"a wait for {_shown(source)}",
+                "an all_reduce" if node.target is ops.wait else "a gather_rows",
+            )
+            raise BadWait(f"{phase}: %{node.name}", found, expected, "wait for what was started")
+
+
+_ENDING = {ops.all_reduce: ops.wait, ops.gather_rows: ops.wait_rows}
+"""What starts a collective, and what waits for it."""
 
 
 def _check_sequences(job: Job) -> None:

@@ -64,9 +64,9 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 
 
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
-    """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives
-    as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are
-    fewer. Of exchanges their share of a step."""
+    """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a
+    gathering of rows sends them, with their ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows
+    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
@@ -91,6 +91,9 @@ def _traffic(node: Node, trainers: int) -> Traffic | None:
     match node.target:
         case ops.all_reduce:
             ring = 2 * (trainers - 1) / trainers * _nbytes(node)
+            return Traffic(ring, ring)
+        case ops.gather_rows:
+            ring = (trainers - 1) * (_nbytes(node) + _nbytes(node.args[2]))
             return Traffic(ring, ring)
         case ops.push | ops.push_rows:
             return Traffic(sent=_nbytes(node.args[0]))
@@ -173,6 +176,7 @@ def _counted(job: Job) -> str:
     nodes = [n.target for n in communications(job.trainer["step"])]
     kinds = (
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
+        (ops.gather_rows, "gathering of rows", "gatherings of rows"),
         *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),
     )
     counts = [counted(nodes.count(target), *nouns) for target, *nouns in kinds if target in nodes]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncwright
-from syncwright import AllReduce, LocalSteps, ParameterServer, Rules
+from syncwright import AllGather, AllReduce, LocalSteps, ParameterServer, Rules
 from syncwright.plan import Even, Optimizer
 from syncwright.planning import make_plan
 from syncwright.runtime.server import Server
@@ -24,6 +24,7 @@ from syncwright.runtime.sockets import Deadlines
 
 ROLE, RANK = os.environ.get("SYNCWRIGHT_ROLE", "trainer"), os.environ.get("RANK", "0")
 MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})
+GATHERED = Rules.of(AllReduce(), {"few.*": AllGather(), "many.*": AllGather("mean_by_touch")})
 NESTEROV = Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)
 ALONE = Rules.of(LocalSteps(2, NESTEROV, start=1), {"2.bias": LocalSteps(3, start=1)})
 AT_SERVERS = Rules.of(
@@ -151,6 +152,36 @@ def alone(folder: Path, plan: Rules = ALONE) -> None:
 
 def alone_at_servers(folder: Path) -> None:
     alone(folder, AT_SERVERS)
+
+
+def tables() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(7)
+    model = nn.ModuleDict({"few": nn.Embedding(50, 3), "many": nn.Embedding(400, 3), "head": nn.Linear(3, 1)})
+    return model, torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+
+def products(model, optimizer, ids, y):
+    optimizer.zero_grad()
+    loss = F.mse_loss(model["head"](model["few"](ids % 50) * model["many"](ids)), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def lookups(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A trainer's parts: of 20 or 3 examples, more from step to step, and in step 2 none for trainer 1."""
+    generator = torch.Generator().manual_seed(rank)
+    sizes = [0 if (step, rank) == (2, 1) else (20 if (step + rank) % 2 else 3) + 10 * step for step in range(4)]
+    return [(torch.randint(0, 400, (n,), generator=generator), torch.randn(n, 1, generator=generator)) for n in sizes]
+
+
+def gathered(folder: Path) -> None:
+    """Rows of two tables are gathered, other gradients all-reduced."""
+    model, optimizer = tables()
+    given = {"plan": GATHERED, "compile": False, "deadlines": PATIENT, "check_replicas": True}
+    with syncwright.distribute(products, model, optimizer, **given) as trainer:  # type: ignore[arg-type]
+        losses = [trainer.step(*batch) for batch in lookups(trainer.rank)]
+        torch.save({"losses": losses, "state": trainer.state_dict()}, folder / f"{trainer.rank}.pt")
 
 
 def early(folder: Path) -> None:

@@ -62,6 +62,7 @@ RIGHT = {
     "torchrun": Setup("mixed_once", 2, by="torchrun"),
     "alone": Setup("alone", 2),
     "alone, over servers": Setup("alone_at_servers", 2, 2),
+    "gathered": Setup("gathered", 3),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -218,6 +219,20 @@ def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
     if name == "torchrun":
         assert done.status == 0, done.output
         assert done.left_over == ()
+
+
+def test_gathered_rows_in_processes_are_as_in_loopback(jobs):
+    """Parts of several sizes, and one trainer without examples; every replica ends with the same bits."""
+    done = jobs["gathered"].result()
+    assert done.status == 0, done.output
+    model, optimizer = job.tables()
+    loopback = syncwright.loopback(job.products, model, optimizer, plan=job.GATHERED, trainers=3)
+    losses = [loopback.step(each) for each in zip(*map(job.lookups, range(3)), strict=True)]
+    expected = loopback.state_dict()
+    for rank in range(3):
+        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
+        assert job.same(found["losses"], losses)
+        assert job.same(found["state"], expected)
 
 
 @pytest.mark.parametrize(
