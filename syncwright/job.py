@@ -24,7 +24,8 @@ class Channel:
     variable  what is pushed; the channel's name is the variable's
     server    who merges the contributions
     merge     how: example-weighted mean, sum, or (for values that are equal everywhere) the first trainer's
-    hypers    hyper-parameters whose present values travel with each push
+    hypers    hyper-parameters that its update reads, whose present values travel with each push
+    ticks     the server makes these numbers itself, by a copy of the user's scheduler: they do not travel
     take      0: one contribution of every live trainer, by steps; or so many contributions, as they come
     up_to     so many contributions of one trainer travel as one, while an earlier one is under way
     wire      dtype in which it travels, where that is not the variable's
@@ -39,6 +40,12 @@ class Channel:
     up_to: int = 1
     wire: torch.dtype | None = None
     rows: Travelling = ""
+    ticks: bool = False
+
+    @property
+    def travelling(self) -> tuple[str, ...]:
+        """The hyper-parameters that travel with each push."""
+        return () if self.ticks else self.hypers
 
     @property
     def sent(self) -> Variable:

@@ -27,6 +27,7 @@ from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
 from syncwright.plan import AllGather, Local, LocalSteps, ParameterServer, Plan, Replicated, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
+from syncwright.split import grad_variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_updates
 from syncwright.verify import verify, verify_after, verify_job
@@ -107,9 +108,13 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     digest = _digest(roles.trainer, roles.servers)
     kept = {variable.name for part in roles.servers for variable in part.holds}
     joined = {name: tuple(parts) for name, parts in flat_parts(step).items() if name in kept}
-    return Job(
-        plan, phases, roles.servers, roles.channels, roles.owners, local, digest, roles.casts, roles.tables, joined
-    )
+    shared = as_joined(step, plan).sharings
+    ticked = [s.variable for s in shared if isinstance(s.sync, ParameterServer) and s.sync.ticks]
+    gradients = {grad_variable(step, name).name for name in ticked}
+    channels = {
+        name: replace(each, ticks=(each.variable.whole or name) in gradients) for name, each in roles.channels.items()
+    }
+    return Job(plan, phases, roles.servers, channels, roles.owners, local, digest, roles.casts, roles.tables, joined)
 
 
 @contextmanager

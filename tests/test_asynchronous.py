@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import syncwright
 from syncwright import AllReduce, ParameterServer, Rules
+from syncwright.capture.state import Binding
 from syncwright.errors import LoweringError, PlanError
 from syncwright.plan import Even
 from syncwright.runtime.executor import Blocked
@@ -18,6 +20,7 @@ from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.merging import Arrivals, together
 from syncwright.runtime.messages import Push
 from syncwright.runtime.replay import Event, Replay, ScheduleError, events
+from syncwright.runtime.ticking import Ticking
 
 BOTH_PULL = "0 pulls w \n 1 pulls w"
 
@@ -256,6 +259,7 @@ def test_asynchronous_updates_have_no_global_norm() -> None:
         lambda: ParameterServer(staleness=1),
         lambda: ParameterServer(take=2),
         lambda: ParameterServer(merge=2),
+        lambda: ParameterServer(clock="global_update"),
         lambda: ParameterServer(mode="async", staged=True),
         lambda: ParameterServer(mode="async", staleness=1, merge=2),
         lambda: ParameterServer(mode="async", compensate=1.0, take=2),
@@ -278,3 +282,135 @@ def test_an_event_that_cannot_happen_is_told() -> None:
         replay.play("1 pushes w")
     with pytest.raises(ScheduleError, match=r"line 2: found 'w pulls 1', expected a trainer's number"):
         replay.play("0 pulls w\nw pulls 1")
+
+
+def scheduled(sync: ParameterServer, trainers: int = 2, **settings: float) -> tuple[Loopback, StepLR]:
+    """Gradients are 1, lr begins with 1 and is a tenth of it after every two ticks."""
+    model = Scalar(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **settings)  # type: ignore[arg-type]
+    scheduler = StepLR(optimizer, 2, 0.1)
+    job = syncwright.loopback(
+        mean_step, model, optimizer, plan=Rules(sync), trainers=trainers, servers=1, scheduler=scheduler
+    )
+    return job, scheduler
+
+
+def turns(*trainers: int) -> str:
+    return "\n".join(f"{k} pulls w\n{k} pushes w" for k in trainers)
+
+
+TICKED = ParameterServer(mode="async", clock="global_update")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0, 1, 0, 1, 0, 1, 0), (0, 0, 0, 0, 0, 1, 1, 1, 1)])
+def test_a_server_ticks_the_scheduler_once_for_as_many_pushes_as_there_are_trainers(order: tuple[int, ...]) -> None:
+    """Whoever pushes: lr is 1 for four pushes (two ticks), 0.1 for four, then 0.01."""
+    job, scheduler = scheduled(TICKED)
+    replay = Replay(job, [gives(*[1.0] * order.count(k)) for k in range(2)])
+    seen = []
+    for trainer in order:
+        replay.play(turns(trainer))
+        seen.append(-job.servers[0].held("w").item())
+    taken = [round(after - before, 12) for before, after in zip([0.0, *seen], seen, strict=False)]
+    assert taken == [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01]
+    assert (scheduler.last_epoch, job.optimizer.param_groups[0]["lr"]) == (0, 1.0)
+
+
+def test_the_trainers_own_scheduler_is_another() -> None:
+    """What a trainer sets travels under the other clock only."""
+    for clock, expected in (("global_update", -2.0), ("trainer_step", -1.1)):
+        job, scheduler = scheduled(ParameterServer(mode="async", clock=clock))  # type: ignore[arg-type]
+        replay = Replay(job, [gives(1.0, 1.0), []])
+        for _ in range(2):
+            scheduler.step()
+        replay.play("0 pulls w\n0 pushes w")
+        replay.play("0 pulls w\n0 pushes w")
+        assert value(job) == pytest.approx(expected), clock
+
+
+def test_updates_of_several_pushes_tick_by_pushes() -> None:
+    """take 4 on two trainers: an update is two ticks, so every update has a tenth of the lr of the one before."""
+    job, _ = scheduled(ParameterServer(mode="async", take=4, clock="global_update"))
+    Replay(job, [gives(*[1.0] * 4), gives(*[1.0] * 4)]).drain()
+    assert value(job) == pytest.approx(-1.1)
+
+
+def test_pieces_tick_by_themselves_and_other_variables_as_trainers_say() -> None:
+    model = nn.Linear(4, 2, bias=True, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = StepLR(optimizer, 1, 0.1)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    rules = Rules.of(
+        ParameterServer(mode="async"), {"weight": ParameterServer("async", Even(2), clock="global_update")}
+    )
+    job = syncwright.loopback(step, model, optimizer, plan=rules, trainers=1, servers=2, scheduler=scheduler)
+    for _ in range(3):
+        job.step([(torch.ones(1, 4, dtype=torch.float64),)])
+    job.sync()
+    assert torch.allclose(model.weight, torch.full((2, 4), -1.11, dtype=torch.float64))
+    assert torch.allclose(model.bias, torch.full((2,), -3.0, dtype=torch.float64))
+
+
+def test_a_trainer_that_leaves_is_not_waited_for_by_the_clock() -> None:
+    job, _ = scheduled(TICKED)
+    replay = Replay(job, [gives(*[1.0] * 3), []])
+    job.replicas[1].client.leave(0)
+    replay.drain()
+    assert value(job) == pytest.approx(-2.1)
+
+
+def test_schedulers_that_servers_cannot_tick_are_refused() -> None:
+    model = Scalar()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def started(scheduler: object) -> None:
+        settings = {"plan": Rules(TICKED), "trainers": 2, "servers": 1, "scheduler": scheduler}
+        syncwright.loopback(mean_step, model, optimizer, **settings).open(gives(1.0)[0])  # type: ignore[arg-type]
+
+    with pytest.raises(PlanError, match=r"'w': found clock: global_update and no scheduler; .* Give it to distribute"):
+        started(None)
+    with pytest.raises(PlanError, match=r"scheduler: found a ReduceLROnPlateau, whose step\(\) wants metrics, which"):
+        started(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    with pytest.raises(PlanError, match=r"scheduler: found a int, expected one of torch.optim.lr_scheduler"):
+        started(3)
+    other = torch.optim.SGD(Scalar().parameters(), lr=1.0)
+    with pytest.raises(PlanError, match=r"scheduler: found a StepLR of an optimizer that is not one of those given"):
+        started(StepLR(other, 2))
+
+
+@pytest.mark.parametrize("name", ["SequentialLR", "OneCycleLR", "LambdaLR", "two"])
+def test_a_ticked_copy_goes_as_the_scheduler_itself(name: str) -> None:
+    model = Scalar()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    schedulers = torch.optim.lr_scheduler
+    made: object = {
+        "SequentialLR": lambda: schedulers.SequentialLR(
+            optimizer, [schedulers.ConstantLR(optimizer, 0.5, 2), schedulers.ExponentialLR(optimizer, 0.9)], [2]
+        ),
+        "OneCycleLR": lambda: schedulers.OneCycleLR(optimizer, 1.0, total_steps=9),
+        "LambdaLR": lambda: schedulers.LambdaLR(optimizer, lambda count: 1 / (1 + count)),
+        "two": lambda: [StepLR(optimizer, 2, 0.1), schedulers.ExponentialLR(optimizer, 0.9)],
+    }[name]()
+    binding = Binding(model, optimizer)
+    ticking = Ticking.of(made, binding)
+    copies = [ticking.copied(), ticking.copied()]
+    for _ in range(7):
+        optimizer.step()
+        for each in made if isinstance(made, list) else [made]:
+            each.step()  # type: ignore[attr-defined]
+        for each in copies:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                each.applied(3, 3)
+            assert each.values() == binding.hyper_values()
+    assert ticking.values() != binding.hyper_values()

@@ -171,6 +171,7 @@ runtime         what runs a job
     merging
     slots
     row_server
+    ticking
     interpreter
     server
     joint_server

@@ -57,7 +57,11 @@ class HyperSlot:
     item: int | None = None
 
     def get(self) -> float:
-        value = self.optimizer.param_groups[self.group][self.key]
+        return self.of(self.optimizer.param_groups)
+
+    def of(self, groups: Sequence[Mapping[str, Any]]) -> float:
+        """The number in groups like the optimizer's."""
+        value = groups[self.group][self.key]
         return float(value if self.item is None else value[self.item])
 
 

@@ -69,6 +69,8 @@ class ParameterServer:
     place       which server keeps each piece
     reduce      "mean": weighted by examples; "sum": for losses that are sums; of tables also "mean_by_touch": each row's sum
                 over the trainers that touched it
+    clock       async: what counts the schedule's steps. "trainer_step": the numbers that the trainer's scheduler has set travel
+                with its push; "global_update": the server ticks a copy of it, once for as many pushes as there are trainers
     lazy        of tables: an update writes the rows that a batch touched, also where an exact one would write all
 
     Raises PlanError for settings that mean nothing together.
@@ -83,6 +85,7 @@ class ParameterServer:
     compensate: Amount = field(default=0.0, metadata=RARE)
     merge: Count = field(default=1, metadata=RARE)
     staged: bool = field(default=False, metadata=RARE)
+    clock: Literal["trainer_step", "global_update"] = field(default="trainer_step", metadata=RARE)
     lazy: bool = field(default=False, metadata=RARE)
     prefetch: bool = field(default=True, metadata=RARE)
     bucket_mb: Amount = field(default=4.0, metadata=RARE)
@@ -108,6 +111,11 @@ class ParameterServer:
         """Whether all trainers are at the same step when the variable is updated."""
         return self.mode == "sync"
 
+    @property
+    def ticks(self) -> bool:
+        """Whether servers tick the scheduler."""
+        return self.clock == "global_update"
+
     def _refused(self, found: str, why: str, do: str) -> PlanError:
         return PlanError(f"ParameterServer: found {found}, but {why}. {do}")
 
@@ -117,6 +125,7 @@ _ASYNC = {
     "take": "a synchronous update takes one push of every trainer",
     "compensate": "in lock step no value is stale",
     "merge": "a synchronous update takes one push of every trainer in every step",
+    "clock": "in lock step a step of all trainers is one update",
 }
 """Settings that only asynchronous updates have, and why."""
 

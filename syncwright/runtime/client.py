@@ -123,7 +123,7 @@ class Client:
 
     def _push(self, channel: str, weight: float, tensor: torch.Tensor) -> None:
         known = self.job.channels[channel]
-        hypers = {name: self._hypers[name] for name in known.hypers}
+        hypers = {name: self._hypers[name] for name in known.travelling}
         header = Push(channel, self.step, weight, hypers)
         self._send(known.server, Message(header, tensor.detach().contiguous()))
 
@@ -152,7 +152,7 @@ class Client:
         self.transport.progress(self.step, f"push {channel}")
         for name, rows, left in self._rows.parts(channel, self.step, tensor, skip):
             known = self.job.channels[name]
-            hypers = {hyper: self._hypers[hyper] for hyper in known.hypers}
+            hypers = {hyper: self._hypers[hyper] for hyper in known.travelling}
             header = Push(name, self.step, self._weight, hypers, left)
             self._send(known.server, Message(header, rows.detach().contiguous()))
         return True

@@ -66,7 +66,7 @@ class Gathering:
         own = torch.cat(list(parts))
         whole = own.new_empty([self._trainers, own.numel()])
         self._parts.append(whole)
-        self._work = self._all_gather(whole, own)
+        self._work = self._all_gather(whole.view(-1), own)
 
     def _given(self, trainer: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a trainer has given, from one or two parts."""

@@ -15,6 +15,7 @@ from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sockets import SocketTransport
+from syncwright.runtime.ticking import Ticking
 
 
 class Hosted:
@@ -28,15 +29,15 @@ class Hosted:
         self._meeting = meeting
         self._threads: list[ServerThread] = []
 
-    def start(self, job: Job) -> None:
-        """Starts the servers that live here. A server's process serves until the job ends, and ends with it."""
+    def start(self, job: Job, ticking: Ticking | None = None) -> None:
+        """Starts the servers that live here, with what they tick. A server's process serves until the job ends, and ends."""
         place = self._meeting.place
         self.context = zmq.Context() if place.alone else None
         for address in place.hosted(len(job.servers)):
             if place.me.kind is Kind.SERVER:
-                self._serve(job, address)
+                self._serve(JointServer(job, address.rank, ticking=ticking), address)
             else:
-                self._threads.append(self._thread(job, address))
+                self._threads.append(self._thread(JointServer(job, address.rank, ticking=ticking), address))
                 self._threads[-1].start()
         if place.me.kind is Kind.SERVER:
             sys.exit(0)
@@ -55,16 +56,16 @@ class Hosted:
             while thread.is_alive():
                 thread.join(1.0)
 
-    def _serve(self, job: Job, address: Address) -> None:
-        transport = self._transport(job, address, self._meeting.heartbeat)
+    def _serve(self, server: JointServer, address: Address) -> None:
+        transport = self._transport(server.job, address, self._meeting.heartbeat)
         try:
-            serve(JointServer(job, address.rank), transport, self._meeting.deadlines.wait)
+            serve(server, transport, self._meeting.deadlines.wait)
         finally:
             transport.close()
 
-    def _thread(self, job: Job, address: Address) -> ServerThread:
-        transport = self._transport(job, address, None)
-        return ServerThread(JointServer(job, address.rank), transport, self._meeting.deadlines.wait)
+    def _thread(self, server: JointServer, address: Address) -> ServerThread:
+        transport = self._transport(server.job, address, None)
+        return ServerThread(server, transport, self._meeting.deadlines.wait)
 
     def _transport(self, job: Job, address: Address, heartbeat: Heartbeat | None) -> SocketTransport:
         return SocketTransport(

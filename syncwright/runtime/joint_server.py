@@ -8,18 +8,20 @@ from syncwright.job import Job
 from syncwright.runtime.interpreter import Compute
 from syncwright.runtime.messages import Address, Message
 from syncwright.runtime.server import Outgoing, Server
+from syncwright.runtime.ticking import Ticking
 
 
 class JointServer:
     """One `Server` for each job, behind one address: each numbers its rounds by itself. Changes with every message.
 
+    ticking  the user's schedulers, where servers of the steps tick copies of them
     parts  of the steps' job, then of each exchange's; None where that has no servers
     """
 
-    def __init__(self, job: Job, rank: int, compute: Compute | None = None):
+    def __init__(self, job: Job, rank: int, compute: Compute | None = None, ticking: Ticking | None = None):
         self.job, self.rank = job, rank
         exchanges = [Server(each.job, rank, compute) if each.is_served else None for each in job.exchanges]
-        self.parts: list[Server | None] = [Server(job, rank, compute), *exchanges]
+        self.parts: list[Server | None] = [Server(job, rank, compute, ticking), *exchanges]
 
     @property
     def there(self) -> list[Server]:

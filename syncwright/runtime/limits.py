@@ -115,7 +115,7 @@ def limits_of(job: Job, me: Address) -> Limits:
     }
     return Limits(
         forms,
-        pushed={name: frozenset(c.hypers) for name, c in job.channels.items() if c.server == me.rank},
+        pushed={name: frozenset(c.travelling) for name, c in job.channels.items() if c.server == me.rank},
         pulled=frozenset(name for name, owner in job.owners.items() if owner == me.rank),
         given=exporters | {name: frozenset({FIRST}) for name in held},
         serves=True,

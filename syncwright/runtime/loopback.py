@@ -18,6 +18,7 @@ from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
 from syncwright.runtime.session import Session, Training
+from syncwright.runtime.ticking import check_scheduler
 
 __all__ = ["Loopback", "loopback"]
 
@@ -35,6 +36,7 @@ def loopback(
     state: Mapping[str, torch.nn.Module] | None = None,
     check_replicas: bool = False,
     dynamic_shapes: object = None,
+    scheduler: object = None,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -47,10 +49,11 @@ def loopback(
     source = plan
     training = Training(
         *(step, model, optimizer, state, examples),
-        plan=lambda program: make_plan(source, program, trainers, servers),
+        plan=lambda program: check_scheduler(make_plan(source, program, trainers, servers), scheduler),
         without=without,
         check_replicas=check_replicas,
         dynamic_shapes=dynamic_shapes,
+        scheduler=scheduler,
     )
     return Loopback(training, trainers)
 
@@ -130,7 +133,8 @@ class Loopback:
     def _start(self, prepared: Prepared, part: Part) -> None:
         if self.replicas:
             return
-        self.servers = [JointServer(prepared.job, p.rank) for p in prepared.job.servers]
+        ticking = self.session.ticking(prepared.job)
+        self.servers = [JointServer(prepared.job, p.rank, ticking=ticking) for p in prepared.job.servers]
         outlets = [self.network.transport(rank) for rank in range(self.trainers)]
         self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 

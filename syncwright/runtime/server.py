@@ -37,6 +37,7 @@ from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_server import RowServer
 from syncwright.runtime.rows import RowGradient, update_touched
 from syncwright.runtime.slots import Asked, Running, Slot, as_tensor, is_pulled, key_of, running_of
+from syncwright.runtime.ticking import Ticking
 
 Outgoing = tuple[Address, Message]
 FIRST = Address(Kind.TRAINER, 0)
@@ -47,11 +48,12 @@ log = logging.getLogger("syncwright")
 class Server:
     """One server of a job. Changes with every message that it handles.
 
+    ticking  the user's schedulers, where it ticks copies of them
     lost     trainers that it goes on without
     refused  messages that make no sense for the job, by what is wrong with them: they change nothing
     """
 
-    def __init__(self, job: Job, rank: int, compute: Compute | None = None):
+    def __init__(self, job: Job, rank: int, compute: Compute | None = None, ticking: Ticking | None = None):
         part = job.servers[rank]
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self.refused: Counter[str] = Counter()
@@ -64,6 +66,8 @@ class Server:
             for name, channel in job.channels.items()
             if channel.server == rank
         }
+        ticked = [name for name, counted in self._counting.items() if counted.channel.ticks]
+        self._ticking = {name: ticking.copied() for name in ticked} if ticking is not None else {}
         self._running = [running_of(program, self._counting) for program in part.programs]
         self._slots = self._make_slots()
         self._due: deque[Running] = deque()
@@ -256,7 +260,8 @@ class Server:
         if count is None:
             return sent
         clock = push.channel if counted.channel.take else ""
-        for name, value in push.hypers.items():
+        ticking = self._ticking.get(push.channel)
+        for name, value in (push.hypers if ticking is None else ticking.values()).items():
             sent += self._set(name, count, value, clock)
         if counted.channel.take:
             self._note_pulled(sender.rank, push.channel, count)
@@ -275,6 +280,8 @@ class Server:
         sent: list[Outgoing] = []
         for number, value in self._counting[channel].complete():
             sent += self._set(channel, number, value)
+            if channel in self._ticking:
+                self._ticking[channel].applied(self._channel(channel).take, len(self._attendance.live))
         return sent
 
     def _set(self, name: str, number: int, value: object, clock: str = "") -> list[Outgoing]:

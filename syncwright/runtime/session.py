@@ -20,6 +20,7 @@ from syncwright.runtime.executor import NO_PORT, Blocked
 from syncwright.runtime.programs import Busy, Prepared, Programs
 from syncwright.runtime.replica import Examples, Part, Replica, count_examples
 from syncwright.runtime.sharding import rows_of
+from syncwright.runtime.ticking import Ticking
 from syncwright.runtime.transport import Outlet
 
 OUTER = "outer"
@@ -40,6 +41,7 @@ class Training:
     compile: bool | str = False
     check_replicas: bool = False
     dynamic_shapes: object = None
+    scheduler: object = None
 
 
 class Peers(Protocol):
@@ -105,6 +107,11 @@ class Session:
                 counted=given.examples is not None,
             )
         return self._programs
+
+    def ticking(self, job: Job) -> Ticking | None:
+        """The user's schedulers as they are now, where servers are to tick them."""
+        ticked = any(channel.ticks for channel in job.channels.values())
+        return Ticking.of(self.training.scheduler, self.binding) if ticked else None
 
     def use(self, programs: Programs) -> None:
         """Captured steps from elsewhere, over the same binding."""

@@ -32,6 +32,7 @@ from syncwright.runtime.replica import Examples, Part, check_not_empty, random_s
 from syncwright.runtime.session import Session, Training
 from syncwright.runtime.sharding import shard
 from syncwright.runtime.sockets import SocketTransport
+from syncwright.runtime.ticking import check_scheduler
 
 log = logging.getLogger("syncwright")
 _generations = itertools.count()
@@ -53,6 +54,7 @@ def distribute(
     check_replicas: bool | None = None,
     dynamic_shapes: object = None,
     metrics: bool | None = None,
+    scheduler: object = None,
 ) -> Trainer:
     """The training step `step(model, optimizer, *batch)` on every process of this job.
 
@@ -71,6 +73,8 @@ def distribute(
               `({0: "n"}, {0: "n"})`; or mark the first batch by `torch._dynamo.mark_dynamic(tensor, axis)`
     metrics   every role serves its numbers over HTTP (see docs/metrics.md). None: as SYNCWRIGHT_METRICS=1 says
 
+    scheduler  of the optimizer (or several, in a list): of it servers tick a copy where the plan says `clock: global_update`
+
     The same script runs alone (servers are threads), under torchrun (servers are threads of the trainers) and under
     `syncwright run --trainers N --servers S` (servers are processes). A server's process serves from the first
     `.step(...)` until the job ends and then exits with status 0; nothing behind it runs.
@@ -78,11 +82,14 @@ def distribute(
     place = membership(os.environ, metrics)
     given = Training(
         *(step, model, optimizer, state, examples),
-        plan=lambda program: make_plan(plan, program, place.trainers, _server_count(place, plan)),
+        plan=lambda program: check_scheduler(
+            make_plan(plan, program, place.trainers, _server_count(place, plan)), scheduler
+        ),
         without=disabled_passes(os.environ),
         compile=compile,
         check_replicas=os.environ.get(CHECK_REPLICAS) == "1" if check_replicas is None else check_replicas,
         dynamic_shapes=dynamic_shapes,
+        scheduler=scheduler,
     )
     trainer = Trainer(given, plan, place, deadlines or Deadlines())
     if example is not None:
@@ -293,7 +300,7 @@ class Trainer:
         self._meeting.agree(job)
         if job.survives_losses and self.place.servers and self.place.me == FIRST:
             self._meeting.survive()
-        self._hosted.start(job)
+        self._hosted.start(job, self._session.ticking(job))
         atexit.register(self._at_exit)
         self._transport = SocketTransport(
             *(self.place.me, self._meeting.rendezvous, len(job.servers)),
