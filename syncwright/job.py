@@ -11,7 +11,7 @@ import torch
 from syncwright import ops
 from syncwright.plan import LocalSteps, ParameterServer, Plan, Replicated, served_by
 from syncwright.plan.plan import Travelling
-from syncwright.program import Program, Variable
+from syncwright.program import Program, Role, Variable
 from syncwright.selection import Selection
 
 Merge = Literal["mean", "sum", "first", "mean_by_touch"]
@@ -210,6 +210,29 @@ class Job:
         pulls = self.trainer["step"].graph.find_nodes(op="call_function", target=ops.pull)
         found = {str(node.args[1]) for node in pulls if node.args[4:5] == ("before",)}
         return found | {self.casts[name][0] for name in found if name in self.casts}
+
+    @property
+    def syncs(self) -> dict[str, ParameterServer]:
+        """How each variable, or piece of one, is shared that lives on a server."""
+        held = self.held
+        shared = {s.variable: s.sync for s in self.plan.sharings if isinstance(s.sync, ParameterServer)}
+        return {name: shared[self._parameter(name, held)] for name in held}
+
+    def _parameter(self, name: str, held: Mapping[str, Variable]) -> str:
+        """The user's parameter with which something goes that lives on a server; of several that are joined, the first."""
+        if name in self.joined:
+            part = self.joined[name][0]
+            return part.name if part.role is Role.PARAM else str(part.of)
+        variable = held.get(name)
+        if variable is None:
+            return name
+        return variable.whole or name if variable.role is Role.PARAM else self._parameter(str(variable.of), held)
+
+    @property
+    def replicated(self) -> set[str]:
+        """What lives on a server and of which every trainer keeps a copy, by the names under which it is pulled."""
+        found = {name for name, sync in self.syncs.items() if sync.replicated}
+        return found | {name for name, (of, _) in self.casts.items() if of in found}
 
     @property
     def survives_losses(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,6 +262,8 @@ def test_asynchronous_updates_have_no_global_norm() -> None:
         lambda: ParameterServer(merge=2),
         lambda: ParameterServer(clock="global_update"),
         lambda: ParameterServer(mode="async", staged=True),
+        lambda: ParameterServer(staged=True, replicated=True),
+        lambda: ParameterServer(mode="async", merge=2, replicated=True),
         lambda: ParameterServer(mode="async", staleness=1, merge=2),
         lambda: ParameterServer(mode="async", compensate=1.0, take=2),
     ],
@@ -414,3 +417,37 @@ def test_a_ticked_copy_goes_as_the_scheduler_itself(name: str) -> None:
                 each.applied(3, 3)
             assert each.values() == binding.hyper_values()
     assert ticking.values() != binding.hyper_values()
+
+
+def test_a_step_with_copies_returns_when_they_are_refreshed() -> None:
+    """Under `replicated` a step ends with the values of its own update; without it, as soon as its loss is there."""
+    losses_meet = "0 pushes loss\n1 pushes loss\n0 pushes w\n0 pulls loss\n0 pulls w"
+    for replicated, returned in ((False, 1), (True, 0)):
+        job = start(ParameterServer(replicated=replicated), lr=0.5)
+        replay = Replay(job, [gives(1.0, 1.0), gives(3.0, 1.0)]).play(f"{BOTH_PULL}\n{losses_meet}")
+        assert len(replay.returned[0]) == returned
+        replay.play("1 pushes w")
+        assert len(replay.returned[0]) == 1
+        replay.drain()
+        assert [loss.item() for loss in replay.returned[0]] == [2.0, 0.0]
+        assert value(job) == -0.5
+
+
+def test_copies_of_pieces_in_another_dtype_and_asynchronous() -> None:
+    for sync in (
+        ParameterServer(partition=Even(2), pull="bfloat16"),
+        ParameterServer(mode="async", staleness=0),
+    ):
+        found = []
+        for replicated in (False, True):
+            torch.manual_seed(0)
+            model = nn.Linear(3, 4)
+            optimizer = torch.optim.Adam(model.parameters())
+            rules = Rules(replace(sync, replicated=replicated))
+            job = syncwright.loopback(mean_step, model, optimizer, plan=rules, trainers=2, servers=2)
+            for seed in range(3):
+                x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+                job.step([(x[:2],), (x[2:],)])
+            job.sync()
+            found.append(model.state_dict())
+        assert all(torch.equal(v, found[1][name]) for name, v in found[0].items()), sync

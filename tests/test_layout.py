@@ -171,6 +171,7 @@ runtime         what runs a job
     merging
     slots
     row_server
+    devices
     ticking
     interpreter
     server

@@ -53,6 +53,7 @@ def test_the_registry_lists_the_fixed_strategies():
         "parameter_server_partitioned",
         "parameter_server_uneven",
         "staged",
+        "replicated_served",
         "parallax",
         "local_sgd",
         "diloco",
@@ -123,6 +124,12 @@ def test_partitioned_keeps_whole_what_cannot_be_cut_and_says_so():
     assert rows.notes[0] == "head.weight is kept whole: its update is row-wise, not elementwise"
 
 
+def test_replicated_served_refreshes_copies_but_of_tables():
+    found = plan("replicated_served", servers=2)
+    assert found.sharing("head.weight").sync == ParameterServer(place=LeastLoaded(), replicated=True)
+    assert found.sharing("embed.weight").sync == ParameterServer(place=LeastLoaded())
+
+
 def test_parallax_serves_sparse_and_reduces_dense():
     found = plan("parallax")
     assert found.sharing("embed.weight") == Sharing(
@@ -149,8 +156,8 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             "all-reduce",
             {},
             "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
-            "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, parallax, local_sgd, "
-            "diloco, geo. Did you mean 'all_reduce'?",
+            "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, replicated_served, "
+            "parallax, local_sgd, diloco, geo. Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",

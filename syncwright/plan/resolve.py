@@ -124,6 +124,8 @@ _NOT_OF_ROWS = {
     "compensate": "servers do not keep the rows that each trainer has pulled",
     "merge": "the rows of two batches are others",
     "staged": "servers keep one version of a table",
+    "replicated": "trainers keep no copy of it",
+    "device": "rows are looked up in host memory",
 }
 """Settings that tables do not have whose rows travel, and why."""
 

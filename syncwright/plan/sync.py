@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import torch
+
 from syncwright.errors import PlanError
 from syncwright.plan.outer import Geo, Mean, Outer
 from syncwright.plan.partition import Partition, Whole
@@ -63,6 +65,8 @@ class ParameterServer:
                 steps read the value that has come last, and wait only when so many are held back
     staged      sync: steps read values that are one step old, so that pulls never wait
     prefetch    of tables: rows of the next step are asked for while this one runs; in step they are still exact
+    replicated  every trainer keeps a copy, which is brought up to date when a step ends, and not when the next one reads it
+    device      where servers keep it, with its state: "cuda", "cuda:1"; None: in host memory
     push, pull  dtype in which gradients and values travel; None: their own
     bucket_mb   megabytes (2**20 bytes) of small variables of one server that travel and are updated together; 0: each alone
     partition   how the variable is cut along axis 0
@@ -89,6 +93,8 @@ class ParameterServer:
     lazy: bool = field(default=False, metadata=RARE)
     prefetch: bool = field(default=True, metadata=RARE)
     bucket_mb: Amount = field(default=4.0, metadata=RARE)
+    replicated: bool = field(default=False, metadata=RARE)
+    device: str | None = field(default=None, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
 
@@ -105,6 +111,9 @@ class ParameterServer:
         for first, second, why in _APART:
             if {first, second} <= changed:
                 raise self._refused(f"{first} and {second} together", why, f"Leave {first} or {second} out.")
+
+        if self.device is not None:
+            _check_device(self.device)
 
     @property
     def in_step(self) -> bool:
@@ -132,10 +141,25 @@ _ASYNC = {
 _APART = (
     ("staleness", "merge", "a merged push comes some steps late, so the bound would not hold"),
     ("compensate", "take", "a mean of gradients has no one value that was pulled"),
+    ("replicated", "staged", "a copy that is brought up to date is not one step old"),
+    ("replicated", "merge", "steps then read the value that has come last, and wait for none"),
     ("compensate", "merge", "a mean of gradients has no one value that was pulled"),
 )
 
 _ALL_REDUCE = AllReduce()
+
+
+def _check_device(name: str) -> None:
+    """Whether a machine may have such a device; its server looks whether it is there."""
+    try:
+        keeps = torch.device(name).type != "meta"
+    except RuntimeError:
+        keeps = False
+    if not keeps:
+        raise PlanError(
+            f"ParameterServer.device: found {name!r}, expected a device that keeps values, as torch calls it. Write one such as "
+            "cuda or cuda:1, or leave it out for host memory."
+        )
 
 
 @dataclass(frozen=True, slots=True)

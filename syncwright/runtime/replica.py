@@ -52,6 +52,7 @@ class Replica:
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
         self.step_count = self.trained = 0
         self.nominal = 1.0
+        self._replicated = job.replicated
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
@@ -101,6 +102,7 @@ class Replica:
         self.step_count += 1
         self.trained += 1
         self.client.ask(prepared.pulls, self.step_count)
+        yield from self._refresh(prepared)
         for outer in self.outers:
             if outer.has_begun:
                 outer.add(weight, results)
@@ -109,6 +111,13 @@ class Replica:
         yield from self._keep_together()
         self.client.transport.flush()
         return _returned(prepared, results)
+
+    def _refresh(self, prepared: Prepared) -> Generator[Blocked, None, None]:
+        """Waits until the copies of what servers keep are those that the next step reads."""
+        for channel, at in prepared.pulls:
+            if channel in self._replicated:
+                while self.client.fetch(channel, self.step_count + at) is None:
+                    yield Blocked("the end of the step", channel)
 
     @property
     def looks_ahead(self) -> bool:

@@ -14,6 +14,8 @@ import torch
 
 from syncwright.errors import Disagreement
 from syncwright.job import Channel, Job
+from syncwright.program import Program
+from syncwright.runtime.devices import HOST, device_for, devices_of, moved, taken_to
 from syncwright.runtime.interpreter import Compute, Interpreter
 from syncwright.runtime.merging import Attendance, Contribution, Counting, counting
 from syncwright.runtime.messages import (
@@ -68,7 +70,8 @@ class Server:
         }
         ticked = [name for name, counted in self._counting.items() if counted.channel.ticks]
         self._ticking = {name: ticking.copied() for name in ticked} if ticking is not None else {}
-        self._running = [running_of(program, self._counting) for program in part.programs]
+        self._devices = devices_of(job, part)
+        self._running = [running_of(self._placed(program), self._counting) for program in part.programs]
         self._slots = self._make_slots()
         self._due: deque[Running] = deque()
         self._settings = 0
@@ -81,6 +84,9 @@ class Server:
         self._shapes = {v.name: v.shape for v in part.holds}
         in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
         self._rows = RowServer(job, rank, in_place)
+
+    def _placed(self, program: Program) -> Program:
+        return moved(program, device_for(program, self._devices))
 
     def _channel(self, name: str) -> Channel:
         return self._counting[name].channel
@@ -234,7 +240,7 @@ class Server:
             version = max((r.step for r in slot.readers), default=0)
         if name in self._fixed or name in self._arriving:
             slot.values.clear()
-        slot.values[version] = tensor
+        slot.values[version] = taken_to(self._devices.get(name, HOST), tensor)
         return self._answer(name, slot)
 
     def _resume(self, step: int) -> list[Outgoing]:
@@ -333,6 +339,9 @@ class Server:
     def _computed(self, running: Running, inputs: Mapping[str, object]) -> Mapping[str, object]:
         """Runs a program; one that reads a gradient of rows on these rows, or on all of its table."""
         name = next((name for name, value in inputs.items() if isinstance(value, RowGradient)), None)
+        if self._devices:
+            device = device_for(running.program, self._devices)
+            inputs = {each: taken_to(device, value) for each, value in inputs.items()}
         if name is None:
             return self._compute(running.program, inputs)
         if self._channel(name).rows == "touched":

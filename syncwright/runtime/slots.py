@@ -89,4 +89,5 @@ def is_pulled(running: Running, name: str) -> bool:
 
 
 def as_tensor(value: object) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+    """A value as it travels: in host memory."""
+    return value.cpu() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)

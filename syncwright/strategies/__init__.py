@@ -20,6 +20,7 @@ STRATEGIES: dict[str, Callable[..., Rules]] = {
     "parameter_server_partitioned": fixed.parameter_server_partitioned,
     "parameter_server_uneven": fixed.parameter_server_uneven,
     "staged": fixed.staged,
+    "replicated_served": fixed.replicated_served,
     "parallax": fixed.parallax,
     "local_sgd": fixed.local_sgd,
     "diloco": fixed.diloco,

@@ -74,6 +74,13 @@ def staged(variables: Sequence[Variable]) -> Rules:
     return _rules("staged", ParameterServer(place=LeastLoaded(), staged=True), _tables(variables, LeastLoaded()))
 
 
+def replicated_served(variables: Sequence[Variable], mode: Mode = "sync") -> Rules:
+    """Servers update; every trainer keeps a copy that is refreshed at the end of each step (tf_cnn_benchmarks:
+    distributed_replicated). Of tables rows travel, and no trainer keeps a copy."""
+    sync = ParameterServer(mode, place=LeastLoaded(), replicated=True)
+    return _rules("replicated_served", sync, _tables(variables, LeastLoaded(), mode))
+
+
 def parallax(variables: Sequence[Variable], bucket_mb: float = 25.0, mode: Mode = "sync") -> Rules:
     """Rows of tables on servers, the other variables all-reduced (Parallax, EuroSys 2019)."""
     return _rules("parallax", AllReduce(bucket_mb), _tables(variables, LeastLoaded(), mode))
