@@ -236,7 +236,8 @@ def _combine(node: Node, given: list[Meaning]) -> Meaning:
     if is_pointwise(node):
         return _pointwise(node, given, aligned, parameter)
     if any(isinstance(g, Whole) for g in aligned):
-        return Whole(parameter)
+        together = any(isinstance(g, Joined) for g in given) and not any(_axes(n) for n in node.all_input_nodes)
+        return Joined() if together else Whole(parameter)  # norms of several parameters, one of them of a part of it
     if not aligned:
         return Joined() if any(isinstance(g, Joined) for g in given) else Scalar(parameter)
     if is_partial(node):

@@ -152,6 +152,8 @@ class _Update:
             if node in found:
                 continue
             sources = [n for n in node.all_input_nodes if _has_axes(n)]
+            if node.target in ops.CROSSINGS:
+                self._refuse(node, "is made on a server in part")
             if not sources or any(n.op == "placeholder" and not self._is_kept(n) for n in sources):
                 self._refuse(node, "meets a tensor of sizes of its own")
             found.add(node)
