@@ -215,7 +215,7 @@ class Job:
     def syncs(self) -> dict[str, ParameterServer]:
         """How each variable, or piece of one, is shared that lives on a server."""
         held = self.held
-        shared = {s.variable: s.sync for s in self.plan.sharings if isinstance(s.sync, ParameterServer)}
+        shared = {s.variable: by for s in self.plan.sharings if (by := served_by(s.sync)) is not None}
         return {name: shared[self._parameter(name, held)] for name in held}
 
     def _parameter(self, name: str, held: Mapping[str, Variable]) -> str:

@@ -28,6 +28,9 @@ class Lane:
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         return self._outlet.all_reduce(tensor, note)
 
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+        return self._outlet.all_gather(whole, part, note)
+
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         self._outlet.broadcast(tensor, note)
 
