@@ -46,7 +46,7 @@ def test_host_memory_by_name_is_the_default() -> None:
             job.step([(x[:2],), (x[2:],)])
         job.sync()
         found.append(mine.state_dict())
-        assert not any(server._devices for server in job.servers)
+        assert not any(part._devices for server in job.servers for part in server.there)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
