@@ -24,6 +24,7 @@ PUBLIC = [
     "Trainer",
     "Variable",
     "capture",
+    "deferred",
     "distribute",
     "loopback",
 ]
@@ -51,6 +52,11 @@ text            Program to stable text and back
     write
     read
     diff
+deferred        large tensors that are recorded, and made by who keeps them
+    record
+    replay
+    tensor
+    mode
 tables          rows by 64-bit id, on one machine
     mixing
     lazily
@@ -164,6 +170,7 @@ runtime         what runs a job
     launch
     watching
     executor
+    records
     inductor
     segments
     compiled

@@ -23,6 +23,7 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
@@ -82,7 +83,7 @@ class Limits:
                 self._check(sender, header, by_trainer and channel in self.pulled)
             case Taken() | Go():
                 self._check(sender, header, not by_trainer and not self.serves)
-            case Value(channel=channel) | Rows(channel=channel):
+            case Value(channel=channel) | Rows(channel=channel) | Start(channel=channel):
                 self._check(sender, header, sender in self.given.get(channel, ()))
             case Resume():
                 self._check(sender, header, sender == FIRST and self.serves)
@@ -93,7 +94,9 @@ class Limits:
 
     def _check(self, sender: Address, header: Header, allowed: bool) -> None:
         if not allowed:
-            about = f" of {header.channel!r}" if isinstance(header, Push | Pull | PullRows | Rows | Value) else ""
+            about = (
+                f" of {header.channel!r}" if isinstance(header, Push | Pull | PullRows | Rows | Value | Start) else ""
+            )
             raise WireError(f"a {type(header).__name__}{about}, which {sender} does not send to this role")
 
 
@@ -129,7 +132,7 @@ def limit_of(job: Job, me: Address) -> Limit:
     pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
     pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}
-    some = {piece for table in job.tables.values() for piece, _ in table.pieces}
+    some = {piece for table in job.tables.values() for piece, _ in table.pieces} | job.by_rows
     pulled |= {name: _some_rows(pulled[name]) for name in some & pulled.keys()}
     if me.kind is Kind.TRAINER:
         return {name: pulled[name] for name in job.owners}

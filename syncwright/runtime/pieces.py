@@ -6,21 +6,30 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from syncwright.deferred.tensor import Deferred, real
 from syncwright.job import Job
 from syncwright.program import Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.flat_values import apart, equal, laid_flat
+from syncwright.runtime.records import NO_RECORDS, Records
 
 UNTIL_ALL_LEFT = "the end of all trainers"
 """Where a trainer waits that has left before others."""
 
 
-def give(client: Client, values: Mapping[str, object], version: int) -> None:
-    """Sends servers all that they keep of `values`, by the user's variables; state that is not among them as it begins."""
+def give(client: Client, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
+    """Sends servers all that they keep of `values`, by the user's variables; state that is not among them as it begins.
+
+    What servers can make themselves does not travel: one number everywhere, and what `records` has of what was deferred.
+    """
     for name, variable in client.job.held.items():
         value = _kept(client.job, variable, values)
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-        client.give(name, version, tensor)
+        begin = records.start_of(variable, values.get(variable.whole or name), tensor)
+        if begin is not None:
+            client.give_start(name, version, *begin)
+        else:
+            client.give(name, version, real(tensor) if isinstance(tensor, Deferred) else tensor)
     client.resume(version)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from syncwright.capture.state import Binding
+from syncwright.deferred.tensor import real
 from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.passes.flat import flat_parts
@@ -26,6 +27,7 @@ from syncwright.runtime.messages import Address, Message
 from syncwright.runtime.outer import Outer
 from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.tree import tensors
 
 Examples = Callable[..., float] | float | None
@@ -58,9 +60,7 @@ class Replica:
         self._parts: dict[str, list[Variable]] = {}
         served = job.served
         self.values: dict[str, object] = {
-            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for name, value in binding.values().items()
-            if name not in served
+            name: real(value) for name, value in binding.values().items() if name not in served
         }
         self.values |= _added(job.trainer["step"])
         lanes = [Lane(client.transport, number) for number, _ in enumerate(job.exchanges, start=1)]
@@ -212,9 +212,7 @@ class Replica:
         alone, but for the outer optimizer's state: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
-        self.values = {
-            n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in self.values
-        }
+        self.values = {n: real(v) for n, v in values.items() if n in self.values}
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
         for outer in self.outers:
@@ -222,10 +220,10 @@ class Replica:
         self.step_count += 1
         self.client.restart(self.step_count)
 
-    def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
-        """What servers hold, whole, under the variables' own names, as of the steps done."""
+    def served(self, without: Collection[str] = ()) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """What servers hold, whole, under the variables' own names, as of the steps done; `without` some that they hold."""
         self.client.flush()
-        found = yield from self._collected("now")
+        found = yield from self._collected("now", without)
         for outer in self.outers:
             found |= yield from outer.served()
         return found
@@ -237,11 +235,11 @@ class Replica:
             found |= yield from outer.state()
         return {name: value.clone() for name, value in found.items()}
 
-    def finish(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def finish(self, without: Collection[str] = ()) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
         for outer in self.outers:
             outer.leave()
-        found = yield from self._finish_steps()
+        found = yield from self._finish_steps(without)
         for outer in self.outers:
             found |= yield from outer.last()
         return found
@@ -252,17 +250,27 @@ class Replica:
             outer.leave()
         self.client.leave(self.step_count)
 
-    def _finish_steps(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
-        if not self.job.arriving:
-            found = yield from self._collected("now")
+    def _finish_steps(self, without: Collection[str]) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        arriving = self.job.arriving - set(without)
+        if not arriving:
+            found = yield from self._collected("now", without)
             self.client.leave(self.step_count)
             return found
         fresh = self.client.fresh()
-        for name in self.job.arriving:
+        for name in arriving:
             self.client.fetch(name, fresh, "end")
-        rest = yield from self._collected("now", without=self.job.arriving)
+        rest = yield from self._collected("now", without=arriving.union(without))
         self.client.leave(self.step_count)
-        return rest | (yield from self._collected("end", without=self.job.held.keys() - self.job.arriving, fresh=fresh))
+        return rest | (yield from self._collected("end", without=self.job.held.keys() - arriving, fresh=fresh))
+
+    def rows(self, name: str, first: int, last: int) -> Generator[Blocked, None, torch.Tensor]:
+        """Rows [first, last) of a piece of a table that a server keeps, or of its state, as of the steps done."""
+        self.client.flush()
+        self.client.begin(self.step_count, 1.0, {}, training=False)
+        ids = torch.arange(first, last)
+        while (found := self.client.rows_of(name, ids)) is None:
+            yield Blocked("rows", name)
+        return found
 
     def _collected(
         self, when: When, without: Collection[str] = (), fresh: int | None = None
@@ -279,9 +287,9 @@ class Replica:
         self.client.release()
         return joined(self.job, found)
 
-    def give(self, values: Mapping[str, object], version: int) -> None:
-        """Sends servers their slices of `values`."""
-        give(self.client, values, version)
+    def give(self, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
+        """Sends servers their slices of `values`, but for what they make themselves: `records` are those that they have."""
+        give(self.client, values, version, records)
 
     @torch.no_grad()
     def take_first(self) -> None:

@@ -91,6 +91,5 @@ def _unsettle(slot: Slot, step: int, ids: torch.Tensor) -> None:
 def _pieces_here(job: Job, rank: int) -> dict[str, tuple[int, int]]:
     """The pieces of tables that a server keeps, each with the rows [start, stop) that it has."""
     held = {v.name: v for v in job.servers[rank].holds}
-    pulled = [name for table in job.tables.values() for name, _ in table.pieces]
-    names = {job.casts[name][0] if name in job.casts else name for name in pulled} & held.keys()
+    names = job.by_rows & held.keys()
     return {name: held[name].part or (0, held[name].shape[0]) for name in names}

@@ -22,6 +22,7 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
@@ -68,7 +69,7 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Resume | Leave | Failure
+    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Start | Resume | Leave | Failure
     tensor: TensorHeader | None
     job: int = 0
 
@@ -162,6 +163,7 @@ def _check_header(first: FirstFrame) -> None:
             | Resume(step=number)
             | Pull(version=number)
             | Value(version=number)
+            | Start(version=number)
             | Tick(clock=number)
             | Go(clock=number)
         ):
@@ -275,6 +277,7 @@ def _about(header: msgspec.Struct) -> str:
             | Rows(channel=channel)
             | Taken(channel=channel)
             | Value(channel=channel)
+            | Start(channel=channel)
         ):
             return f"{name} of {channel[:80]!r}"
     return name
