@@ -84,7 +84,7 @@ def test_every_role_of_a_process_serves_its_own_numbers():
         assert all(url.startswith("http://127.0.0.1:") for url in urls)
         of_trainer, of_server = map(served, urls)
     pushes = numbers_of(of_trainer).pushes
-    assert pushes == 4 * 2  # weight and bias; alone, the loss stays here
+    assert pushes == 4  # weight and bias together; alone, the loss stays here
     assert f'syncwright_pushes_total{{peer="server 0",role="trainer 0"}} {pushes}' in of_trainer
     assert f'syncwright_pushes_total{{peer="trainer 0",role="server 0"}} {pushes}' in of_server
     pushed = [

@@ -74,9 +74,15 @@ def _is_elementwise(nodes: tuple[Node, ...], gradient: Node, parameter: Variable
                 isinstance(val, torch.Tensor) and val.shape not in ((), parameter.shape)
             ):
                 return False
-        if isinstance(val := node.meta["val"], torch.Tensor) and val.dim() and not is_pointwise(node):
+        if _has_axes(node) and not is_pointwise(node):
             return False
+        if not _has_axes(node) and any(_has_axes(source) for source in node.all_input_nodes):
+            return False  # a number of each parameter's own, such as its norm
     return bool(nodes)
+
+
+def _has_axes(node: Node) -> bool:
+    return isinstance(val := node.meta["val"], torch.Tensor) and val.dim() > 0
 
 
 def _update_nodes(own: Sequence[Node], mark: Node, gradient: Node) -> tuple[Node, ...]:
@@ -194,7 +200,26 @@ def _frozen(value: object) -> object:
 
 def runs(members: Iterable[Member]) -> list[list[Member]]:
     """Neighbours in one bucket with the same update."""
-    return [list(run) for _, run in groupby(members, key=lambda m: (bucket_of(m.packed), _divisor(m), m.signature))]
+    found: list[list[Member]] = []
+    for _, group in groupby(members, key=lambda m: (bucket_of(m.packed), _divisor(m), m.signature)):
+        for member in group:
+            if found and found[-1] and _is_next(found[-1][-1], member):
+                found[-1].append(member)
+            else:
+                found.append([member])
+        found.append([])
+    return [run for run in found if run]
+
+
+def _is_next(one: Member, other: Member) -> bool:
+    """Whether nothing lies between two parts of a bucket; so of gradients that are in none."""
+    bucket = bucket_of(one.packed)
+    return bucket is None or _place(other) == _place(one) + 1
+
+
+def _place(member: Member) -> int:
+    """Where a gradient lies in its bucket."""
+    return member.packed.args[0].args[1]  # type: ignore[union-attr, return-value]
 
 
 def _divisor(member: Member) -> object:
