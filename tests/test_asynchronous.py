@@ -421,7 +421,7 @@ def test_a_ticked_copy_goes_as_the_scheduler_itself(name: str) -> None:
 
 def test_a_step_with_copies_returns_when_they_are_refreshed() -> None:
     """Under `replicated` a step ends with the values of its own update; without it, as soon as its loss is there."""
-    losses_meet = "0 pushes loss\n1 pushes loss\n0 pushes w\n0 pulls loss\n0 pulls w"
+    losses_meet = "0 pushes loss\n1 pushes loss\n0 pushes w\n0 pulls w\n0 pulls loss"
     for replicated, returned in ((False, 1), (True, 0)):
         job = start(ParameterServer(replicated=replicated), lr=0.5)
         replay = Replay(job, [gives(1.0, 1.0), gives(3.0, 1.0)]).play(f"{BOTH_PULL}\n{losses_meet}")

@@ -69,6 +69,7 @@ class Client:
         self._training = True
         self._rows = RowClient(job, self._send)
         self._known: Mapping[str, list[torch.Tensor]] = {}
+        self._after: Mapping[str, str] = {}
 
     def hello(self) -> None:
         for part in self.job.servers:
@@ -81,13 +82,17 @@ class Client:
         hypers: Mapping[str, float],
         uses: Mapping[tuple[str, int], int] = MappingProxyType({}),
         training: bool = True,
+        after: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """What belongs to all pushes of the step that begins.
 
         uses  how often each channel will be pulled in this step, as of how many steps later (-1: before): after the last
               time it is forgotten
         training  whether gradients of the rows that are asked for will be pushed
+        after     by channel, what is asked for as of the next step when it has been pushed: so its answer does not wait behind
+                  larger pushes
         """
+        self._after = after
         self.step, self._weight, self._hypers, self._training = step, weight, dict(hypers), training
         self._rows.begin(step if training else NEVER)
         self._known = {}
@@ -111,6 +116,8 @@ class Client:
         self.transport.progress(self.step, f"push {channel}")
         if known.up_to == 1:
             self._push(channel, self._weight, tensor)
+            if channel in self._after:
+                self.ask([(self._after[channel], 0)], self.step + 1)
             return True
         waiting = self._waiting.setdefault(channel, [])
         if len(waiting) == known.up_to:

@@ -76,6 +76,7 @@ class Prepared:
     """A step ready to run on batches of one shape. Changes as it is used: executors are made when they are needed.
 
     pulls  channels that the step pulls before it sends anything, and may ask for ahead; as of how many steps later
+    after  by channel, what it is about and the next step pulls: it may be asked for as soon as that is pushed
     index  what leads from a batch to ids of rows
     uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it
     spans  what runs in the first steps instead, with the step that is the first of others
@@ -85,6 +86,7 @@ class Prepared:
         self.captured, self.job, self.compiled = captured, job, compiled
         pulls = {phase: [_pull(node) for node in _pulls(program)] for phase, program in job.trainer.items()}
         self.pulls = tuple((channel, at) for channel, at in pulls["step"] if at < 1)
+        self.after = _pulled_after(job, self.pulls)
         self.index = IndexProgram(job.trainer["step"])
         self.uses = {phase: Counter(each) for phase, each in pulls.items()}
         self._phases = {
@@ -228,6 +230,11 @@ def _pulls(program: Program) -> list[Node]:
 def _pull(node: Node) -> tuple[str, int]:
     """The channel, and as of how many steps later."""
     return str(node.args[1]), int(bool(node.args[0])) - int(pulled_when(node) == "before")
+
+
+def _pulled_after(job: Job, pulls: Sequence[tuple[str, int]]) -> dict[str, str]:
+    kept = {job.casts[name][0] if name in job.casts else name: name for name, at in pulls if at == 0}
+    return {name: kept[str(c.variable.of)] for name, c in job.channels.items() if c.variable.of in kept}
 
 
 def _is_dynamic(captured: Captured) -> bool:

@@ -90,7 +90,7 @@ class Replica:
         executor = prepared.executor(phase)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
-        self.client.begin(self.step_count, weight, hypers, prepared.uses[phase])
+        self.client.begin(self.step_count, weight, hypers, prepared.uses[phase], after=prepared.after)
         self._look_ahead(prepared, part.batch, following)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
         values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
