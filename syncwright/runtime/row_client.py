@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from syncwright import ops
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
 from syncwright.runtime.rows import from_bits, write_rows
@@ -102,7 +103,7 @@ class RowClient:
             request.take(header, rows)
 
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
-        count = int((ids >= 0).sum())
+        count = ops.distinct(ids)
         known = ids[:count]
         self._turn += 1
         request = Request(ids, count, _parts(table, known), self._turn)
