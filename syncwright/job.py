@@ -198,6 +198,17 @@ class Job:
         return {v.name: v for part in self.servers for v in part.holds}
 
     @property
+    def unbounded(self) -> tuple[str, ...]:
+        """The tables of any ids that servers keep."""
+        return tuple(dict.fromkeys(v.whole or v.name for v in self.held.values() if v.unbounded is not None))
+
+    @property
+    def by_id(self) -> set[str]:
+        """What lives on servers, row by row, in tables of any ids: these and their state per row, or pieces of them."""
+        tables = {name for name, variable in self.held.items() if variable.unbounded is not None}
+        return tables | {name for name, v in self.held.items() if v.role is Role.STATE and v.shape and v.of in tables}
+
+    @property
     def arriving(self) -> set[str]:
         """What lives on a server and is updated as contributions come: trainers ask for it as it is now."""
         taken = {name for name, channel in self.channels.items() if channel.take}

@@ -15,6 +15,7 @@ from syncwright.passes.flat import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.plan import ParameterServer, Sync
 from syncwright.program import Program, Role, Variable
+from syncwright.runtime import replica_tables as tables
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
@@ -22,12 +23,14 @@ from syncwright.runtime.flat_values import equal, laid_flat
 from syncwright.runtime.lane import Lane
 from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
-from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.messages import Act, Address, Message
 from syncwright.runtime.outer import Outer
 from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
 from syncwright.tree import tensors
 
+Served = dict[str, torch.Tensor | tables.Saved | int]
+"""By variable its value; by table of any ids its rows, or how many, where the user's module cannot hold them."""
 Examples = Callable[..., float] | float | None
 CLOCKS = "clocks"
 """What a trainer waits for that is too far ahead."""
@@ -56,7 +59,7 @@ class Replica:
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
-        served = job.served
+        served = job.served | binding.table_buffers(job.unbounded)
         self.values: dict[str, object] = {
             name: value.detach().clone() if isinstance(value, torch.Tensor) else value
             for name, value in binding.values().items()
@@ -137,9 +140,10 @@ class Replica:
         self._found = following, self._asked(prepared, following, self.step_count + 1)
 
     def _asked(self, prepared: Prepared, batch: tuple, step: int) -> Found:
-        """Asks for the rows that a batch looks up, as of a step."""
+        """Asks for the rows that a batch looks up, as of a step, of the tables of which that is done."""
         found = prepared.index.run(_inputs(prepared, batch))
-        for lookup in prepared.index.lookups:
+        ahead = {s.variable for s in self.job.plan.sharings if s.rows == "touched" and _prefetches(s.sync)}
+        for lookup in [each for each in prepared.index.lookups if self.job.tables[each.channel].of in ahead]:
             self.client.ask_rows(lookup.channel, found[lookup.unique][0], step)
         return found
 
@@ -222,13 +226,14 @@ class Replica:
         self.step_count += 1
         self.client.restart(self.step_count)
 
-    def served(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def served(self) -> Generator[Blocked, None, Served]:
         """What servers hold, whole, under the variables' own names, as of the steps done."""
         self.client.flush()
         found = yield from self._collected("now")
+        everything: Served = {**found, **(yield from self._tables(self._ask_tables(), "state"))}
         for outer in self.outers:
-            found |= yield from outer.served()
-        return found
+            everything |= yield from outer.served()
+        return everything
 
     def outer_state(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """The state of outer optimizers after the last meetings, by variable."""
@@ -237,11 +242,11 @@ class Replica:
             found |= yield from outer.state()
         return {name: value.clone() for name, value in found.items()}
 
-    def finish(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def finish(self) -> Generator[Blocked, None, Served]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
         for outer in self.outers:
             outer.leave()
-        found = yield from self._finish_steps()
+        found: Served = yield from self._finish_steps()
         for outer in self.outers:
             found |= yield from outer.last()
         return found
@@ -252,25 +257,49 @@ class Replica:
             outer.leave()
         self.client.leave(self.step_count)
 
-    def _finish_steps(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def _finish_steps(self) -> Generator[Blocked, None, Served]:
         if not self.job.arriving:
             found = yield from self._collected("now")
+            held = yield from self._tables(self._ask_tables(), "state")
             self.client.leave(self.step_count)
-            return found
+            return {**found, **held}
+        turns = self._ask_tables(at_end=True)
         fresh = self.client.fresh()
-        for name in self.job.arriving:
+        for name in self.job.arriving - self.job.by_id:
             self.client.fetch(name, fresh, "end")
         rest = yield from self._collected("now", without=self.job.arriving)
         self.client.leave(self.step_count)
-        return rest | (yield from self._collected("end", without=self.job.held.keys() - self.job.arriving, fresh=fresh))
+        rest |= yield from self._collected("end", without=self.job.held.keys() - self.job.arriving, fresh=fresh)
+        return {**rest, **(yield from self._tables(turns, UNTIL_ALL_LEFT))}
+
+    def _ask_tables(self, at_end: bool = False) -> dict[str, dict[str, int]]:
+        """Asks for all tables of any ids, as far as the user's modules can hold them."""
+        most = {name: self.binding.tables[name].capacity for name in self.job.unbounded}
+        return {n: tables.ask_to_read(self.client, n, self.step_count, m, at_end) for n, m in most.items()}
+
+    def _tables(
+        self, turns: Mapping[str, Mapping[str, int]], waits: str
+    ) -> Generator[Blocked, None, dict[str, tables.Saved | int]]:
+        found = {}
+        for name, each in turns.items():
+            most = self.binding.tables[name].capacity
+            found[name] = yield from tables.read(self.client, each, most, waits)
+        return found
+
+    def order(
+        self, name: str, act: Act, brings: tables.Brings = tables.nothing, number: int = -1
+    ) -> Generator[Blocked, None, list[tables.Given]]:
+        """What servers answer to what all trainers have them do with a table of any ids, between two steps."""
+        return (yield from tables.order(self.client, name, act, self.step_count, brings, number))
 
     def _collected(
         self, when: When, without: Collection[str] = (), fresh: int | None = None
     ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         found: list[tuple[Variable, torch.Tensor]] = []
+        by_id = self.job.by_id
         fresh = self.client.fresh() if fresh is None else fresh
         for name, variable in self.job.held.items():
-            if name in without:
+            if name in without or name in by_id:
                 continue
             version = fresh if name in self.job.arriving else self.step_count
             while (value := self.client.fetch(name, version, when)) is None:
@@ -280,7 +309,9 @@ class Replica:
         return joined(self.job, found)
 
     def give(self, values: Mapping[str, object], version: int) -> None:
-        """Sends servers their slices of `values`."""
+        """Sends servers their slices of `values`, and their parts of tables of any ids."""
+        for name in self.job.unbounded:
+            tables.give(self.client, self.binding, name, version)
         give(self.client, values, version)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from syncwright import ops
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
 from syncwright.runtime.rows import from_bits, write_rows
+from syncwright.tables.mixing import shard_of
 
 Send = Callable[[int, Message], None]
 
@@ -121,6 +122,6 @@ def _parts(table: Table, ids: torch.Tensor) -> list[tuple[str, torch.Tensor | No
     """By piece of the table, where its ids stand."""
     if len(table.pieces) == 1:
         return [(table.pieces[0][0], None)]
-    stops = torch.tensor([selection.stop for _, selection in table.pieces])
-    piece = torch.bucketize(ids, stops, right=True)
+    stops, shards = torch.tensor([selection.stop for _, selection in table.pieces]), table.pieces[0][1].shards
+    piece = torch.bucketize(shard_of(ids, shards) if shards else ids, stops, right=True)
     return [(name, (piece == index).nonzero().view(-1)) for index, (name, _) in enumerate(table.pieces)]
