@@ -44,7 +44,7 @@ def told(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def an_export(job: Loopback, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     """What server 0 would be given to restore."""
-    table = job.servers[0]._tables._parts[TABLE].table
+    table = job.servers[0].there[0]._tables._parts[TABLE].table
     assert table is not None
     return {**table.table.snapshot().to_dict(), **changes}
 
@@ -120,7 +120,7 @@ def test_it_is_refused_and_changes_nothing(job: Loopback, name: str) -> None:
     after = an_export(job)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[each], before[each]) for each in before)
-    part = server._tables._parts[TABLE]
+    part = server.there[0]._tables._parts[TABLE]
     assert not part.asked
     assert not part.ready
     assert not part.coming
@@ -128,7 +128,7 @@ def test_it_is_refused_and_changes_nothing(job: Loopback, name: str) -> None:
 
 def test_a_trainer_that_tells_without_end_is_stopped(job: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("syncwright.runtime.table_server.MOST_TOLD_NBYTES", 100)
-    server, part = job.servers[0], job.servers[0]._tables._parts[TABLE]
+    server, part = job.servers[0], job.servers[0].there[0]._tables._parts[TABLE]
     endless = Message(Order(TABLE, "observe", 1, "step", 1, last=False), torch.zeros(60, dtype=torch.uint8))
     server.handle(T1, endless)
     assert len(part.coming[T1]) == 1

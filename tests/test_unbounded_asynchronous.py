@@ -89,7 +89,7 @@ def test_what_has_gone_since_it_was_looked_up_is_not_trained() -> None:
     server = job.servers[0]
     replay = Replay(job, [[batch(0.3)], [batch(0.5, identity=7)]])
     replay.play("0 pulls w.weight")
-    table = server._tables._parts["w.weight"].table.table
+    table = server.there[0]._tables._parts["w.weight"].table.table
     table.rows.remove(torch.tensor([ID]), 0)
     replay.play("1 pulls w.weight \n 0 pushes w.weight \n 1 pushes w.weight").drain()
     assert row(job, 7) == pytest.approx(0.95)
