@@ -48,7 +48,8 @@ class Variable:
     along      "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
     dynamic    axes of an INPUT along which a program takes any size; `shape` has the example's there
     initial    what all of a STATE that a pass has added begins with; None where the user's objects hold it
-    unbounded  of a PARAM that is a table of any 64-bit ids, trained: what it does with them; its length means nothing
+    unbounded  of a PARAM that is a table of any 64-bit ids, trained, and of its GRAD: what it does with them; its length
+               means nothing
     """
 
     name: str

@@ -132,7 +132,7 @@ def grad_variable(program: Program, parameter: str) -> Variable:
     """The gradient of a parameter as a variable."""
     variable = program.variables[parameter]
     shape = (*variable.shape[:-1], variable.shape[-1] + 1) if variable.lazy else variable.shape
-    return Variable(f"{parameter}.grad", Role.GRAD, shape, variable.dtype, of=parameter)
+    return Variable(f"{parameter}.grad", Role.GRAD, shape, variable.dtype, of=parameter, unbounded=variable.unbounded)
 
 
 def global_variable(node: Node) -> Variable:

@@ -394,6 +394,10 @@ def test_what_cannot_be_is_refused_with_the_reason() -> None:
 
     with pytest.raises(PlanError, match=r"'table.weight': found AllReduce for a table that makes rows.*nn.Embedding"):
         plan("all_reduce")
+    with pytest.raises(
+        PlanError, match=r"'table.weight': found device: cuda for a table of any ids, expected host memory"
+    ):
+        plan(Rules(ParameterServer(), (("table.*", ParameterServer(device="cuda")),)))
     with pytest.raises(PlanError, match=r"'table.weight': found an update that moves rows that no lookup touches"):
         plan(Rules(ParameterServer()), lambda m: torch.optim.Adam(m.parameters()))
     with pytest.raises(

@@ -53,8 +53,8 @@ def on_servers(
         )
     if sync.device is not None:
         raise PlanError(
-            f"{about}: found device: {sync.device} for a table of any ids, expected host memory, in which servers make rows. Leave "
-            "it out for this variable."
+            f"{about}: found device: {sync.device} for a table of any ids, expected host memory, in which servers make rows. "
+            "Leave it out for this variable."
         )
     shards = sync.partition if isinstance(sync.partition, Hashed) else _HASHED
     if sync.prefetch:
