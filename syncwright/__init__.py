@@ -3,6 +3,7 @@
 from syncwright import nn as nn
 from syncwright import optim as optim
 from syncwright.capture import capture
+from syncwright.deferred import deferred
 from syncwright.plan import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.loopback import loopback
@@ -21,6 +22,7 @@ __all__ = [
     "Trainer",
     "Variable",
     "capture",
+    "deferred",
     "distribute",
     "loopback",
 ]

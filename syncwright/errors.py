@@ -6,10 +6,11 @@
     ├── PlanError           rules or a plan that cannot be meant
     ├── ClusterError        the machines are not the ones that the plan was made for
     ├── LoweringError       a plan that cannot be carried out exactly on this program
+    ├── DeferredError       a tensor that is not made yet is asked for what its record cannot hold or give
     ├── TableError          a table of rows by id cannot hold, find or restore what it is asked to
     │   └── TableFull           its capacity is used up
     ├── BatchError          a batch that does not fit the step
-    ├── RequestError        the command line was asked for something that is not there
+    ├── RequestError        the command line, or a trainer, was asked for something that is not there
     └── JobError            a running job cannot go on
         ├── PeerLost            a role that others wait for is gone
         ├── DeadlineExceeded    a role that others wait for is late
@@ -43,6 +44,10 @@ class LoweringError(SyncwrightError):
     """A plan that cannot be carried out exactly on this program."""
 
 
+class DeferredError(SyncwrightError, RuntimeError):
+    """A tensor that is not made yet is asked for what its record cannot hold or give."""
+
+
 class TableError(SyncwrightError):
     """A table of rows by id cannot hold, find or restore what it is asked to."""
 
@@ -56,7 +61,7 @@ class BatchError(SyncwrightError, ValueError):
 
 
 class RequestError(SyncwrightError):
-    """The command line was asked for something that is not there."""
+    """The command line, or a trainer, was asked for something that is not there."""
 
 
 class JobError(SyncwrightError, RuntimeError):

@@ -209,6 +209,19 @@ class Job:
         return tables | {name for name, v in self.held.items() if v.role is Role.STATE and v.shape and v.of in tables}
 
     @property
+    def by_rows(self) -> set[str]:
+        """What lives on a server and is pulled by the numbers of its rows: tables, or pieces of them, and state per row."""
+        tables = {piece for table in self.tables.values() for piece, _ in table.pieces}
+        tables |= {self.casts[name][0] for name in tables if name in self.casts}
+        held = self.held
+        own = {name: held[name] for name in tables if name in held and held[name].unbounded is None}
+        return own.keys() | {
+            v.name
+            for v in held.values()
+            if v.of in own and v.shape[:1] == own[v.of].shape[:1] and v.part == own[v.of].part
+        }
+
+    @property
     def arriving(self) -> set[str]:
         """What lives on a server and is updated as contributions come: trainers ask for it as it is now."""
         taken = {name for name, channel in self.channels.items() if channel.take}

@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 
 from syncwright.capture.state import Binding
+from syncwright.deferred.tensor import real
 from syncwright.plan import ParameterServer, Plan, Replicated
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.replica import count_examples, random_stream
@@ -56,7 +57,7 @@ class Kept:
 
 def values_of(binding: Binding) -> Values:
     """Every parameter, buffer and optimizer state that the user's objects hold now, copied."""
-    return {name: torch.as_tensor(value).detach().clone() for name, value in binding.values().items()}
+    return {name: real(torch.as_tensor(value)) for name, value in binding.values().items()}
 
 
 def concatenated(first: FirstStep, binding: Binding, steps: int) -> Iterator[Values]:

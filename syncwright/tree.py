@@ -34,7 +34,7 @@ def with_paths(tree: object) -> list[tuple[tuple[object, ...], Any]]:
     return [(tuple(map(_key, path)), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def skeleton(tree: object) -> object:
+def skeleton(tree: Any) -> Any:
     """A tree without its values: of (x, {"a": y}) (None, {"a": None}). Equal for trees that are built alike."""
     kind = type(tree)
     if kind in _LEAVES:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from syncwright.runtime.limits import MOST_ROWS, limits_of
 from syncwright.runtime.loopback import Loopback
-from syncwright.runtime.messages import Address, Kind, Message, Order, Part, Pull, PullRows, Push, Value
+from syncwright.runtime.messages import Address, Kind, Message, Order, Part, Pull, PullRows, Push, Start, Value
 from syncwright.runtime.packed import chunks, pack, unpack
 from syncwright.runtime.wire import PACKED_NBYTES, WireError, decode, encode
 from syncwright.tables import shard_of
@@ -71,6 +71,9 @@ CASES: dict[str, tuple[Address, Callable[[Loopback], Message], str]] = {
         "rows travel, by their ids",
     ),
     "state, set": (T0, lambda job: Message(Value("table.weight.sum[0]", 1), torch.ones(41, WIDTH)), "rows travel"),
+    "the whole table, begun": (T0, lambda job: Message(Start(TABLE, 1)), "rows travel, by their ids"),
+    "state, begun": (T0, lambda job: Message(Start("table.weight.sum[0]", 1, number=0.5)), "rows travel, by their ids"),
+    "the whole table, begun by another": (T1, lambda job: Message(Start(TABLE, 1)), "trainer 0 says what"),
     "an answer": (T1, lambda job: Message(Part(TABLE, 1), pack({})), "servers take none"),
     "an order of a server": (S1, lambda job: order("shrink", {}), "servers send none"),
     "an order for another's part": (T1, lambda job: order("shrink", {}, "table.weight[1]"), "no table of any ids"),

@@ -24,6 +24,7 @@ PUBLIC = [
     "Trainer",
     "Variable",
     "capture",
+    "deferred",
     "distribute",
     "loopback",
 ]
@@ -61,6 +62,11 @@ text            Program to stable text and back
     write
     read
     diff
+deferred        large tensors that are recorded, and made by who keeps them
+    record
+    replay
+    tensor
+    mode
 optim           optimizers that torch lacks
     row_wise_adagrad
 nn              modules that torch lacks
@@ -168,6 +174,7 @@ runtime         what runs a job
     launch
     watching
     executor
+    records
     inductor
     segments
     compiled

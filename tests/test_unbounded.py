@@ -14,7 +14,8 @@ from torch import nn
 import syncwright
 from syncwright import AllReduce, ParameterServer, Rules
 from syncwright.checking import check_plan
-from syncwright.errors import CaptureError, LoweringError, PlanError, TableFull
+from syncwright.deferred.tensor import Deferred
+from syncwright.errors import CaptureError, LoweringError, PlanError, RequestError, TableFull
 from syncwright.lower import communications, lower
 from syncwright.nn import CountFilter, HashEmbedding, HashEmbeddingBag, Probability, TimeToLive
 from syncwright.optim import RowWiseAdagrad
@@ -22,8 +23,9 @@ from syncwright.plan import Hashed
 from syncwright.planning import make_plan
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import Loopback
-from syncwright.runtime.messages import PullRows
+from syncwright.runtime.messages import Address, Message, Order, PullRows
 from syncwright.runtime.replay import Replay
+from syncwright.runtime.server import Outgoing, Server
 from syncwright.text import parse, to_text
 from syncwright.view.planned import plan_table
 from syncwright.view.tables import plain
@@ -505,3 +507,87 @@ def test_time_to_live_counts_the_steps_of_the_job() -> None:
         assert job.shrink(many.table).tolist() == sorted(one.table.shrink(its).tolist())
     job.sync()
     check_same(many, theirs, one, its)
+
+
+class Both(nn.Module):
+    """A table of any ids beside a larger one with a known vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = HashEmbedding(WIDTH, capacity=40, seed=1)
+        self.known = nn.Embedding(500, WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head((self.table(ids) + self.known(ids % 500)).sum(1))
+
+
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_beside_a_deferred_table(make: str, mode: str) -> None:
+    """The deferred one is made by its servers, and stays there; the table of any ids travels as it does without it."""
+    models: list[Both] = []
+    for above in (10**6, 100):
+        torch.manual_seed(0)
+        with syncwright.deferred(above=above):
+            models.append(Both())
+    one, other = models
+    assert isinstance(other.known.weight, Deferred)
+    assert not isinstance(other.table.weight, Deferred)
+    its, theirs = (MAKE[make](model) for model in models)
+    plain, deferred = (started(m, o, sync=ParameterServer(mode=mode)) for m, o in ((one, its), (other, theirs)))
+    for batch in batches():
+        assert torch.equal(
+            torch.as_tensor(deferred.step(parts(batch, 2))), torch.as_tensor(plain.step(parts(batch, 2)))
+        )
+    plain.sync()
+    deferred.sync()
+    assert isinstance(other.known.weight, Deferred)
+    assert torch.equal(read(other), read(one))
+    assert torch.equal(torch.cat([rows for _, rows in deferred.rows("known.weight", 100)]), one.known.weight)
+    found, expected = state(other, theirs), state(one, its)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    plain.session.finish()
+    deferred.session.finish()
+    assert isinstance(other.known.weight, Deferred)
+    assert torch.equal(read(other), read(one))
+    assert torch.equal(other.head.weight, one.head.weight)
+
+
+def test_rows_of_any_ids_have_no_order() -> None:
+    model = build()
+    job = started(model, MAKE["Adagrad"](model))
+    job.step(parts(batches()[0], 2))
+    for name in ("table.weight", "table.weight.sum"):
+        with pytest.raises(RequestError, match=rf"'{name}' has rows by 64-bit ids, .* by trainer.export\(table\)"):
+            next(job.rows(name))
+
+
+def test_a_table_is_not_read_for_the_rows_of_another_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    job = started(model, MAKE["Adagrad"](model))
+    job.step(parts(batches()[0], 2))
+    asked: list[object] = []
+    take = Server.handle
+
+    def noted(server: Server, sender: Address, message: Message) -> list[Outgoing]:
+        asked.append(message.header)
+        return take(server, sender, message)
+
+    monkeypatch.setattr(Server, "handle", noted)
+    assert sum(len(rows) for _, rows in job.rows("head.weight")) == 1
+    assert not any(isinstance(header, Order) for header in asked)
+    job.sync()
+    assert any(isinstance(header, Order) for header in asked)
+
+
+def test_deferred_state_of_a_table_of_any_ids_is_refused() -> None:
+    model = build()
+    optimizer = MAKE["RowWiseAdagrad"](model)
+    with syncwright.deferred(above=1):
+        optimizer.state[model.table.weight]["sum"] = torch.full((41, 1), 0.5)
+    with pytest.raises(
+        PlanError, match=r"'table.weight': found 'table.weight.sum' deferred, but rows .* virtual shards"
+    ):
+        started(model, optimizer).step(parts(batches()[0], 2))

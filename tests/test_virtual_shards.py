@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 import syncwright
 from syncwright import ParameterServer, Rules
-from syncwright.errors import BatchError, PlanError
+from syncwright.capture import initial
+from syncwright.errors import BatchError, PlanError, RequestError
 from syncwright.nn import HashEmbedding
 from syncwright.plan import Even, Hashed
-from syncwright.runtime.messages import PullRows
+from syncwright.runtime.messages import Address, Message, PullRows, Start, Value
 from syncwright.runtime.replay import Replay
+from syncwright.runtime.server import Outgoing, Server
 from syncwright.selection import Selection
 from syncwright.tables import mix64, shard_of
 from syncwright.tables.mixing import count_in, ids_in
@@ -133,6 +135,74 @@ def test_variables_that_are_not_looked_up_have_no_shards() -> None:
     assert job.job.plan.sharing("head.weight").sizes == (1,)
     assert job.job.plan.sharing("table.weight").sizes == (512, 512)
     assert "head.weight is kept whole: rows of it do not travel" in job.job.plan.notes
+
+
+SHARDS = Rules(ParameterServer(), (("table.*", ParameterServer(partition=Hashed(16))),))
+
+
+def test_a_deferred_table_is_not_kept_by_shards() -> None:
+    """Servers would make the first rows of the record, not those of their shards."""
+    with syncwright.deferred(above=ROWS):
+        model = Bags()
+    optimizer = MAKE["Adagrad"](model)
+    job = syncwright.loopback(step, model, optimizer, plan=SHARDS, trainers=1, servers=2)
+    for _ in range(2):
+        with pytest.raises(
+            PlanError, match=r"'table.weight': found 'table.weight', 'table.weight.sum' deferred, .* shards"
+        ):
+            job.step([batches(count=1)[0]])
+    syncwright.deferred.build(model, optimizer)
+    expected = on_one_device(deepcopy(model), MAKE["Adagrad"], batches())
+    for each in batches():
+        job.step([each])
+    job.sync()
+    check_equal(values(model, optimizer), expected)
+
+
+def test_deferred_state_is_not_kept_by_shards() -> None:
+    model = Bags()
+    optimizer = MAKE["RowWiseAdagrad"](model)
+    with syncwright.deferred(above=1):
+        optimizer.state[model.table.weight]["sum"] = torch.full((ROWS, 1), 0.5)
+    job = syncwright.loopback(step, model, optimizer, plan=SHARDS, trainers=1, servers=2)
+    with pytest.raises(
+        PlanError, match=r"'table.weight': found 'table.weight.sum' deferred, but rows .* virtual shards"
+    ):
+        job.step([batches(count=1)[0]])
+
+
+def test_state_that_is_one_number_does_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "LARGE", ROWS)
+    model = Bags()
+    expected = on_one_device(deepcopy(model), MAKE["Adam"], batches(count=1))
+    taken: list[Message] = []
+    take = Server.handle
+
+    def noted(server: Server, sender: Address, message: Message) -> list[Outgoing]:
+        taken.append(message)
+        return take(server, sender, message)
+
+    monkeypatch.setattr(Server, "handle", noted)
+    job = syncwright.loopback(step, model, MAKE["Adam"](model), plan=SHARDS, trainers=1, servers=2)
+    job.step([batches(count=1)[0]])
+    begun = {m.header.channel for m in taken if isinstance(m.header, Start)}
+    given = {m.header.channel for m in taken if isinstance(m.header, Value)}
+    assert begun == {f"table.weight.{key}[{rank}]" for key in ("exp_avg", "exp_avg_sq") for rank in range(2)}
+    assert {"table.weight[0]", "table.weight[1]"} <= given
+    assert not begun & given
+    assert not any(server.refused for server in job.servers)
+    job.sync()
+    check_equal(values(model, job.optimizer), expected)
+
+
+def test_rows_by_shards_are_not_given_in_order() -> None:
+    model = Bags()
+    job = syncwright.loopback(step, model, MAKE["Adagrad"](model), plan=SHARDS, trainers=1, servers=2)
+    job.step([batches(count=1)[0]])
+    for name in ("table.weight", "table.weight.sum"):
+        with pytest.raises(RequestError, match=rf"'{name}' by virtual shards, .* trainer.state_dict\(\)"):
+            next(job.rows(name))
+    assert sum(len(rows) for _, rows in job.rows("head.weight")) == 1
 
 
 def test_ids_of_shards_are_all_ids_once() -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncwright.capture.private import FakeTensorMode
 from syncwright.capture.sparse_adam import is_sparse_adam
+from syncwright.deferred.tensor import Deferred
 from syncwright.errors import CaptureError
 
 StateValue = torch.Tensor | float | int
@@ -33,16 +34,24 @@ def initial_state(optimizer: Optimizer, group: dict, parameter: torch.Tensor, na
     `dampening`, the state found holds `BEGUN`. The user's optimizer, parameter and random state are not touched.
 
     A large parameter takes no part: two small samples of random numbers, of different shapes, stand for it where each
-    state of both starts as one number everywhere, the same for both; the state is then that number, expanded.
+    state of both starts as one number everywhere, the same for both; the state is then that number, expanded. Of a
+    deferred parameter no other state is found.
 
     Raises `CaptureError` for an optimizer whose first update differs, or whose state is no tensor or number.
     """
     if not parameter.requires_grad:
         return {}
-    if parameter.numel() >= LARGE and parameter.is_contiguous():
+    deferred = isinstance(parameter, Deferred)
+    if deferred or (parameter.numel() >= LARGE and parameter.is_contiguous()):
         filled = _filled_state(optimizer, group, parameter, name)
         if filled is not None:
             return filled
+    if deferred:
+        raise CaptureError(
+            f"{type(optimizer).__name__}, parameter '{name}': found state that its first update makes from the parameter's "
+            "values or shape, but the parameter is deferred and has none yet. Expected state that begins as one number. Make "
+            "it outside of deferred(), or call syncwright.deferred.build(model) first."
+        )
     return _state_of(optimizer, group, parameter, name)
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from syncwright.capture.initial import BEGUN, ignores_dampening, initial_state
 from syncwright.capture.sparse_adam import is_sparse_adam
+from syncwright.deferred.tensor import Deferred, become
 from syncwright.errors import CaptureError
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.program import Role, Variable
@@ -107,7 +108,8 @@ class Binding:
     def values(self) -> dict[str, torch.Tensor]:
         """The user's own tensors (not copies), by name: PARAM, BUFFER and STATE. A number is a tensor of float64.
 
-        State that no update has made yet may be one number, expanded: it takes no memory until its owner clones it.
+        State that no update has made yet may be one number, expanded: it takes no memory until its owner clones it. What is
+        deferred is in it as it is: its owner makes it (`deferred.tensor.real`).
         """
         found: dict[str, torch.Tensor] = {name: slots[0].get().detach() for name, slots in self.modules.items()}
         for name, slot in self.states.items():
@@ -170,7 +172,7 @@ class Binding:
         for name, value in values.items():
             if name in self.modules:
                 assert isinstance(value, torch.Tensor), f"{name} is a tensor of a module"
-                self.modules[name][0].get().copy_(value)
+                _write_tensor(self.modules[name][0].get(), value)
             elif name in self.states and values.get(f"{self.variables[name].of}.{BEGUN}", 1) != 0:
                 self._write_state(self.states[name], name, value)
 
@@ -203,8 +205,9 @@ class Binding:
         if slot.key == BEGUN:
             return
         held = slot.optimizer.state[slot.parameter]
-        if isinstance(value, torch.Tensor) and isinstance(held.get(slot.key), torch.Tensor):
-            held[slot.key].copy_(value)
+        own = held.get(slot.key)
+        if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor):
+            _write_tensor(own, value)
         elif isinstance(before := held.get(slot.key, self._unborn.get(name)), int | float):
             held[slot.key] = type(before)(value)
         else:
@@ -355,6 +358,14 @@ class Swap:
             for name, slot in self.binding.hypers.items()
             if _get_hyper(slot.optimizer.param_groups[slot.group], slot) is not hypers[name]
         ]
+
+
+def _write_tensor(own: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a value into a tensor of the user's; one that is deferred is made by this."""
+    if isinstance(own, Deferred):
+        become(own, value.detach().clone())
+    else:
+        own.copy_(value)
 
 
 def _held(slot: StateSlot) -> dict[str, Value]:

@@ -22,6 +22,7 @@ from syncwright.capture.sparse import SparseLookups
 from syncwright.capture.state import Binding
 from syncwright.capture.stepping import BranchOnState, wrap_optimizers
 from syncwright.capture.unbounded import Unbounded
+from syncwright.deferred.tensor import Deferred
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
 
@@ -183,8 +184,8 @@ class _Trace:
             self.flat.append(number)
 
     def _fake(self, value: torch.Tensor) -> torch.Tensor:
-        """State that is one number, expanded, is to be as any other."""
-        if value.is_contiguous() or 0 not in value.stride():
+        """State that is one number, expanded, is to be as any other; what is deferred is not made for this."""
+        if not isinstance(value, Deferred) and (value.is_contiguous() or 0 not in value.stride()):
             return self.mode.from_tensor(value, static_shapes=True)
         with self.mode:
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)

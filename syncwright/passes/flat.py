@@ -133,15 +133,15 @@ def _write_flat(
     results, variables = program.results, dict(program.variables)
     before, first = program.results, run[0]
     for key, variable in {"": first.parameter, **first.state}.items():
-        target, new = f"{name}{key}", made.get(before.get(variable.name), before.get(variable.name))
+        target, old = f"{name}{key}", before.get(variable.name)
         for member, offset in zip(run, offsets, strict=True):
             part = member.parameter if key == "" else member.state[key]
             variables[part.name] = replace(part, selection=_selection(part, target, offset))
             results.pop(part.name, None)
-            if part.shape and part.name in before:
-                _redirect(program, part, member, before[part.name], _Slice(new, offset), known)
-        if new is not None:
-            results[target] = new
+            if part.shape and part.name in before and old is not None:
+                _redirect(program, part, member, before[part.name], _Slice(made[old], offset), known)
+        if old is not None:
+            results[target] = made.get(old, old)
     set_results(program, results)
     return replace(program, variables=variables)
 

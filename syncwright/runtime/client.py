@@ -32,19 +32,18 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
 )
 from syncwright.runtime.rendezvous import cannot_go_on
-from syncwright.runtime.row_client import RowClient
+from syncwright.runtime.row_client import NEVER, RowClient
 from syncwright.runtime.table_client import TableClient
 from syncwright.runtime.transport import Outlet, Work
 
 Key = tuple[str, int]
 """A channel, and the version or (from `LATEST` down) the number by which its value is asked for."""
-NEVER = -1
-"""The step of rows whose gradient nobody pushes."""
 LATEST = -2
 """By this number stands the latest value that has come; -1 is the version before the first, which is the first."""
 When = Literal["now", "end"]
@@ -165,6 +164,10 @@ class Client:
         """The rows of these ids as they are in this step, or now."""
         return self._rows.pull(channel, ids, self._as_of(self.step if self._training else NEVER))
 
+    def rows_of(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
+        """These rows of what one server keeps, as of the steps done; asks the first time, None while they are not there."""
+        return self._rows.of_piece(name, ids, self._as_of(NEVER))
+
     def ask_rows(self, channel: str, ids: torch.Tensor, step: int) -> None:
         """Asks for the rows of a step, before the step needs them."""
         self._rows.pull(channel, ids, self._as_of(step))
@@ -246,6 +249,10 @@ class Client:
     def give(self, channel: str, version: int, tensor: torch.Tensor) -> None:
         """Sets a value on its server: at the start, or when a checkpoint is loaded."""
         self._send(self.job.owners[channel], Message(Value(channel, version), tensor.detach().contiguous()))
+
+    def give_start(self, channel: str, version: int, record: str = "", number: float = 0.0) -> None:
+        """Sets a value on its server, which makes it: from a record of this digest, or all of one number."""
+        self._send(self.job.owners[channel], Message(Start(channel, version, record, number)))
 
     def start(self, channel: str, tensor: torch.Tensor) -> None:
         self.transport.progress(self.step, f"all-reduce {channel}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import JobError
 from syncwright.program import Variable
 
@@ -16,7 +17,9 @@ def laid_flat(flat: Variable, parts: Sequence[Variable], values: Mapping[str, ob
     assert isinstance(first, torch.Tensor), "flat variables are tensors"
     joined = torch.zeros(flat.shape, dtype=flat.dtype, device=first.device)
     for part in parts:
-        joined[slice(*part.part)].view(part.shape).copy_(values[part.name])  # type: ignore[misc, arg-type]
+        value = values[part.name]
+        value = real(value) if isinstance(value, Deferred) else value
+        joined[slice(*part.part)].view(part.shape).copy_(value)  # type: ignore[misc, arg-type]
     return joined
 
 

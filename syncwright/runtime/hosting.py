@@ -12,6 +12,7 @@ from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.limits import limits_of
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.messages import Address, Kind
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.serving import ServerThread, serve
 from syncwright.runtime.sockets import SocketTransport
@@ -29,15 +30,17 @@ class Hosted:
         self._meeting = meeting
         self._threads: list[ServerThread] = []
 
-    def start(self, job: Job, ticking: Ticking | None = None) -> None:
-        """Starts the servers that live here, with what they tick. A server's process serves until the job ends, and ends."""
+    def start(self, job: Job, ticking: Ticking | None = None, records: Records = NO_RECORDS) -> None:
+        """Starts the servers that live here, with what they tick and with records of what they make. A server's process serves
+        until the job ends, and ends."""
         place = self._meeting.place
         self.context = zmq.Context() if place.alone else None
         for address in place.hosted(len(job.servers)):
+            server = JointServer(job, address.rank, ticking=ticking, records=records)
             if place.me.kind is Kind.SERVER:
-                self._serve(JointServer(job, address.rank, ticking=ticking), address)
+                self._serve(server, address)
             else:
-                self._threads.append(self._thread(JointServer(job, address.rank, ticking=ticking), address))
+                self._threads.append(self._thread(server, address))
                 self._threads[-1].start()
         if place.me.kind is Kind.SERVER:
             sys.exit(0)

@@ -7,6 +7,7 @@ from collections import Counter
 from syncwright.job import Job
 from syncwright.runtime.interpreter import Compute
 from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.runtime.server import Outgoing, Server
 from syncwright.runtime.ticking import Ticking
 
@@ -14,14 +15,22 @@ from syncwright.runtime.ticking import Ticking
 class JointServer:
     """One `Server` for each job, behind one address: each numbers its rounds by itself. Changes with every message.
 
+    parts    of the steps' job, then of each exchange's; None where that has no servers
     ticking  the user's schedulers, where servers of the steps tick copies of them
-    parts  of the steps' job, then of each exchange's; None where that has no servers
+    records  of what was deferred, for the steps' job: exchanges begin with what trainers have
     """
 
-    def __init__(self, job: Job, rank: int, compute: Compute | None = None, ticking: Ticking | None = None):
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        compute: Compute | None = None,
+        ticking: Ticking | None = None,
+        records: Records = NO_RECORDS,
+    ):
         self.job, self.rank = job, rank
         exchanges = [Server(each.job, rank, compute) if each.is_served else None for each in job.exchanges]
-        self.parts: list[Server | None] = [Server(job, rank, compute, ticking), *exchanges]
+        self.parts: list[Server | None] = [Server(job, rank, compute, ticking, records), *exchanges]
 
     @property
     def there(self) -> list[Server]:

@@ -25,6 +25,7 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
@@ -93,7 +94,7 @@ class Limits:
                 self._check(sender, header, channel in self.tables and sender in self.given.get(channel, ()))
             case Taken() | Go():
                 self._check(sender, header, not by_trainer and not self.serves)
-            case Value(channel=channel) | Rows(channel=channel):
+            case Value(channel=channel) | Rows(channel=channel) | Start(channel=channel):
                 self._check(sender, header, sender in self.given.get(channel, ()))
             case Resume():
                 self._check(sender, header, sender == FIRST and self.serves)
@@ -106,7 +107,7 @@ class Limits:
         if not allowed:
             about = (
                 f" of {header.channel!r}"
-                if isinstance(header, Push | Pull | PullRows | Rows | Order | Part | Value)
+                if isinstance(header, Push | Pull | PullRows | Rows | Order | Part | Value | Start)
                 else ""
             )
             raise WireError(f"a {type(header).__name__}{about}, which {sender} does not send to this role")
@@ -146,7 +147,7 @@ def limit_of(job: Job, me: Address) -> Limit:
     pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
     pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}
-    some = {piece for table in job.tables.values() for piece, _ in table.pieces}
+    some = {piece for table in job.tables.values() for piece, _ in table.pieces} | job.by_rows
     any_ids = _of_any_ids(job)
     pulled |= {name: _some_rows(pulled[name], name in any_ids) for name in some & pulled.keys()}
     if me.kind is Kind.TRAINER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -104,17 +104,21 @@ class Loopback:
         """`fn(model, *batch)` over all batches, each example once over all trainers; see `Trainer.evaluate`."""
         return self.session.evaluate(fn, loader)
 
-    def state_dict(self) -> dict[str, object]:
-        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it."""
-        return self.session.state_dict()
+    def state_dict(self, deferred: bool = False) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it; see `Trainer`'s."""
+        return self.session.state_dict(deferred)
+
+    def rows(self, name: str, at_a_time: int = 2**16) -> Iterator[tuple[int, torch.Tensor]]:
+        """See `Trainer.rows`."""
+        return self.session.rows(name, at_a_time)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes what `state_dict` gave, here under any plan or in plain PyTorch."""
         self.session.load_state_dict(state)
 
-    def sync(self) -> None:
-        """Writes the trained values into the user's model and optimizer."""
-        self.session.sync()
+    def sync(self, deferred: bool = False) -> None:
+        """Writes the trained values into the user's model and optimizer; see `Trainer.sync`."""
+        self.session.sync(deferred)
 
     def export(self, table: HashTable, since: int | None = None) -> Saved:
         """What servers hold of a table of any ids; see `Trainer.export`."""
@@ -151,8 +155,8 @@ class Loopback:
     def _start(self, prepared: Prepared, part: Part) -> None:
         if self.replicas:
             return
-        ticking = self.session.ticking(prepared.job)
-        self.servers = [JointServer(prepared.job, p.rank, ticking=ticking) for p in prepared.job.servers]
+        job, more = prepared.job, (self.session.ticking(prepared.job), self.session.records())
+        self.servers = [JointServer(job, p.rank, None, *more) for p in job.servers]
         outlets = [self.network.transport(rank) for rank in range(self.trainers)]
         self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 

@@ -153,6 +153,19 @@ class Value(Header, frozen=True, tag="value"):
     version: int
 
 
+class Start(Header, frozen=True, tag="start"):
+    """Trainer 0's word on what `channel` begins with, of which no value travels: the receiver makes it.
+
+    record: the digest of what was recorded by deferred(); the receiver has the same record, and makes its part from it.
+    number: without a record, all elements are this.
+    """
+
+    channel: str
+    version: int
+    record: str = ""
+    number: float = 0.0
+
+
 class Resume(Header, frozen=True, tag="resume"):
     """All values have been set anew: programs go on at `step`. Sent by trainer 0, behind the values."""
 
@@ -171,7 +184,7 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, PullRows, Rows, Order, Part, Taken, Tick, Go, Value, Resume, Leave, Failure)
+HEADERS = (Hello, Push, Pull, PullRows, Rows, Order, Part, Taken, Tick, Go, Value, Start, Resume, Leave, Failure)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +194,22 @@ class Message:
     job: which it is of, as each numbers its rounds by itself: 0 is that of the steps, n the n-th of its exchanges.
     """
 
-    header: Hello | Push | Pull | PullRows | Rows | Order | Part | Taken | Tick | Go | Value | Resume | Leave | Failure
+    header: (
+        Hello
+        | Push
+        | Pull
+        | PullRows
+        | Rows
+        | Order
+        | Part
+        | Taken
+        | Tick
+        | Go
+        | Value
+        | Start
+        | Resume
+        | Leave
+        | Failure
+    )
     tensor: torch.Tensor | None = None
     job: int = 0

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from syncwright.deferred.tensor import Deferred, real
 from syncwright.job import Job
 from syncwright.program import Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.flat_values import apart, equal, laid_flat
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.selection import Selection
 from syncwright.tables.mixing import ids_in
 
@@ -17,14 +19,21 @@ UNTIL_ALL_LEFT = "the end of all trainers"
 """Where a trainer waits that has left before others."""
 
 
-def give(client: Client, values: Mapping[str, object], version: int) -> None:
+def give(client: Client, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
     """Sends servers all that they keep of `values`, by the user's variables; state that is not among them as it begins.
-    (Of tables of any ids only what is no row: rows have been sent before.)"""
+    (Of tables of any ids only what is no row: rows have been sent before.)
+
+    What servers can make themselves does not travel: one number everywhere, and what `records` has of what was deferred.
+    """
     by_id = client.job.by_id
     for name, variable in [pair for pair in client.job.held.items() if pair[0] not in by_id]:
         value = _kept(client.job, variable, values)
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-        client.give(name, version, tensor)
+        begin = records.start_of(variable, values.get(variable.whole or name), tensor)
+        if begin is not None:
+            client.give_start(name, version, *begin)
+        else:
+            client.give(name, version, real(tensor) if isinstance(tensor, Deferred) else tensor)
     client.resume(version)
 
 
@@ -40,6 +49,8 @@ def _kept(job: Job, variable: Variable, values: Mapping[str, object]) -> object:
     value, part = values[whole], variable.selection
     if part is not None and part.along == "shards":
         assert isinstance(value, torch.Tensor), "tables are tensors"
+        if not any(value.stride()):
+            return value[: variable.shape[0]]  # one number everywhere
         return value.index_select(0, ids_in(len(value), part.shards, part.start, part.stop))
     return value[slice(*variable.part)] if variable.part is not None else value  # type: ignore[index]
 

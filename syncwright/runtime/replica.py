@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from syncwright.capture.state import Binding
+from syncwright.deferred.tensor import real
 from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.passes.flat import flat_parts
@@ -27,6 +28,7 @@ from syncwright.runtime.messages import Act, Address, Message
 from syncwright.runtime.outer import Outer
 from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.tree import tensors
 
 Served = dict[str, torch.Tensor | tables.Saved | int]
@@ -61,9 +63,7 @@ class Replica:
         self._parts: dict[str, list[Variable]] = {}
         served = job.served | binding.table_buffers(job.unbounded)
         self.values: dict[str, object] = {
-            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for name, value in binding.values().items()
-            if name not in served
+            name: real(value) for name, value in binding.values().items() if name not in served
         }
         self.values |= _added(job.trainer["step"])
         lanes = [Lane(client.transport, number) for number, _ in enumerate(job.exchanges, start=1)]
@@ -216,9 +216,7 @@ class Replica:
         alone, but for the outer optimizer's state: as many steps as between two of them go before the next.
         """
         values = self.binding.values()
-        self.values = {
-            n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in self.values
-        }
+        self.values = {n: real(v) for n, v in values.items() if n in self.values}
         self.values |= _added(self.job.trainer["step"])
         self._layout = None
         for outer in self.outers:
@@ -226,11 +224,11 @@ class Replica:
         self.step_count += 1
         self.client.restart(self.step_count)
 
-    def served(self) -> Generator[Blocked, None, Served]:
-        """What servers hold, whole, under the variables' own names, as of the steps done."""
+    def served(self, without: Collection[str] = ()) -> Generator[Blocked, None, Served]:
+        """What servers hold, whole, under the variables' own names, as of the steps done; `without` some that they hold."""
         self.client.flush()
-        found = yield from self._collected("now")
-        everything: Served = {**found, **(yield from self._tables(self._ask_tables(), "state"))}
+        found = yield from self._collected("now", without)
+        everything: Served = {**found, **(yield from self._tables(self._ask_tables(without), "state"))}
         for outer in self.outers:
             everything |= yield from outer.served()
         return everything
@@ -242,11 +240,11 @@ class Replica:
             found |= yield from outer.state()
         return {name: value.clone() for name, value in found.items()}
 
-    def finish(self) -> Generator[Blocked, None, Served]:
+    def finish(self, without: Collection[str] = ()) -> Generator[Blocked, None, Served]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
         for outer in self.outers:
             outer.leave()
-        found: Served = yield from self._finish_steps()
+        found: Served = yield from self._finish_steps(without)
         for outer in self.outers:
             found |= yield from outer.last()
         return found
@@ -257,24 +255,26 @@ class Replica:
             outer.leave()
         self.client.leave(self.step_count)
 
-    def _finish_steps(self) -> Generator[Blocked, None, Served]:
-        if not self.job.arriving:
-            found = yield from self._collected("now")
-            held = yield from self._tables(self._ask_tables(), "state")
+    def _finish_steps(self, without: Collection[str]) -> Generator[Blocked, None, Served]:
+        arriving = self.job.arriving - set(without)
+        if not arriving:
+            found = yield from self._collected("now", without)
+            held = yield from self._tables(self._ask_tables(without), "state")
             self.client.leave(self.step_count)
             return {**found, **held}
-        turns = self._ask_tables(at_end=True)
+        turns = self._ask_tables(without, at_end=True)
         fresh = self.client.fresh()
-        for name in self.job.arriving - self.job.by_id:
+        for name in arriving - self.job.by_id:
             self.client.fetch(name, fresh, "end")
-        rest = yield from self._collected("now", without=self.job.arriving)
+        rest = yield from self._collected("now", without=arriving.union(without))
         self.client.leave(self.step_count)
-        rest |= yield from self._collected("end", without=self.job.held.keys() - self.job.arriving, fresh=fresh)
+        rest |= yield from self._collected("end", without=self.job.held.keys() - arriving, fresh=fresh)
         return {**rest, **(yield from self._tables(turns, UNTIL_ALL_LEFT))}
 
-    def _ask_tables(self, at_end: bool = False) -> dict[str, dict[str, int]]:
-        """Asks for all tables of any ids, as far as the user's modules can hold them."""
-        most = {name: self.binding.tables[name].capacity for name in self.job.unbounded}
+    def _ask_tables(self, without: Collection[str], at_end: bool = False) -> dict[str, dict[str, int]]:
+        """Asks for all tables of any ids, as far as the user's modules can hold them; not for those of `without`."""
+        wanted = [name for name, pieces in self.client.tables.pieces.items() if not pieces.keys() <= set(without)]
+        most = {name: self.binding.tables[name].capacity for name in wanted}
         return {n: tables.ask_to_read(self.client, n, self.step_count, m, at_end) for n, m in most.items()}
 
     def _tables(
@@ -292,6 +292,15 @@ class Replica:
         """What servers answer to what all trainers have them do with a table of any ids, between two steps."""
         return (yield from tables.order(self.client, name, act, self.step_count, brings, number))
 
+    def rows(self, name: str, first: int, last: int) -> Generator[Blocked, None, torch.Tensor]:
+        """Rows [first, last) of a piece of a table that a server keeps, or of its state, as of the steps done."""
+        self.client.flush()
+        self.client.begin(self.step_count, 1.0, {}, training=False)
+        ids = torch.arange(first, last)
+        while (found := self.client.rows_of(name, ids)) is None:
+            yield Blocked("rows", name)
+        return found
+
     def _collected(
         self, when: When, without: Collection[str] = (), fresh: int | None = None
     ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
@@ -308,11 +317,12 @@ class Replica:
         self.client.release()
         return joined(self.job, found)
 
-    def give(self, values: Mapping[str, object], version: int) -> None:
-        """Sends servers their slices of `values`, and their parts of tables of any ids."""
+    def give(self, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
+        """Sends servers their slices of `values`, and their parts of tables of any ids, but for what they make themselves:
+        `records` are those that they have."""
         for name in self.job.unbounded:
             tables.give(self.client, self.binding, name, version)
-        give(self.client, values, version)
+        give(self.client, values, version, records)
 
     @torch.no_grad()
     def take_first(self) -> None:

@@ -14,6 +14,8 @@ from syncwright.runtime.rows import from_bits, write_rows
 from syncwright.tables.mixing import shard_of
 
 Send = Callable[[int, Message], None]
+NEVER = -1
+"""The step of rows whose gradient nobody pushes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +83,14 @@ class RowClient:
             self._requests[key] = request
         return request.rows
 
+    def of_piece(self, name: str, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> torch.Tensor | None:
+        """The rows of `ids` of one piece, or of its state; asked for the first time that these very ids are given."""
+        request = self._requests.get((name, NEVER))
+        if request is None or request.ids is not ids:
+            request = self._send_for(ids, len(ids), [(name, None)], pull)
+            self._requests[name, NEVER] = request
+        return request.rows
+
     def parts(self, channel: str, step: int, rows: torch.Tensor, skip: int) -> list[tuple[str, torch.Tensor, int]]:
         """The rows of a gradient for each piece of the table, and how many at the front of what was asked are left out."""
         table = self.job.tables[channel]
@@ -105,9 +115,18 @@ class RowClient:
 
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
         count = ops.distinct(ids)
+        return self._send_for(ids, count, _parts(table, ids[:count]), pull)
+
+    def _send_for(
+        self,
+        ids: torch.Tensor,
+        count: int,
+        parts: list[tuple[str, torch.Tensor | None]],
+        pull: Callable[[str], PullRows],
+    ) -> Request:
         known = ids[:count]
         self._turn += 1
-        request = Request(ids, count, _parts(table, known), self._turn)
+        request = Request(ids, count, parts, self._turn)
         self._by_turn[request.turn] = request
         for name, places in request.parts:
             header = pull(name)

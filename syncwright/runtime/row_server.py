@@ -109,8 +109,8 @@ def _unsettle(slot: Slot, step: int, ids: torch.Tensor) -> None:
 def _places_here(job: Job, rank: int) -> dict[str, Places]:
     """The pieces of tables that a server keeps, each with the rows that it has."""
     held = {v.name: v for v in job.servers[rank].holds}
-    pulled = [name for table in job.tables.values() for name, _ in table.pieces]
-    names = {job.casts[name][0] if name in job.casts else name for name in pulled} & held.keys()
+    any_ids = {name for name, variable in held.items() if variable.unbounded is not None}
+    names = any_ids | job.by_rows & held.keys()
     length: Counter[str] = Counter()
     for variable in job.held.values():
         length[variable.whole or variable.name] += variable.shape[0] if variable.shape else 0

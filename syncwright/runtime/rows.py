@@ -154,7 +154,8 @@ class Settled:
     """
 
     def __init__(self, rows: int):
-        self._asked = torch.full((rows,), -1, dtype=torch.int64)
+        # By step + 1, in pages that take memory once they are touched.
+        self._asked = torch.from_numpy(np.zeros(rows, np.int32))
         self._latest: dict[int, int] = {}
 
     def ask(
@@ -163,11 +164,11 @@ class Settled:
         """Notes that a trainer will change rows in a step. Of rows for the step behind the one that runs: which have the
         value that they will have then; None where that is not known, or they are not for that step."""
         before = self._asked.index_select(0, ids)
-        self._asked[ids] = before.clamp(min=step)
+        self._asked.index_copy_(0, ids, before.clamp(min=step + 1))
         self._latest[trainer] = max(step, self._latest.get(trainer, step))
         if running is None or step != running + 1 or any(self._latest.get(k, -1) < running for k in live):
             return None
-        return before < running
+        return before <= running
 
 
 def bits(mask: torch.Tensor) -> bytes:

@@ -33,10 +33,12 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
 )
+from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_server import RowServer
 from syncwright.runtime.rows import RowGradient, update_touched
@@ -56,11 +58,19 @@ class Server:
 
     ticking  the user's schedulers, where it ticks copies of them
     lost     trainers that it goes on without
+    records  of what was deferred, from which it makes its own part
     refused  messages that make no sense for the job, by what is wrong with them: they change nothing
     """
 
-    def __init__(self, job: Job, rank: int, compute: Compute | None = None, ticking: Ticking | None = None):
-        part = job.servers[rank]
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        compute: Compute | None = None,
+        ticking: Ticking | None = None,
+        records: Records = NO_RECORDS,
+    ):
+        part, self._records = job.servers[rank], records
         self.job, self.rank, self._compute = job, rank, compute or Interpreter()
         self.refused: Counter[str] = Counter()
         self.lost: set[int] = set()
@@ -85,7 +95,7 @@ class Server:
             str(r.program.variables[n].of) for r in self._running for n in r.program.reads if is_pulled(r, n)
         }
         self._pulled: dict[tuple[str, int], object] = {}
-        self._shapes = {v.name: v.shape for v in part.holds}
+        self._holds = {v.name: v for v in part.holds}
         in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
         self._rows, self._tables = RowServer(job, rank, in_place), TableServer(job, rank)
 
@@ -163,6 +173,9 @@ class Server:
                 self._check_digest(sender, digest)
             case Value(channel=channel, version=version):
                 return self._take_value(sender, channel, version, message.tensor)
+            case Start(channel=channel, version=version) as start:
+                made = self._records.start(self._holds[channel], start)
+                return self._take_value(sender, channel, version, made)
             case Push() as push:
                 return self._take_push(sender, push, message.tensor)
             case Pull() as pull:
@@ -218,9 +231,15 @@ class Server:
                 return counted.refusal(sender.rank, push)
             case PullRows(channel=channel):
                 return self._rows.refusal(self._source(channel), message.tensor)
+            case Start(channel=channel) if sender != FIRST or channel not in self._holds:
+                return (
+                    f"trainer 0 says what this server begins with, of what it keeps, which '{channel[:80]}' may not be"
+                )
             case Order() as order:
                 return self._tables.refusal(sender, order, message.tensor)
-            case Value(channel=channel) | Pull(channel=channel) if self._source(channel) in self._tables.columns:
+            case Value(channel=channel) | Start(channel=channel) | Pull(channel=channel) if (
+                self._source(channel) in self._tables.columns
+            ):
                 return f"of '{channel[:80]}' rows travel, by their ids"
             case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
                 return f"this server keeps no '{channel[:80]}'"
@@ -228,7 +247,7 @@ class Server:
                 return "the start values come from trainer 0, values on their way from servers"
             case Value() | Resume() if not server and sender != FIRST:
                 return "trainer 0 sets values"
-            case Value(channel=channel) if not server and message.tensor.shape != self._shapes[channel]:  # type: ignore[union-attr]
+            case Value(channel=channel) if not server and message.tensor.shape != self._holds[channel].shape:  # type: ignore[union-attr]
                 return f"'{channel[:80]}' has another shape"
             case Pull(channel=channel) if (self._source(channel), "") not in self._slots:
                 return f"this server has no '{channel[:80]}'"

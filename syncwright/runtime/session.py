@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -12,7 +12,7 @@ import torch
 
 from syncwright.capture.state import Binding
 from syncwright.capture.tables import as_its_own, into
-from syncwright.errors import TableError, TableFull
+from syncwright.errors import RequestError, TableError, TableFull
 from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.plan import Plan
@@ -23,6 +23,16 @@ from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluations, Rows
 from syncwright.runtime.executor import NO_PORT, Blocked
 from syncwright.runtime.programs import Busy, Prepared, Programs
+from syncwright.runtime.records import (
+    NO_RECORDS,
+    SERVED,
+    Records,
+    apart,
+    check_whole,
+    leave_behind,
+    leave_to_servers,
+    rows_on_servers,
+)
 from syncwright.runtime.replica import Examples, Part, Replica, count_examples
 from syncwright.runtime.sharding import rows_of
 from syncwright.runtime.ticking import Ticking
@@ -79,6 +89,8 @@ class Session:
         self._evaluations: Evaluations | None = None
         self._peers: Peers | None = None
         self._next: tuple | None = None
+        self._read_at: int | None = None
+        self._records = NO_RECORDS
 
     @property
     def looks_ahead(self) -> bool:
@@ -158,17 +170,37 @@ class Session:
             replica.client.release()
         return rows.joined(self._peers.gather if self._peers is not None else None)
 
-    def sync(self) -> None:
-        """Writes the trained values, whole, into the user's model and optimizer."""
+    def records(self) -> Records:
+        """What deferred() has recorded, for the servers that begin here."""
+        self._records = Records(self.binding.values())
+        return self._records
+
+    def sync(self, deferred: bool = False) -> None:
+        """Writes the trained values, whole, into the user's model and optimizer; of deferred ones that servers keep only
+        where they are asked for: they are deferred no more then."""
         if self.replicas:
             values = self.replicas[0].shared
-            (served,) = self._joined.drive([self.replicas[0].served()])
+            without = set() if deferred else self.apart()
+            (served,) = self._joined.drive([self.replicas[0].served(without)])
             self._write({**values, **served})
 
-    def state_dict(self) -> dict[str, object]:
+    def apart(self) -> set[str]:
+        """What servers keep of parameters that are deferred."""
+        return set() if self.job is None else apart(self.binding, self.job)
+
+    def rows(self, name: str, at_a_time: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """What servers keep of a variable, so many rows at a time, each with the number of the first."""
+        self._read_at = self.step_count
+        if self.job is None or not self.replicas:
+            raise RequestError(f"rows of '{name}': no servers keep anything yet. Expected a step before.")
+        yield from rows_on_servers(self.job, name, at_a_time, self.replicas[0], self._joined.drive)
+
+    def state_dict(self, deferred: bool = False) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}`, whole, as the user's own `state_dict()` calls name it; and the state of outer
         optimizers, where there is some: `"outer": {"fc.weight.momentum_buffer": ...}`."""
-        self.sync()
+        if not deferred and self.job is not None:
+            check_whole(self.binding, self.job)
+        self.sync(deferred)
         found = self.binding.state_dict(self.training.optimizer)
         outer = self._joined.drive([self.replicas[0].outer_state()])[0] if self.replicas else {}
         return {**found, OUTER: outer} if outer else found
@@ -183,8 +215,11 @@ class Session:
     def finish(self) -> None:
         """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
         if self.replicas:
-            served = self._joined.drive([replica.finish() for replica in self.replicas])
+            without = self.apart()
+            served = self._joined.drive([replica.finish(without) for replica in self.replicas])
             self._write({**self.replicas[0].shared, **served[0]}, ends=True)
+            if without and self.job is not None:
+                leave_behind(self.binding, self.job, asked_for=self._read_at == self.step_count)
 
     def meet_last(self) -> None:
         """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
@@ -265,9 +300,11 @@ class Session:
         """Trainer 0's values become everyone's: servers' and replicas'."""
         for replica in self.replicas:
             if replica.rank == 0:
-                replica.give(self.binding.values(), replica.step_count)
+                replica.give(self.binding.values(), replica.step_count, self._records)
             replica.take_first()
             replica.begin_alone()
+        if self.job is not None:
+            leave_to_servers(self.binding, self.job, SERVED)
 
     def _evaluate(
         self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows, whole: Collection[str]

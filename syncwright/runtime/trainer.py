@@ -195,15 +195,30 @@ class Trainer:
         with self._noting():
             return self._session.evaluate(fn, loader, whole)
 
-    def sync(self) -> None:
-        """Writes the trained values, whole, into the user's model and optimizer; under `local_steps`, of the last exchange."""
-        with self._noting():
-            self._session.sync()
+    def sync(self, deferred: bool = False) -> None:
+        """Writes the trained values, whole, into the user's model and optimizer; under `local_steps`, of the last exchange.
 
-    def state_dict(self) -> dict[str, object]:
-        """`{"model": ..., "optimizer": ...}`, whole tensors under the names of the user's own `state_dict()` calls."""
+        deferred  also what servers keep of deferred parameters, which are made by it; otherwise these stay with the servers
+        """
         with self._noting():
-            return self._session.state_dict()
+            self._session.sync(deferred)
+
+    def state_dict(self, deferred: bool = False) -> dict[str, object]:
+        """`{"model": ..., "optimizer": ...}`, whole tensors under the names of the user's own `state_dict()` calls.
+
+        Where servers keep deferred parameters: raises `DeferredError`, or with `deferred=True` brings them here.
+        """
+        with self._noting():
+            return self._session.state_dict(deferred)
+
+    def rows(self, name: str, at_a_time: int = 2**16) -> Iterator[tuple[int, torch.Tensor]]:
+        """What servers keep of a variable ("table.weight", or state: "table.weight.sum"), as of the steps done: (number of
+        the first row, rows), in order, without ever holding the whole. Rows of a variable that is no table come a piece at a
+        time. Any trainer may ask, between two of its steps; raises `RequestError` for a name that servers do not keep, and for
+        rows by virtual shards or of any ids, which have no order.
+        """
+        with self._noting():
+            yield from self._session.rows(name, at_a_time)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes what `state_dict` gave, here under any plan or in plain PyTorch. All trainers must call it."""
@@ -324,7 +339,7 @@ class Trainer:
         self._meeting.agree(job)
         if job.survives_losses and self.place.servers and self.place.me == FIRST:
             self._meeting.survive()
-        self._hosted.start(job, self._session.ticking(job))
+        self._hosted.start(job, self._session.ticking(job), self._session.records())
         atexit.register(self._at_exit)
         self._transport = SocketTransport(
             *(self.place.me, self._meeting.rendezvous, len(job.servers)),

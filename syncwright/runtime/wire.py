@@ -24,6 +24,7 @@ from syncwright.runtime.messages import (
     Push,
     Resume,
     Rows,
+    Start,
     Taken,
     Tick,
     Value,
@@ -72,7 +73,23 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | PullRows | Rows | Order | Part | Taken | Tick | Go | Value | Resume | Leave | Failure
+    header: (
+        Hello
+        | Push
+        | Pull
+        | PullRows
+        | Rows
+        | Order
+        | Part
+        | Taken
+        | Tick
+        | Go
+        | Value
+        | Start
+        | Resume
+        | Leave
+        | Failure
+    )
     tensor: TensorHeader | None
     job: int = 0
 
@@ -167,6 +184,7 @@ def _check_header(first: FirstFrame) -> None:
             | Pull(version=number)
             | Order(version=number)
             | Value(version=number)
+            | Start(version=number)
             | Tick(clock=number)
             | Go(clock=number)
         ):
@@ -284,6 +302,7 @@ def _about(header: msgspec.Struct) -> str:
             | Part(channel=channel)
             | Taken(channel=channel)
             | Value(channel=channel)
+            | Start(channel=channel)
         ):
             return f"{name} of {channel[:80]!r}"
     return name
