@@ -79,16 +79,14 @@ class RowClient:
         key = (table.of, header.step)
         request = self._requests.get(key)
         if request is None or request.ids is not ids:
-            request = self._ask(table, ids, pull)
-            self._requests[key] = request
+            request = self._keep(key, self._ask(table, ids, pull))
         return request.rows
 
     def of_piece(self, name: str, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> torch.Tensor | None:
         """The rows of `ids` of one piece, or of its state; asked for the first time that these very ids are given."""
         request = self._requests.get((name, NEVER))
         if request is None or request.ids is not ids:
-            request = self._send_for(ids, len(ids), [(name, None)], pull)
-            self._requests[name, NEVER] = request
+            request = self._keep((name, NEVER), self._send_for(ids, len(ids), [(name, None)], pull))
         return request.rows
 
     def parts(self, channel: str, step: int, rows: torch.Tensor, skip: int) -> list[tuple[str, torch.Tensor, int]]:
@@ -112,6 +110,14 @@ class RowClient:
         request = self._by_turn.get(header.turn)
         if request is not None:
             request.take(header, rows)
+
+    def _keep(self, key: tuple[str, int], request: Request) -> Request:
+        """In place of an earlier one, of which nobody wants the rows any more."""
+        before = self._requests.get(key)
+        if before is not None:
+            del self._by_turn[before.turn]
+        self._requests[key] = request
+        return request
 
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
         count = ops.distinct(ids)
