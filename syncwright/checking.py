@@ -88,6 +88,7 @@ def check_plan(
     device cannot equal.
     """
     _refuse_independent(program, plan)
+    _refuse_by_id(program)
     binding = Binding(first.model, first.optimizer, first.state)
     kept, mixing = Kept(binding), mixing_in(first.model, program)
 
@@ -196,6 +197,15 @@ def _refuse_independent(program: Program, plan: Plan) -> None:
                 f"variable {sharing.variable!r}: found {tag(type(sharing.sync))}, expected a sharing that keeps trainers equal: "
                 "no run on one device equals trainers that each train a copy of their own. Share it, or verify with one trainer."
             )
+
+
+def _refuse_by_id(program: Program) -> None:
+    for variable in [v for v in program.variables.values() if v.unbounded is not None]:
+        raise PlanError(
+            f"variable {variable.name!r}: found a table of any ids, expected variables whose rows stand in the same places "
+            "everywhere: each keeper gives an id the place that is free. Compare exports by id, or verify with an nn.Embedding "
+            "in its place."
+        )
 
 
 def _mixes(module: nn.Module) -> bool:

@@ -198,12 +198,23 @@ class Job:
         return {v.name: v for part in self.servers for v in part.holds}
 
     @property
+    def unbounded(self) -> tuple[str, ...]:
+        """The tables of any ids that servers keep."""
+        return tuple(dict.fromkeys(v.whole or v.name for v in self.held.values() if v.unbounded is not None))
+
+    @property
+    def by_id(self) -> set[str]:
+        """What lives on servers, row by row, in tables of any ids: these and their state per row, or pieces of them."""
+        tables = {name for name, variable in self.held.items() if variable.unbounded is not None}
+        return tables | {name for name, v in self.held.items() if v.role is Role.STATE and v.shape and v.of in tables}
+
+    @property
     def by_rows(self) -> set[str]:
-        """What lives on a server and is pulled by rows: tables, or pieces of them, and state that has their rows."""
+        """What lives on a server and is pulled by the numbers of its rows: tables, or pieces of them, and state per row."""
         tables = {piece for table in self.tables.values() for piece, _ in table.pieces}
         tables |= {self.casts[name][0] for name in tables if name in self.casts}
         held = self.held
-        own = {name: held[name] for name in tables if name in held}
+        own = {name: held[name] for name in tables if name in held and held[name].unbounded is None}
         return own.keys() | {
             v.name
             for v in held.values()

@@ -138,8 +138,16 @@ def _no_collection() -> Iterator[None]:
 def _check_touched(job: Job) -> None:
     """An update of the rows that a batch touches runs on as many rows as there are: it may not hold the table's size."""
     touched = {name: channel.variable.of for name, channel in job.channels.items() if channel.rows == "touched"}
+    by_id = job.by_id
     for program in [p for part in job.servers for p in part.programs]:
         table = next((touched[name] for name in program.reads if name in touched), None)
+        whole = sorted(by_id.intersection(program.reads)) if by_id.isdisjoint(program.writes) else []
+        if whole:
+            raise LoweringError(
+                f"'{whole[0]}' is kept by ids that nobody has counted, and {program.writes[0]}, which updates read, is made from "
+                "all of it. Expected values made from gradients. Leave out what reads the table's values (a norm of weights, a "
+                "trust ratio), or use nn.Embedding."
+            )
         for node in program.graph.nodes if table is not None else ():
             made = (
                 node.op == "call_function" and not node.all_input_nodes and isinstance(node.meta["val"], torch.Tensor)
@@ -259,6 +267,7 @@ def _server_lines(servers: Sequence[ServerPart]) -> list[str]:
     lines: list[str] = []
     for part in servers:
         lines += [repr(v) for v in part.holds]
+        lines += [v.unbounded.to_text() for v in part.holds if v.unbounded is not None]
         lines += [line for p in part.programs for line in _lines(p)]
     return lines
 

@@ -2,16 +2,17 @@
 
     gradient(x, name)                      identity; here the gradient of parameter `name` is complete
 
-Of tables, of which a step reads few rows; ids of -1 stand for no row, and behind the first of them are others only:
+Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 
-    unique(ids, padding)                   the distinct ids, sorted, padded with -1 to as many as are given; then for each
-                                           tensor of ids the places of its ids among them. `padding` from 0 on: this id comes
-                                           first, in one more place, whether it is given or not
-    take_rows(x, ids)                      these rows of x; zeros for no row
+    unique(ids, padding)                   the distinct ids, sorted, with the last one again and again behind them, to as many
+                                           as are given (see `distinct`); then for each tensor of ids the places of its ids
+                                           among them. `padding` from 0 on: this id comes first, in one more place, whether it
+                                           is given or not
+    take_rows(x, ids)                      these rows of x
     add_rows(x, places, rows)              `rows` rows of zeros, to which rows of x are added, one for each place, in order
     dense_rows(x, ids, rows, skip)         `rows` rows of zeros, to which each row of x but the first `skip` is added where its
-                                           id says
-    own_rows(x, ids, skip)                 the ids but for the first `skip` and those of no row, and x's rows of these
+                                           id says; the distinct ones only
+    own_rows(x, ids, skip)                 the distinct ids but for the first `skip`, and x's rows of these
     put_rows(x, ids, rows)                 x, with these rows in place of its own. Where nothing reads x afterwards, a run
                                            writes them into x itself
 
@@ -199,17 +200,21 @@ def _unique(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
         later = places + 1 - (places > at).to(places.dtype) if given else places + 1
         places = torch.where(places == at, 0, later) if given else later
         found = torch.cat([found.new_full([1], padding), found[found != padding]])
-    unique = torch.full([flat.numel() + first], -1, dtype=torch.int64)
+    unique = torch.empty([flat.numel() + first], dtype=torch.int64)
     unique[: len(found)] = found
+    unique[len(found) :] = found[-1:]
     sizes = [each.numel() for each in ids]
     parts = zip(places.split(sizes), ids, strict=True)
     return [unique, *[part.view(each.shape).to(each.dtype) for part, each in parts]]
 
 
+def distinct(ids: torch.Tensor) -> int:
+    """How many ids `unique` has found: those behind them are the last one again."""
+    return int((ids[1:] != ids[:-1]).sum()) + 1 if len(ids) else 0
+
+
 def _take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    rows = x.index_select(0, ids.clamp(min=0))
-    rows[ids < 0] = 0
-    return rows
+    return x.index_select(0, ids)
 
 
 def _add_rows(x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
@@ -218,15 +223,13 @@ def _add_rows(x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _dense_rows(x: torch.Tensor, ids: torch.Tensor, rows: int, skip: int = 0) -> torch.Tensor:
-    x, ids = x[skip:], ids[skip:]
-    there = ids >= 0
-    return x.new_zeros([rows, *x.shape[1:]]).index_add_(0, ids[there], x[there])
+    count = distinct(ids)
+    return x.new_zeros([rows, *x.shape[1:]]).index_add_(0, ids[skip:count], x[skip:count])
 
 
 def _own_rows(x: torch.Tensor, ids: torch.Tensor, skip: int = 0) -> list[torch.Tensor]:
-    x, ids = x[skip:], ids[skip:]
-    there = ids >= 0
-    return [ids[there], x[there]]
+    count = distinct(ids)
+    return [ids[skip:count], x[skip:count]]
 
 
 def _put_rows(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,7 @@ def program_digest(program: Program, updates: Updates) -> str:
     """Equal for programs with the same variables and updates; batch shapes are left out."""
     kept = (Role.PARAM, Role.BUFFER, Role.STATE, Role.HYPER)
     lines = [repr(v) for v in program.variables.values() if v.role in kept]
+    lines += [f"{v.name} {v.unbounded.to_text()}" for v in program.variables.values() if v.unbounded is not None]
     lines += [f"{op_name(n.target) or n.target} {type(m).__name__}" for n, m in updates.meanings.items()]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 

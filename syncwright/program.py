@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from syncwright.selection import Selection
+from syncwright.tables.settings import Settings
 
 Along = Literal["", "batch", "unknown"]
 
@@ -47,6 +48,8 @@ class Variable:
     along      "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
     dynamic    axes of an INPUT along which a program takes any size; `shape` has the example's there
     initial    what all of a STATE that a pass has added begins with; None where the user's objects hold it
+    unbounded  of a PARAM that is a table of any 64-bit ids, trained, and of its GRAD: what it does with them; its length
+               means nothing
     """
 
     name: str
@@ -62,6 +65,7 @@ class Variable:
     along: Along = ""
     dynamic: tuple[int, ...] = field(default=(), repr=False)
     initial: float | None = field(default=None, repr=False)
+    unbounded: Settings | None = field(default=None, repr=False)
 
     @property
     def whole(self) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Along = Literal["all", "rows", "elements"]
+from syncwright.tables.mixing import count_in
+
+Along = Literal["all", "rows", "elements", "shards", "ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,8 @@ class Selection:
     all       the whole variable: one owner, or (0-d state, such as a step count) every owner of a piece
     rows      [start, stop) of axis 0
     elements  [start, stop) of the whole laid out flat
+    shards    the rows of axis 0 whose virtual shard (see `tables.mixing.shard_of`), of `shards`, is in [start, stop)
+    ids       of a table of which nobody has counted the rows, those of ids whose virtual shard is
     """
 
     of: str
@@ -22,18 +26,24 @@ class Selection:
     start: int = 0
     stop: int = 0
     server: int | None = None
+    shards: int = 0
 
     @property
     def bounds(self) -> tuple[int, int] | None:
-        """[start, stop) of rows or elements; None for all of the variable."""
+        """[start, stop) of rows, elements or shards; None for all of the variable."""
         return None if self.along == "all" else (self.start, self.stop)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of the part of a variable of shape `whole`: rows [2, 5) of (9, 4) are (3, 4)."""
+        """The sizes of the part of a variable of shape `whole`: rows [2, 5) of (9, 4) are (3, 4).
+
+        Of rows that nobody has counted the length means nothing.
+        """
         match self.along:
-            case "all":
+            case "all" | "ids":
                 return whole
             case "rows":
                 return (self.stop - self.start, *whole[1:])
             case "elements":
                 return (self.stop - self.start,)
+            case "shards":
+                return (count_in(whole[0], self.shards, self.start, self.stop), *whole[1:])

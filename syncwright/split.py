@@ -13,7 +13,7 @@ from syncwright.meaning import Cut, Free, Owned, Rows, Scalar
 from syncwright.place import EVERYWHERE, Owners, Place, Server
 from syncwright.plan import ParameterServer, Piece, Plan
 from syncwright.program import Program, Role, Variable
-from syncwright.selection import Selection
+from syncwright.selection import Along, Selection
 from syncwright.update import Update, Updates
 
 
@@ -89,10 +89,11 @@ def places(parts: Split) -> dict[Node, Place]:
 def kept(parts: Split, name: str, parameter: str) -> tuple[Selection, ...]:
     """The parts of a variable that goes where `parameter` goes, one for each piece of it."""
     pieces = parts.pieces[parameter]
-    along = "rows" if len(pieces) > 1 and _has_rows(parts, name, parameter) else "all"
-    return tuple(
-        Selection(name, along, *((p.start, p.stop) if along == "rows" else (0, 0)), server=p.owner) for p in pieces
-    )
+    if len(pieces) == 1 or not _has_rows(parts, name, parameter):
+        return tuple(Selection(name, server=p.owner) for p in pieces)
+    unbounded = parts.program.variables[parameter].unbounded is not None
+    along: Along = "ids" if unbounded else "shards" if pieces[0].shards else "rows"
+    return tuple(Selection(name, along, p.start, p.stop, p.owner, p.shards) for p in pieces)
 
 
 def _has_rows(parts: Split, name: str, parameter: str) -> bool:
@@ -131,7 +132,7 @@ def grad_variable(program: Program, parameter: str) -> Variable:
     """The gradient of a parameter as a variable."""
     variable = program.variables[parameter]
     shape = (*variable.shape[:-1], variable.shape[-1] + 1) if variable.lazy else variable.shape
-    return Variable(f"{parameter}.grad", Role.GRAD, shape, variable.dtype, of=parameter)
+    return Variable(f"{parameter}.grad", Role.GRAD, shape, variable.dtype, of=parameter, unbounded=variable.unbounded)
 
 
 def global_variable(node: Node) -> Variable:

@@ -107,6 +107,8 @@ def test_rows_come_a_few_at_a_time(plan: str) -> None:
     job = started(build(True), "Adagrad", plan)
     train(job)
     found = {name: list(job.rows(name, 700)) for name in ("table.weight", "table.weight.sum")}
+    client = job.session.replicas[0].client
+    assert len(client._rows._by_turn) <= 1 + 2 * 3, "kept: the rows of the step, and of each piece those that came last"
     train(job, steps=1)
     again = torch.cat([rows for _, rows in job.rows("table.weight", 700)])
     job.sync()

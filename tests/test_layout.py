@@ -37,6 +37,16 @@ near            did you mean ...?
 document        YAML that knows its lines
 typed           dataclasses that hold what their annotations say, in Python and in YAML
 cluster         facts about machines
+tables          rows by 64-bit id, on one machine
+    mixing
+    lazily
+    index
+    initial
+    admission
+    settings
+    saved
+    store
+    table
 selection       a part of a variable, and who owns it
 tree            trees of values, such as batches
 place           where each node of a whole program runs
@@ -57,16 +67,6 @@ deferred        large tensors that are recorded, and made by who keeps them
     replay
     tensor
     mode
-tables          rows by 64-bit id, on one machine
-    mixing
-    lazily
-    index
-    initial
-    admission
-    settings
-    saved
-    store
-    table
 optim           optimizers that torch lacks
     row_wise_adagrad
 nn              modules that torch lacks
@@ -82,6 +82,7 @@ plan            how each variable is shared
     rules
     plan
     spans
+    by_id
     resolve
     check
 job             programs by role and phase, and what crosses between them
@@ -121,10 +122,12 @@ capture         a step, a model and optimizers to a Program; the only part that 
     means
     refusals
     stepping
+    unbounded
     trace
     normalize
     examples
     lookups
+    tables
     step
 passes          one rewrite of the whole program per file
     insert
@@ -159,6 +162,7 @@ runtime         what runs a job
     collectives
     wire
     bundles
+    packed
     limits
     traffic
     guard
@@ -177,14 +181,18 @@ runtime         what runs a job
     rows
     merging
     slots
+    places
+    served_table
     row_server
     devices
     ticking
+    table_server
     interpreter
     server
     joint_server
     row_client
     gathered
+    table_client
     client
     lane
     flat_values
@@ -196,6 +204,7 @@ runtime         what runs a job
     sharding
     evaluation
     outer
+    replica_tables
     replica
     agreement
     session

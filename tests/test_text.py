@@ -17,6 +17,7 @@ from torch.fx import Graph
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Server, place_of, put
 from syncwright.program import Guard, Program, Role, Variable, new_placeholder
 from syncwright.selection import Selection
+from syncwright.tables import CountFilter, Settings
 from syncwright.text import TextError, diff, parse, to_text
 
 aten = torch.ops.aten
@@ -148,7 +149,13 @@ def test_every_field_of_a_variable_is_written():
     kept = (Selection("w", server=2),)
     other = Variable(
         *("v", Role.BUFFER, (3,), torch.int8, "p", True, ("q",), part, kept),
-        **{"lazy": True, "along": "batch", "dynamic": (0,), "initial": 0.5},
+        **{
+            "lazy": True,
+            "along": "batch",
+            "dynamic": (0,),
+            "initial": 0.5,
+            "unbounded": Settings(4, admission=CountFilter(3)),
+        },
     )
     for field in dataclasses.fields(Variable):
         changed = dataclasses.replace(plain, **{field.name: getattr(other, field.name)})

@@ -12,7 +12,6 @@ from syncwright.capture import private
 from syncwright.capture.lines import current_line, definition, user_line
 from syncwright.capture.state import Swap
 from syncwright.errors import CaptureError
-from syncwright.nn.hash_embedding import HashTable
 
 
 @contextmanager
@@ -34,26 +33,14 @@ def refusals() -> Iterator[None]:
             "bfloat16 or float32, or build GradScaler(enabled=False)."
         )
 
-    def refuse_rows(self, ids):
-        if not self.training:
-            return find(self, ids)
-        raise CaptureError(
-            f"{current_line()}: {type(self).__name__} makes rows while it trains, which no program that is shared does yet. "
-            "Expected a table with a fixed number of rows. Train it on one device without Syncwright, use nn.Embedding, or "
-            "call eval() on it to read the rows that it has."
-        )
-
     def refuse_print() -> str:
         raise _printed(current_line())
 
-    find = HashTable.slots
     kinds = [c for c in [LRScheduler, *_subclasses(LRScheduler)] if "step" in vars(c)]
     with ExitStack() as undo:
         for kind in kinds:
             undo.callback(setattr, kind, "step", vars(kind)["step"])
             kind.step = refuse_schedule  # type: ignore[method-assign]
-        undo.callback(setattr, HashTable, "slots", find)
-        HashTable.slots = refuse_rows  # type: ignore[method-assign]
         undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
         GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))

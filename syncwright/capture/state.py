@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from syncwright.capture.initial import BEGUN, ignores_dampening, initial_state
 from syncwright.capture.sparse_adam import is_sparse_adam
 from syncwright.deferred.tensor import Deferred, become
 from syncwright.errors import CaptureError
+from syncwright.nn.hash_embedding import HashTable
 from syncwright.program import Role, Variable
 
 Value = torch.Tensor | float | int
@@ -70,6 +71,7 @@ class Binding:
     """The user's objects as variables. Holds no values of its own but state that no update has made yet.
 
     Changes when the user's objects change: it reads and writes them. `optimizers` is one optimizer, a tuple or a dict.
+    `tables` are the modules whose rows are ids' as they come, by the names of their weights.
     `lazy` are the parameters of which an update leaves rows that no lookup touches as they are (SparseAdam's).
     """
 
@@ -87,6 +89,7 @@ class Binding:
         self.states: dict[str, StateSlot] = {}
         self.hypers: dict[str, HyperSlot] = {}
         self._unborn: dict[str, Value] = {}
+        self.tables: dict[str, HashTable] = {}
         self._add_module(model, "", Role.PARAM)
         for label, module in self.extra.items():
             if not isinstance(module, nn.Module):
@@ -116,6 +119,18 @@ class Binding:
             else:
                 found[name] = _as_tensor(held[slot.key] if slot.key in held else self._unborn[name])
         return found
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the optimizer keeps this state as one of Python's whole numbers."""
+        slot = self.states[name]
+        return isinstance(_held(slot).get(slot.key, self._unborn.get(name)), int)
+
+    def table_buffers(self, names: Collection[str]) -> set[str]:
+        """The buffers of the tables of these names: which id is where, and clocks."""
+        tables = [self.tables[name] for name in names]
+        return {
+            name for name, slots in self.modules.items() if slots[0].module in tables and slots[0].table == "_buffers"
+        }
 
     def hyper_values(self) -> dict[str, float]:
         """What the user's scheduler last set, by name."""
@@ -237,6 +252,8 @@ class Binding:
                     if tensor is None:
                         continue
                     name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    if isinstance(owner, HashTable) and table == "_parameters" and id(tensor) not in seen:
+                        self.tables[name] = owner
                     first = seen.setdefault(id(tensor), name)
                     self.modules.setdefault(first, []).append(ModuleSlot(owner, table, key))
                     self._declare(first, name, kind, tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,20 +73,23 @@ def capture_step(
     batch: tuple,
     dynamic: Axes | None = None,
     returns: Along | None = None,
+    remote: Collection[str] | None = None,
 ) -> Captured:
-    """`capture` for a caller that keeps the binding. `dynamic`: axes of any size.
+    """`capture` for a caller that keeps the binding.
 
+    dynamic  axes of any size
     returns  what the tensors are that the step returns, where that need not be found out
+    remote   in an evaluation, the tables of any ids that servers keep (see `Unbounded`)
     """
     inputs = batch_variables(batch, dynamic or {})
-    traced = trace(step, binding, optimizer, batch, inputs)
+    traced = trace(step, binding, optimizer, batch, inputs, remote)
     constants: dict[str, torch.Tensor] = {}
     program = normalize(traced, constants)
     outputs = program.writes[: traced.leaves]
     program = replace(program, variables=with_sparsity(program))
 
     def shapes(other: tuple) -> Shapes:
-        return returned_shapes(step, binding, optimizer, other, batch_variables(other, {}))
+        return returned_shapes(step, binding, optimizer, other, batch_variables(other, {}), remote)
 
     if returns is not None:
         known = {name: replace(program.variables[name], along=returns) for name in outputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from syncwright.capture.refusals import check_after, explain, refusals
 from syncwright.capture.sparse import SparseLookups
 from syncwright.capture.state import Binding
 from syncwright.capture.stepping import BranchOnState, wrap_optimizers
+from syncwright.capture.unbounded import Unbounded
 from syncwright.deferred.tensor import Deferred
 from syncwright.errors import CaptureError
 from syncwright.program import Role, Variable
@@ -55,30 +56,40 @@ class Traced:
     means: tuple[str, ...] = ()
 
 
-def trace(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs: tuple[Variable, ...]) -> Traced:
-    """Traces `step(model, optimizer, *batch)`.
+def trace(
+    step: Callable,
+    binding: Binding,
+    optimizer: object,
+    batch: tuple,
+    inputs: tuple[Variable, ...],
+    remote: Collection[str] | None = None,
+) -> Traced:
+    """Traces `step(model, optimizer, *batch)`. `remote`: see `Unbounded`.
 
     Optimizer arithmetic stays in host doubles (bit-equal to eager) where the optimizer never branches on a step count;
     where it does (RAdam, ASGD), it is traced again as for `capturable=True`, its step counts in float64 tensors.
     """
     try:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).run()
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False, remote=remote).run()
     except BranchOnState:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).run()
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True, remote=remote).run()
 
 
-def returned_shapes(step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs) -> list[tuple[int, ...]]:
+def returned_shapes(
+    step: Callable, binding: Binding, optimizer: object, batch: tuple, inputs, remote: Collection[str] | None = None
+) -> list[tuple[int, ...]]:
     """The shapes of what `step(model, optimizer, *batch)` returns, leaf by leaf; no graph is made."""
     try:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False).shapes()
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False, remote=remote).shapes()
     except BranchOnState:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True).shapes()
+        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True, remote=remote).shapes()
 
 
 class _Trace:
     """One attempt. Lives as long as the two traces of it."""
 
-    def __init__(self, step, binding: Binding, optimizer, batch, inputs, *, on_tensors: bool):
+    def __init__(self, step, binding: Binding, optimizer, batch, inputs, *, on_tensors: bool, remote=None):
+        self.unbounded = Unbounded(binding, remote)
         self.step, self.binding, self.optimizer, self.batch = step, binding, optimizer, batch
         self.on_tensors = on_tensors
         self.mode = private.fake_mode(current_line)
@@ -104,7 +115,7 @@ class _Trace:
         return Traced(
             module,
             graph,
-            tuple(self.arguments),
+            tuple(map(self.unbounded.marked, self.arguments)),
             self.replaced,
             self.returned,
             self.leaves,
@@ -209,6 +220,7 @@ class _Trace:
         with self.binding.swapped(given, hypers) as swap, ExitStack() as undo:
             lookups = self._place_gradients(given, undo)
             undo.enter_context(refusals())
+            undo.enter_context(self.unbounded.traced())
             self.draws = undo.enter_context(Draws())
             undo.enter_context(Lines(current_line))
             wrap_optimizers(self.binding, lookups, given, self.on_tensors, undo)

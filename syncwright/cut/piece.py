@@ -29,8 +29,8 @@ def specialise(program: Program, parameter: str, index: int, known: Inference) -
             node.meta = {"variable": renamed[name].name, "val": known.fake_of(renamed[name])}
     for node, argument in sized.items():
         sizes = list(node.args[argument])  # type: ignore[arg-type]
-        part = next(v.selection for v in renamed.values() if v.selection is not None and v.selection.bounds is not None)
-        node.update_arg(argument, [part.stop - part.start, *sizes[1:]])
+        part = next(v for v in renamed.values() if v.selection is not None and v.selection.bounds is not None)
+        node.update_arg(argument, [part.shape[0], *sizes[1:]])
     known.propagate(program)
     variables = {renamed.get(n, v).name: renamed.get(n, v) for n, v in program.variables.items()}
     program.output.args = ({renamed[n].name if n in renamed else n: r for n, r in program.results.items()},)

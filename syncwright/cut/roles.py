@@ -74,13 +74,14 @@ def _counting(node: Node) -> dict[str, object]:
 
 
 def _tables(program: Program) -> dict[str, Table]:
-    """What trainers push and pull rows of."""
+    """What trainers push and pull rows of; in an evaluation they pull rows of the table itself, in its own dtype."""
     found = {}
     for node in calls(program, ops.push_rows_merged, ops.pull_rows_value):
         variable = program.variables[channel_of(node)]
-        pieces = tuple((piece_of(variable, index).name, part) for index, part in enumerate(variable.kept))
-        of = variable.of if variable.role is Role.GRAD else variable.kept[0].of
-        found[variable.name] = Table(str(of), pieces)
+        of = str(variable.of if variable.role is Role.GRAD else variable.kept[0].of)
+        for each in (variable, program.variables[of]):
+            pieces = tuple((piece_of(each, index).name, part) for index, part in enumerate(each.kept))
+            found[each.name] = Table(of, pieces)
     return found
 
 

@@ -77,6 +77,11 @@ class _Trainer:
     def _pull(self, node: Node) -> Node:
         variable = self.whole.variables[channel_of(node)]
         cut = variable.kept[1:] and variable.kept[0].bounds is not None
+        if cut and variable.kept[0].shards:
+            raise LoweringError(
+                f"{node.name} reads all of '{variable.name}', which is kept by virtual shards; expected lookups of rows alone. "
+                "Give it another partition, such as blocks, or take out what reads it whole."
+            )
         parts = [piece_of(variable, index) for index in range(len(variable.kept) if cut else 1)]
         after = [self.tokens[push] for push in self._awaited(node)]
         when = node.args[2:3]

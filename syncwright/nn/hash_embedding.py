@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,13 @@ class HashTable(nn.Module):
         self.weight = nn.Parameter(zeros((capacity + 1, dim), dtype, torch.device(device) if device else None))
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
-        self._state, self._text = tuple(state), self.settings.to_text()
+        self.state_names = tuple(state)
         self._removals = (Removals(), Removals())
         self.register_load_state_dict_post_hook(_begin_exports)
 
     def count(self) -> int:
         """How many ids have a row."""
-        return len(self._table())
+        return len(self.opened())
 
     def slots(self, ids: Tensor) -> Tensor:
         """The rows of `weight` for `ids`; of the last one, `capacity`, for those without. In training, rows are made.
@@ -75,15 +76,20 @@ class HashTable(nn.Module):
         Every call in training is one step of the table's clock, which `CountFilter` and `TimeToLive` count in.
         """
         find = table_slots if self.training else table_find
-        return find(ids, self.weight.detach(), self._tensors(), self._text)
+        return find(ids, self.weight.detach(), self.tensors(), self.settings.to_text())
+
+    def places(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Where the rows of `ids` are, and how they are looked up there: the last row has no gradient."""
+        return self.slots(ids), {"padding_idx": self.capacity, "sparse": True}
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of `ids`, of shape (*ids.shape, dim); their gradient is sparse."""
-        return F.embedding(self.slots(ids), self.weight, padding_idx=self.capacity, sparse=True)
+        places, how = self.places(ids)
+        return F.embedding(places, self.weight, **how)
 
     def observe(self, ids: Tensor, shows: Tensor, clicks: Tensor) -> None:
         """Adds to the shows and clicks of ids, which `ShowClick` and `ScoreDecay` score; ids never seen are left out."""
-        self._table().observe(ids, shows, clicks)
+        self.opened().observe(ids, shows, clicks)
 
     def shrink(self, optimizer: Optimizer | None) -> Tensor:
         """Removes rows as `eviction` says; the ids that had them.
@@ -92,7 +98,7 @@ class HashTable(nn.Module):
                    where nothing has been trained with state per row
         """
         row_state(optimizer, self.weight)  # refuses before anything has changed
-        removed = self._table().shrink()
+        removed = self.opened().shrink()
         self._begin_anew(removed.slots, optimizer)
         return removed.ids
 
@@ -101,18 +107,18 @@ class HashTable(nn.Module):
 
         optimizer  the one that trains `weight`: what it keeps for the rows is exported with them
         """
-        return replace(self._table(optimizer).export(since), numbers=numbers(optimizer, self.weight))
+        return replace(self.opened(optimizer).export(since), numbers=numbers(optimizer, self.weight))
 
     def restore(self, saved: Saved, optimizer: Optimizer | None = None) -> None:
         """Holds what was exported; what changed goes on top of what is there.
 
         optimizer  one of the kind that was given to `export`, also one that has not made a step
         """
-        table = self._table()
+        table = self.opened()
         end = table.rows.index.end
         if optimizer is not None:
             begin_state(optimizer, self.weight, saved, table.rows.kinds)
-        self._table(optimizer).restore(saved)
+        self.opened(optimizer).restore(saved)
         if optimizer is not None:
             restore_numbers(optimizer, self.weight, saved)
         spare = torch.ones(max(end, table.rows.index.end), dtype=torch.bool)
@@ -123,12 +129,14 @@ class HashTable(nn.Module):
         s = self.settings
         return f"{s.width}, capacity={self.capacity}, seed={s.seed}, {s.initial}, {s.admission}, {s.eviction}"
 
-    def _tensors(self) -> list[Tensor]:
-        return [self._buffers[name] for name in self._state]  # type: ignore[misc]
+    def tensors(self) -> list[Tensor]:
+        """All memory but the rows (see `slots.new_state`)."""
+        return [self._buffers[name] for name in self.state_names]  # type: ignore[misc]
 
-    def _table(self, optimizer: Optimizer | None = None) -> Table:
+    def opened(self, optimizer: Optimizer | None = None) -> Table:
+        """The table over this module's memory; with `optimizer`, also over its state per row."""
         more = row_state(optimizer, self.weight)
-        return open_table(self.settings, self.weight, self._tensors(), more, self._removals)
+        return open_table(self.settings, self.weight, self.tensors(), more, self._removals)
 
     def _begin_anew(self, slots: Tensor, optimizer: Optimizer | None) -> None:
         """Free slots hold nothing that the next id there would find."""
@@ -138,7 +146,7 @@ class HashTable(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> HashTable:
         """Only rows move and change their dtype."""
-        kept = {name: self._buffers.pop(name) for name in self._state}
+        kept = {name: self._buffers.pop(name) for name in self.state_names}
         super()._apply(fn, recurse)
         self._buffers.update(kept)
         return self

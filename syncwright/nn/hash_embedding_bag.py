@@ -48,14 +48,16 @@ class HashEmbeddingBag(HashTable):
         """
         options = {"mode": self.mode, "include_last_offset": self.include_last_offset}
         if self.mode == "sum":
-            options |= {"per_sample_weights": per_sample_weights, "padding_idx": self.capacity, "sparse": True}
-            return F.embedding_bag(self.slots(ids), self.weight, offsets, **options)
+            places, how = self.places(ids)
+            options |= {"per_sample_weights": per_sample_weights, **how}
+            return F.embedding_bag(places, self.weight, offsets, **options)
         if per_sample_weights is not None:
             raise TableError(
                 f"found per_sample_weights with mode='{self.mode}'; expected them with mode='sum' only, as torch's. Leave "
                 "them out, or multiply what HashEmbedding gives."
             )
-        rows = torch.cat([self.rows(ids.reshape(-1)), self.weight.new_zeros(1, self.settings.width)])
+        rows = self.rows(ids.reshape(-1))
+        rows = torch.cat([rows, rows.new_zeros(1, self.settings.width)])
         return F.embedding_bag(self._positions(ids), rows, offsets, padding_idx=ids.numel(), **options)
 
     def _positions(self, ids: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ sync                      the ways of sharing a variable: the union `Sync`
 rules                     Rules and their YAML
 plan                      Plan and its YAML
 spans                     which plan holds at a step
+by_id                     tables whose rows are kept by the id's virtual shard
 resolve, check            Rules -> Plan; does a Plan fit a program and a cluster?
 """
 
 from syncwright.plan.check import check
 from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
-from syncwright.plan.partition import Blocks, Even, Partition, Uneven, Whole, axis_length, cut
+from syncwright.plan.partition import Blocks, Even, Hashed, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
 from syncwright.plan.plan import Piece, Plan, Sharing
 from syncwright.plan.resolve import Update, resolve
@@ -27,6 +28,7 @@ __all__ = [
     "Even",
     "Geo",
     "Hash",
+    "Hashed",
     "LeastLoaded",
     "Local",
     "LocalSteps",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from syncwright.cluster import Cluster
 from syncwright.errors import ClusterError, PlanError
-from syncwright.plan.partition import axis_length
+from syncwright.plan.partition import Hashed, Whole, length
 from syncwright.plan.plan import Plan
+from syncwright.plan.sync import served_by
 from syncwright.program import Role, Variable
 
 _ANEW = "Make the plan anew from its rules."
@@ -37,13 +38,17 @@ def check(plan: Plan, variables: Sequence[Variable], digest: str, cluster: Clust
 def _differences(plan: Plan, variables: Sequence[Variable]) -> list[str]:
     parameters = {variable.name: variable for variable in variables if variable.role is Role.PARAM}
     planned = {sharing.variable: sum(sharing.sizes) for sharing in plan.sharings}
+    partitions = {s.variable: by.partition for s in plan.sharings if (by := served_by(s.sync)) is not None}
     found = _names_apart("variable", planned, parameters)
-    for name, length in planned.items():
+    for name, total in planned.items():
         if name not in parameters:
             continue
-        expected = axis_length(parameters[name].shape)
-        if length != expected:
-            found.append(f"variable {name!r} (the plan's sizes add up to {length}, its axis 0 has {expected})")
+        expected = length(partitions.get(name, Whole()), parameters[name].shape)
+        if total != expected:
+            has = "it has" if isinstance(partitions.get(name), Hashed) else "its axis 0 has"
+            found.append(f"variable {name!r} (the plan's sizes add up to {total}, {has} {expected})")
+        if parameters[name].unbounded is not None and not isinstance(partitions.get(name), Hashed):
+            found.append(f"variable {name!r} (a table of any ids, which the plan does not keep by virtual shards)")
     written = [variable.name for variable in variables if variable.role is Role.BUFFER]
     return found + _names_apart("buffer", dict(plan.buffers), dict.fromkeys(written))
 

@@ -3,6 +3,7 @@
     cut(Blocks(), (10, 4096), servers=4) == (3, 3, 3, 1)
     cut(Even(3), (10,), servers=2) == (4, 3, 3)
     cut(Uneven(4), (10,), servers=2) == (1, 2, 3, 4)
+    cut(Hashed(1024), (10,), servers=3) == (342, 341, 341)
 
 Every cut keeps the same rules: the sizes add up to the axis, no piece is empty, whole rows stay together, and
 a variable without an axis (0-d, size 1 by convention) or without elements is one piece.
@@ -52,11 +53,29 @@ class Uneven:
         check_fields(self, PlanError)
 
 
-Partition = Whole | Blocks | Even | Uneven
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """Of tables of which rows travel: a row lives in virtual shard `mix64(id) % shards`, shards are spread over servers.
+
+    Sizes are numbers of shards: each server keeps as many in a row, to within one. Where an id lives does not depend on
+    the number of servers.
+    """
+
+    shards: Count = 1024
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+        if self.shards > 2**31:
+            raise PlanError(f"Hashed.shards: found {self.shards}, expected at most 2**31.")
+
+
+Partition = Whole | Blocks | Even | Uneven | Hashed
 
 
 def cut(partition: Partition, shape: tuple[int, ...], servers: int) -> tuple[int, ...]:
-    """The sizes along axis 0 of the pieces that a variable of this shape is cut into."""
+    """The sizes along axis 0 of the pieces that a variable of this shape is cut into; of `Hashed`, in shards."""
+    if isinstance(partition, Hashed):
+        return _even(partition.shards, min(servers, partition.shards))
     rows = axis_length(shape)
     elements = rows
     for size in shape[1:]:
@@ -72,6 +91,11 @@ def cut(partition: Partition, shape: tuple[int, ...], servers: int) -> tuple[int
             return _even(rows, min(k, rows))
         case Uneven(k):
             return _uneven(rows, min(k, rows))
+
+
+def length(partition: Partition, shape: tuple[int, ...]) -> int:
+    """What the sizes of the pieces add up to."""
+    return partition.shards if isinstance(partition, Hashed) else axis_length(shape)
 
 
 def axis_length(shape: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
+from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
 from syncwright.plan.sync import AllGather, Sync, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
@@ -25,20 +26,25 @@ _HEADER = "# How each variable is shared, complete. Made for the program with th
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [start, stop) of a variable, and the server that owns them; None: trainers keep them."""
+    """Rows [start, stop) of a variable, and the server that owns them; None: trainers keep them.
+
+    shards  the number of virtual shards, where [start, stop) are such
+    """
 
     variable: str
     index: int
     start: int
     stop: int
     owner: int | None
+    shards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
     """How one variable is shared.
 
-    sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1)
+    sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1). In virtual shards,
+            where it is kept by these
     owners  the server of each piece; () where servers keep nothing of the variable
     rows    of a table of which only those rows travel that a batch looks up (or, where trainers train alone, some batches):
             "touched" or "all", the rows that an update writes; "" where the whole variable travels
@@ -69,6 +75,12 @@ class Sharing:
             found = f"sizes {list(self.sizes)} and owners {list(self.owners)}"
             self._refuse(found, "one size and no owner: trainers keep it whole", "Take the rest out.")
 
+    @property
+    def shards(self) -> int:
+        """How many virtual shards it is kept by; 0: none."""
+        served = served_by(self.sync)
+        return served.partition.shards if served is not None and isinstance(served.partition, Hashed) else 0
+
     def _refuse(self, found: str, expected: str, do: str) -> None:
         raise PlanError(f"variable {self.variable!r}: found {found}, expected {expected}. {do}")
 
@@ -77,7 +89,7 @@ class Sharing:
         stops = tuple(accumulate(self.sizes))
         owners = self.owners or (None,)
         return tuple(
-            Piece(self.variable, index, stop - size, stop, owner)
+            Piece(self.variable, index, stop - size, stop, owner, self.shards)
             for index, (size, stop, owner) in enumerate(zip(self.sizes, stops, owners, strict=True))
         )
 

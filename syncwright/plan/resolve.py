@@ -16,7 +16,8 @@ from typing import Literal, TypeVar
 
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
-from syncwright.plan.partition import Whole, axis_length, cut
+from syncwright.plan.by_id import check_shards, on_servers
+from syncwright.plan.partition import Hashed, Whole, axis_length, cut
 from syncwright.plan.placement import place
 from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
@@ -54,6 +55,8 @@ def resolve(
         assert variable.name in updates, f"no update kind for {variable.name!r}; say None where it is never updated"
         update = updates[variable.name]
         sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
+        if variable.unbounded is not None:
+            sync = on_servers(rules.source, variable, sync, update, variable.name in still, notes)
         sync, sizes = _cut(rules, variable, sync, update, servers, notes)
         chosen.append((variable, sync, sizes))
     rows: dict[str, Travelling] = {
@@ -105,9 +108,23 @@ def _cut(
             f"least one server. Start servers, or share it another way, such as all_reduce."
         )
     sizes = cut(served.partition, variable.shape, servers)
+    by_id = isinstance(served.partition, Hashed)
     if isinstance(sync, LocalSteps):
+        if by_id:
+            raise PlanError(
+                f"{rules.source}: variable {variable.name!r}: found virtual shards for a variable that trainers train alone, "
+                "expected rows in order: exchanges keep them so. Give `over` another partition, or none."
+            )
         return sync, sizes  # it is the outer update that servers run
-    if len(sizes) == 1 or update == "elementwise" or (update == "row-wise" and variable.sparse):
+    if isinstance(served.partition, Hashed) and variable.sparse:
+        check_shards(rules.source, variable, served.partition, servers)
+    elif by_id and rules.uncuttable == "refuse":
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found virtual shards for a variable that lookups are not all that "
+            "reads, expected them for tables of which rows travel. Give it another partition, or none."
+        )
+    whole = by_id and not variable.sparse
+    if not whole and (len(sizes) == 1 or update == "elementwise" or (update == "row-wise" and variable.sparse)):
         return sync, sizes
     if rules.uncuttable == "refuse":
         raise PlanError(
@@ -115,8 +132,8 @@ def _cut(
             f"expected none: its update is {update}, only an elementwise update can be cut. Add a line for "
             f"{variable.name!r} without a partition, or say `uncuttable: keep_whole`."
         )
-    why = "needs the whole tensor" if update == "whole" else f"is {update}, not elementwise"
-    notes.append(f"{variable.name} is kept whole: its update {why}")
+    why = "its update needs the whole tensor" if update == "whole" else f"its update is {update}, not elementwise"
+    notes.append(f"{variable.name} is kept whole: {'rows of it do not travel' if whole else why}")
     return replace(served, partition=Whole()), (axis_length(variable.shape),)
 
 
@@ -188,12 +205,23 @@ def _written(variable: Variable, touched: bool, notes: list[str]) -> Travelling:
 def _placed(
     chosen: list[tuple[Variable, Sync, tuple[int, ...]]], rows: Mapping[str, Travelling], servers: int
 ) -> tuple[Sharing, ...]:
-    served = [(variable, sizes, by.place) for variable, sync, sizes in chosen if (by := served_by(sync)) is not None]
+    served = [
+        (variable, _in_rows(variable, by, sizes), by.place)
+        for variable, sync, sizes in chosen
+        if (by := served_by(sync)) is not None
+    ]
     owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
     return tuple(
         Sharing(variable.name, sync, sizes, owners.get(variable.name, ()), rows=rows[variable.name])
         for variable, sync, sizes in chosen
     )
+
+
+def _in_rows(variable: Variable, sync: ParameterServer, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """How many rows pieces have, about; for their loads."""
+    total = axis_length(variable.shape)
+    by_id = isinstance(sync.partition, Hashed)
+    return tuple(size * total // sum(sizes) for size in sizes) if by_id and sum(sizes) else sizes
 
 
 def _buffer_policy(rules: Rules, buffer: Variable) -> BufferPolicy:

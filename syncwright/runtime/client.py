@@ -18,6 +18,7 @@ from syncwright.passes.bucket import INSIDE
 from syncwright.runtime.gathered import Gathering
 from syncwright.runtime.merging import together
 from syncwright.runtime.messages import (
+    Act,
     Address,
     Failure,
     Go,
@@ -25,6 +26,7 @@ from syncwright.runtime.messages import (
     Kind,
     Leave,
     Message,
+    Part,
     Pull,
     PullRows,
     Push,
@@ -37,6 +39,7 @@ from syncwright.runtime.messages import (
 )
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_client import NEVER, RowClient
+from syncwright.runtime.table_client import TableClient
 from syncwright.runtime.transport import Outlet, Work
 
 Key = tuple[str, int]
@@ -68,6 +71,7 @@ class Client:
         self._released = -1
         self._training = True
         self._rows = RowClient(job, self._send)
+        self.tables = TableClient(job, self._send)
         self._known: Mapping[str, list[torch.Tensor]] = {}
         self._after: Mapping[str, str] = {}
 
@@ -282,6 +286,14 @@ class Client:
         self.transport.progress(self.step, f"wait {channel}")
         return self._gatherings[channel].finish(merge)
 
+    def order(self, piece: str, act: Act, step: int, given: Mapping, number: int = -1, at_end: bool = False) -> int:
+        """Has a server do something with its part of a table of any ids, as of so many steps (see `TableClient`)."""
+        self.transport.progress(self.step, f"{act} {piece}")
+        arriving = piece in self._now
+        version = self._settings if arriving and act == "read" else step
+        when = "step" if not arriving else "end" if at_end else "now"
+        return self.tables.order(piece, act, version, when, given, number)
+
     def resume(self, step: int) -> None:
         """All values have been given: servers go on at `step`."""
         for part in self.job.servers:
@@ -327,6 +339,8 @@ class Client:
                     self._asked.discard(key)
             case Rows() as rows if message.tensor is not None:
                 self._rows.take(rows, message.tensor)
+            case Part() as part if message.tensor is not None:
+                self.tables.take(part, message.tensor)
             case Taken(channel=channel):
                 self._under_way.discard(channel)
                 self._push_waiting(channel)

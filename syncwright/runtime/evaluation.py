@@ -90,16 +90,18 @@ class Evaluations:
     def for_batch(self, fn: Callable, batch: tuple, rows: int, job: Job | None) -> Evaluated:
         """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
         held, tables, joined = ({}, {}, {}) if job is None else (job.held, job.tables, job.joined)
+        remote = () if job is None else job.unbounded
         given = Given.of(batch, self._binding, (_identity(fn), *held))
         found = self._kept.find(given)
         if found is None:
-            found = self._captured(fn, batch, rows, (held, tables, joined))
+            found = self._captured(fn, batch, rows, (held, tables, joined), remote)
             self._kept.keep(given.key(found.program), found)
         return found
 
-    def _captured(self, fn: Callable, batch: tuple, rows: int, served: Served) -> Evaluated:
+    def _captured(self, fn: Callable, batch: tuple, rows: int, served: Served, remote: Collection[str]) -> Evaluated:
         with self._busy("capturing an evaluation"):
-            captured = capture_step(_without_gradients(fn), self._binding, self._optimizer, batch)
+            step = _without_gradients(fn)
+            captured = capture_step(step, self._binding, self._optimizer, batch, remote=remote)
             program = pulling(captured.program, captured.outputs, *served)
             verify(program)
         interpreted = INTERPRETED_FIRST if len(self._kept) else 0
@@ -140,6 +142,11 @@ def pulling(
 
 
 def _pull(program: Program, node, pieces: list[Variable], known: Inference) -> None:
+    if any(p.selection is not None and p.selection.shards for p in pieces):
+        raise BatchError(
+            f"evaluate: the function reads all of '{node.meta['variable']}', which servers keep by virtual shards; expected "
+            "lookups of rows alone. Read it whole from the model after sync()."
+        )
     parts = sorted((p for p in pieces if p.part is not None), key=lambda p: p.part or (0, 0)) or pieces[:1]
     users, graph = list(node.users), program.graph
     with before_first_use(users):

@@ -32,7 +32,7 @@ class Port(Protocol):
         ...
 
     def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
-        """The rows of these ids, zeros for those below 0; None while they are not there."""
+        """The rows of these ids (see `ops.distinct`); None while they are not there."""
         ...
 
     def pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:

@@ -18,6 +18,8 @@ from syncwright.runtime.messages import (
     Kind,
     Leave,
     Message,
+    Order,
+    Part,
     Pull,
     PullRows,
     Push,
@@ -28,11 +30,13 @@ from syncwright.runtime.messages import (
     Tick,
     Value,
 )
-from syncwright.runtime.wire import CHUNK_NBYTES, Limit, WireError, decode
+from syncwright.runtime.wire import CHUNK_NBYTES, PACKED_NBYTES, Limit, WireError, decode
 
 Form = tuple[tuple[int | range, ...], torch.dtype]
 
 FIRST = Address(Kind.TRAINER, 0)
+MOST_ROWS = 2**24
+"""Of a table of any ids, the most rows in one message: nobody knows how many a batch looks up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Limits:
     forms   of every channel, the shape and the dtype that its tensors have
     pushed  what is pushed to it, with the hyper-parameters that travel along
     pulled  what it is asked for
+    tables  the tables of any ids that it keeps, or that are kept for it
     given   whose values it takes, by channel
     serves  whether it is a server, to which trainers come and from which they go
     exchanges  the same for each exchange of the job
@@ -53,12 +58,13 @@ class Limits:
     given: Mapping[str, frozenset[Address]] = field(default_factory=dict)
     serves: bool = False
     exchanges: tuple[Limits, ...] = ()
+    tables: frozenset[str] = frozenset()
 
     @property
     def frames(self) -> int:
         """The most frames of a message: a header and the chunks of the largest tensor."""
         forms = [form for each in (self, *self.exchanges) for form in each.forms.values()]
-        sizes = [_most_nbytes(shape, dtype) for shape, dtype in forms]
+        sizes = [PACKED_NBYTES if self.tables else 0, *(_most_nbytes(shape, dtype) for shape, dtype in forms)]
         return 1 + -(-max(sizes, default=0) // CHUNK_NBYTES)
 
     def read(self, frames: Sequence[bytes | memoryview], *, given: bool = False) -> Message:
@@ -81,6 +87,11 @@ class Limits:
                     raise WireError(f"Push of {channel!r}: its hypers are {found[:200]}; expected {wanted}")
             case Pull(channel=channel) | PullRows(channel=channel):
                 self._check(sender, header, by_trainer and channel in self.pulled)
+            case Order(channel=channel, act=act):
+                sets = act == "set" and sender != FIRST
+                self._check(sender, header, by_trainer and self.serves and channel in self.tables and not sets)
+            case Part(channel=channel):
+                self._check(sender, header, channel in self.tables and sender in self.given.get(channel, ()))
             case Taken() | Go():
                 self._check(sender, header, not by_trainer and not self.serves)
             case Value(channel=channel) | Rows(channel=channel) | Start(channel=channel):
@@ -95,7 +106,9 @@ class Limits:
     def _check(self, sender: Address, header: Header, allowed: bool) -> None:
         if not allowed:
             about = (
-                f" of {header.channel!r}" if isinstance(header, Push | Pull | PullRows | Rows | Value | Start) else ""
+                f" of {header.channel!r}"
+                if isinstance(header, Push | Pull | PullRows | Rows | Order | Part | Value | Start)
+                else ""
             )
             raise WireError(f"a {type(header).__name__}{about}, which {sender} does not send to this role")
 
@@ -103,9 +116,10 @@ class Limits:
 def limits_of(job: Job, me: Address) -> Limits:
     """What `me` may be sent in `job`."""
     exchanges = tuple(limits_of(each.job, me) for each in job.exchanges)
+    unbounded = {name for name, variable in job.held.items() if variable.unbounded is not None}
     if me.kind is Kind.TRAINER:
         owners = {name: frozenset({Address(Kind.SERVER, owner)}) for name, owner in job.owners.items()}
-        return Limits(limit_of(job, me), given=owners, exchanges=exchanges)
+        return Limits(limit_of(job, me), given=owners, exchanges=exchanges, tables=frozenset(unbounded))
     if not job.servers:
         return Limits({})
     forms = limit_of(job, me)
@@ -123,6 +137,7 @@ def limits_of(job: Job, me: Address) -> Limits:
         given=exporters | {name: frozenset({FIRST}) for name in held},
         serves=True,
         exchanges=exchanges,
+        tables=frozenset(unbounded & held),
     )
 
 
@@ -133,11 +148,12 @@ def limit_of(job: Job, me: Address) -> Limit:
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
     pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}
     some = {piece for table in job.tables.values() for piece, _ in table.pieces} | job.by_rows
-    pulled |= {name: _some_rows(pulled[name]) for name in some & pulled.keys()}
+    any_ids = _of_any_ids(job)
+    pulled |= {name: _some_rows(pulled[name], name in any_ids) for name in some & pulled.keys()}
     if me.kind is Kind.TRAINER:
         return {name: pulled[name] for name in job.owners}
     own = {name: _form(channel.sent) for name, channel in job.channels.items() if channel.server == me.rank}
-    pushed = {name: _some_rows(form) if name in some else form for name, form in own.items()}
+    pushed = {name: _some_rows(form, name in any_ids) if name in some else form for name, form in own.items()}
     given = {name for part in job.servers for name, others in part.exports.items() if me.rank in others}
     owned = {name for name, owner in job.owners.items() if owner == me.rank}
     return {name: pulled[name] for name in owned | given} | pushed
@@ -154,9 +170,18 @@ def _most_nbytes(shape: tuple[int | range, ...], dtype: torch.dtype) -> int:
     return max(ids, torch.Size(sizes).numel() * dtype.itemsize)
 
 
-def _some_rows(form: Form) -> Form:
+def _of_any_ids(job: Job) -> set[str]:
+    """What rows of tables of any ids are called on their way: theirs, and those of their gradients."""
+    tables = {name for name, variable in job.held.items() if variable.unbounded is not None}
+    pushed = {name for name, channel in job.channels.items() if channel.variable.of in tables}
+    return tables | pushed | {name for name, (of, _) in job.casts.items() if of in tables}
+
+
+def _some_rows(form: Form, any_ids: bool) -> Form:
     """All rows of a piece of a table, or some."""
     (rows, *rest), dtype = form
+    if any_ids:
+        return (range(MOST_ROWS + 1), *rest), dtype
     return (range(rows + 1) if isinstance(rows, int) else rows, *rest), dtype
 
 

@@ -11,6 +11,7 @@ import torch
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, DeadlineExceeded
 from syncwright.job import Job
+from syncwright.nn.hash_embedding import HashTable
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.joint_server import JointServer
@@ -19,6 +20,7 @@ from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
 from syncwright.runtime.session import Session, Training
 from syncwright.runtime.ticking import check_scheduler
+from syncwright.tables import Saved
 
 __all__ = ["Loopback", "loopback"]
 
@@ -117,6 +119,22 @@ class Loopback:
     def sync(self, deferred: bool = False) -> None:
         """Writes the trained values into the user's model and optimizer; see `Trainer.sync`."""
         self.session.sync(deferred)
+
+    def export(self, table: HashTable, since: int | None = None) -> Saved:
+        """What servers hold of a table of any ids; see `Trainer.export`."""
+        return self.session.export(table, since)
+
+    def restore(self, table: HashTable, saved: Saved) -> None:
+        """Servers hold what was exported; see `Trainer.restore`."""
+        self.session.restore(table, saved)
+
+    def observe(self, table: HashTable, told: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Shows and clicks, of each trainer (ids, shows, clicks); see `Trainer.observe`."""
+        self.session.observe(table, told)
+
+    def shrink(self, table: HashTable) -> torch.Tensor:
+        """Removes rows as the table's eviction says; see `Trainer.shrink`."""
+        return self.session.shrink(table)
 
     def leave(self) -> None:
         """Ends the job: trainers that train alone meet a last time, servers go on without these trainers."""

@@ -189,7 +189,8 @@ class Arrivals:
 
 
 def _parting(channel: Channel) -> Parting:
-    return Standing(channel.variable.shape[0]).parted if channel.rows else by_sorting
+    counted = channel.rows and channel.variable.unbounded is None
+    return Standing(channel.variable.shape[0]).parted if counted else by_sorting
 
 
 def merge(

@@ -26,6 +26,9 @@ class Address:
         return f"{self.kind} {self.rank}"
 
 
+Act = Literal["set", "read", "export", "restore", "observe", "shrink"]
+
+
 class Header(msgspec.Struct, frozen=True, tag_field="type"):
     """What a message is about; a tensor may travel behind it."""
 
@@ -94,6 +97,36 @@ class Rows(Header, frozen=True, tag="rows"):
     last: bool = True
 
 
+class Order(Header, frozen=True, tag="order"):
+    """Has a server do something with its part of the table `channel`, which is of any ids. See `table_server`.
+
+    The tensor is a part of what `packed.pack` made; see `Pull` for `version` and `when`.
+
+    act     "set": hold what is given; "read": give all rows; and, done once all trainers have asked for it, "export": give
+            the rows that changed since `number`, or all (-1), and note that; "restore": put what is given on top;
+            "observe": shows and clicks of ids; "shrink"
+    turn    comes back with the answer
+    number  of "read": the most rows that are wanted; of "export": see there
+    last    nothing more of this follows
+    """
+
+    channel: str
+    act: Act
+    version: int
+    when: Literal["step", "now", "end"]
+    turn: int
+    number: int = -1
+    last: bool = True
+
+
+class Part(Header, frozen=True, tag="part"):
+    """The answer to `Order` with the same turn, or a part of it."""
+
+    channel: str
+    turn: int
+    last: bool = True
+
+
 class Taken(Header, frozen=True, tag="taken"):
     """A server has taken a contribution to `channel` of the trainer that this goes to."""
 
@@ -151,16 +184,32 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, PullRows, Rows, Taken, Tick, Go, Value, Start, Resume, Leave, Failure)
+HEADERS = (Hello, Push, Pull, PullRows, Rows, Order, Part, Taken, Tick, Go, Value, Start, Resume, Leave, Failure)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A header and, for `Push`, `PullRows`, `Rows` and `Value`, one contiguous tensor.
+    """A header and, for `Push`, `PullRows`, `Rows`, `Order`, `Part` and `Value`, one contiguous tensor.
 
     job: which it is of, as each numbers its rounds by itself: 0 is that of the steps, n the n-th of its exchanges.
     """
 
-    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Start | Resume | Leave | Failure
+    header: (
+        Hello
+        | Push
+        | Pull
+        | PullRows
+        | Rows
+        | Order
+        | Part
+        | Taken
+        | Tick
+        | Go
+        | Value
+        | Start
+        | Resume
+        | Leave
+        | Failure
+    )
     tensor: torch.Tensor | None = None
     job: int = 0

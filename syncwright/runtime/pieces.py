@@ -12,6 +12,8 @@ from syncwright.program import Variable
 from syncwright.runtime.client import Client
 from syncwright.runtime.flat_values import apart, equal, laid_flat
 from syncwright.runtime.records import NO_RECORDS, Records
+from syncwright.selection import Selection
+from syncwright.tables.mixing import ids_in
 
 UNTIL_ALL_LEFT = "the end of all trainers"
 """Where a trainer waits that has left before others."""
@@ -19,10 +21,12 @@ UNTIL_ALL_LEFT = "the end of all trainers"
 
 def give(client: Client, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
     """Sends servers all that they keep of `values`, by the user's variables; state that is not among them as it begins.
+    (Of tables of any ids only what is no row: rows have been sent before.)
 
     What servers can make themselves does not travel: one number everywhere, and what `records` has of what was deferred.
     """
-    for name, variable in client.job.held.items():
+    by_id = client.job.by_id
+    for name, variable in [pair for pair in client.job.held.items() if pair[0] not in by_id]:
         value = _kept(client.job, variable, values)
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         begin = records.start_of(variable, values.get(variable.whole or name), tensor)
@@ -42,7 +46,12 @@ def _kept(job: Job, variable: Variable, values: Mapping[str, object]) -> object:
     whole = variable.whole or variable.name
     if variable.initial is not None and whole not in values:
         return begun(variable)
-    value = values[whole]
+    value, part = values[whole], variable.selection
+    if part is not None and part.along == "shards":
+        assert isinstance(value, torch.Tensor), "tables are tensors"
+        if not any(value.stride()):
+            return value[: variable.shape[0]]  # one number everywhere
+        return value.index_select(0, ids_in(len(value), part.shards, part.start, part.stop))
     return value[slice(*variable.part)] if variable.part is not None else value  # type: ignore[index]
 
 
@@ -54,14 +63,21 @@ def begun(variable: Variable, device: torch.device | None = None) -> torch.Tenso
 
 def joined(job: Job, found: Iterable[tuple[Variable, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The user's variables from what servers keep of them; of what every piece has whole (a step count), the first."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    parts: dict[str, list[tuple[Selection, torch.Tensor]]] = {}
     for variable, value in found:
-        start = variable.part[0] if variable.part is not None else -1
-        parts.setdefault(variable.whole or variable.name, []).append((start, value))
+        whole = variable.whole or variable.name
+        parts.setdefault(whole, []).append((variable.selection or Selection(whole), value))
     return apart({name: _joined(its) for name, its in parts.items()}, job.joined)
 
 
-def _joined(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    if parts[0][0] < 0:
-        return parts[0][1]
-    return torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+def _joined(parts: list[tuple[Selection, torch.Tensor]]) -> torch.Tensor:
+    first, value = parts[0]
+    if first.bounds is None:
+        return value
+    tensors = [tensor for _, tensor in sorted(parts, key=lambda part: part[0].start)]
+    rows = torch.cat(tensors)
+    if first.along != "shards":
+        return rows
+    selections = sorted((selection for selection, _ in parts), key=lambda selection: selection.start)
+    ids = torch.cat([ids_in(len(rows), each.shards, each.start, each.stop) for each in selections])
+    return torch.empty_like(rows).index_copy_(0, ids, rows)

@@ -31,6 +31,7 @@ from syncwright.runtime.compiled import CompiledExecutor
 from syncwright.runtime.executor import Executor, pulled_when
 from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.lookahead import IndexProgram
+from syncwright.runtime.records import check_made
 from syncwright.runtime.structure import difference
 from syncwright.tree import skeleton
 
@@ -163,8 +164,10 @@ class Programs:
         with self._busy("capturing the step"):
             captured = self._captured(given)
             if self._plan is None:
-                self._plan = self._make_plan(captured.program)
-                self._warn(captured, self._plan)
+                plan = self._make_plan(captured.program)
+                check_made(self._binding, plan)
+                self._warn(captured, plan)
+                self._plan = plan
             compiled = self.compiles()
             if compiled and _is_dynamic(captured):
                 captured = replace(captured, program=with_sizes(captured.program, given.sizes))

@@ -14,9 +14,11 @@ from syncwright.capture.state import Binding
 from syncwright.deferred.record import Record, digest
 from syncwright.deferred.replay import Replay
 from syncwright.deferred.tensor import Deferred, put_away, record_of
-from syncwright.errors import DeferredError, Disagreement, RequestError
+from syncwright.errors import DeferredError, Disagreement, PlanError, RequestError
 from syncwright.job import Job
 from syncwright.near import did_you_mean
+from syncwright.plan import Hashed, Plan
+from syncwright.plan.sync import served_by
 from syncwright.program import Variable
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.messages import Start
@@ -72,6 +74,25 @@ log = logging.getLogger("syncwright")
 ALIGNMENT = 64
 
 
+def check_made(binding: Binding, plan: Plan) -> None:
+    """Raises `PlanError` where servers are to keep by virtual shards what is deferred, or has state that is: of a record they
+    make rows in order."""
+    values = binding.values()
+    deferred = {name for name, value in values.items() if isinstance(value, Deferred)}
+    for sharing in plan.sharings:
+        served = served_by(sharing.sync)
+        if served is None or not isinstance(served.partition, Hashed):
+            continue
+        own = {n for n in deferred if sharing.variable in (n, binding.variables[n].of)}
+        if own:
+            raise PlanError(
+                f"variable {sharing.variable!r}: found {', '.join(map(repr, sorted(own)))} deferred, but rows that are kept by "
+                "virtual shards, expected rows in order: so servers make them from what deferred() has recorded. Give it "
+                "another partition, make it (and its optimizer) outside of deferred(), or call "
+                "syncwright.deferred.build(model, optimizer) first."
+            )
+
+
 def apart(binding: Binding, job: Job) -> set[str]:
     """What servers keep, or have pieces of, of deferred parameters and their state: it stays there unless it is asked for."""
     deferred = {name for name, slots in binding.modules.items() if isinstance(slots[0].get(), Deferred)}
@@ -122,7 +143,7 @@ class Source(Protocol):
 
     def rows(self, name: str, first: int, last: int) -> Generator[Blocked, None, torch.Tensor]: ...
 
-    def served(self, without: Collection[str]) -> Generator[Blocked, None, dict[str, torch.Tensor]]: ...
+    def served(self, without: Collection[str]) -> Generator[Blocked, None, Mapping[str, object]]: ...
 
 
 def rows_on_servers(
@@ -133,7 +154,7 @@ def rows_on_servers(
     drive: Callable[[Sequence[Generator[Blocked, None, object]]], list],
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """What servers keep of a variable, so many rows at a time, each with the number of the first; what is not pulled by
-    rows comes a piece at a time."""
+    rows comes a piece at a time. Raises `RequestError` where servers keep no such variable, or not its rows in order."""
     held, by_rows = job.held, job.by_rows
     joined = {part.name: flat for flat, parts in job.joined.items() for part in parts}
     pieces = [v for v in held.values() if name == (v.whole or v.name) or joined.get(name) == v.name]
@@ -143,6 +164,7 @@ def rows_on_servers(
             f"rows: servers keep no '{name}'; expected one of {', '.join(known) or 'none'}. "
             f"{did_you_mean(name, known, 'Correct the name.')}"
         )
+    _check_order(job, name, pieces)
     for piece in sorted(pieces, key=lambda v: v.part or (0, 0)):
         first, last = piece.part or (0, piece.shape[0] if piece.shape else 1)
         if piece.name not in by_rows:
@@ -153,6 +175,20 @@ def rows_on_servers(
             stop = min(last, start + at_a_time)
             (rows,) = drive([source.rows(piece.name, start, stop)])
             yield start, rows
+
+
+def _check_order(job: Job, name: str, pieces: Sequence[Variable]) -> None:
+    """Raises `RequestError` for rows that have no numbers, or are not in order."""
+    if any(piece.name in job.by_id for piece in pieces):
+        raise RequestError(
+            f"rows: '{name}' has rows by 64-bit ids, which have no order; expected rows with numbers. Take them, and state per "
+            "row, by trainer.export(table)."
+        )
+    if any(piece.selection is not None and piece.selection.along == "shards" for piece in pieces):
+        raise RequestError(
+            f"rows: servers keep '{name}' by virtual shards, where its rows are not in order; expected another partition. Take "
+            "it whole: trainer.state_dict()."
+        )
 
 
 def _memory(variable: Variable) -> torch.Tensor:

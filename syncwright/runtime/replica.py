@@ -16,6 +16,7 @@ from syncwright.passes.flat import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
 from syncwright.plan import ParameterServer, Sync
 from syncwright.program import Program, Role, Variable
+from syncwright.runtime import replica_tables as tables
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
@@ -23,13 +24,15 @@ from syncwright.runtime.flat_values import equal, laid_flat
 from syncwright.runtime.lane import Lane
 from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
-from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.messages import Act, Address, Message
 from syncwright.runtime.outer import Outer
 from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.tree import tensors
 
+Served = dict[str, torch.Tensor | tables.Saved | int]
+"""By variable its value; by table of any ids its rows, or how many, where the user's module cannot hold them."""
 Examples = Callable[..., float] | float | None
 CLOCKS = "clocks"
 """What a trainer waits for that is too far ahead."""
@@ -58,7 +61,7 @@ class Replica:
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
-        served = job.served
+        served = job.served | binding.table_buffers(job.unbounded)
         self.values: dict[str, object] = {
             name: real(value) for name, value in binding.values().items() if name not in served
         }
@@ -137,9 +140,10 @@ class Replica:
         self._found = following, self._asked(prepared, following, self.step_count + 1)
 
     def _asked(self, prepared: Prepared, batch: tuple, step: int) -> Found:
-        """Asks for the rows that a batch looks up, as of a step."""
+        """Asks for the rows that a batch looks up, as of a step, of the tables of which that is done."""
         found = prepared.index.run(_inputs(prepared, batch))
-        for lookup in prepared.index.lookups:
+        ahead = {s.variable for s in self.job.plan.sharings if s.rows == "touched" and _prefetches(s.sync)}
+        for lookup in [each for each in prepared.index.lookups if self.job.tables[each.channel].of in ahead]:
             self.client.ask_rows(lookup.channel, found[lookup.unique][0], step)
         return found
 
@@ -220,13 +224,14 @@ class Replica:
         self.step_count += 1
         self.client.restart(self.step_count)
 
-    def served(self, without: Collection[str] = ()) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def served(self, without: Collection[str] = ()) -> Generator[Blocked, None, Served]:
         """What servers hold, whole, under the variables' own names, as of the steps done; `without` some that they hold."""
         self.client.flush()
         found = yield from self._collected("now", without)
+        everything: Served = {**found, **(yield from self._tables(self._ask_tables(without), "state"))}
         for outer in self.outers:
-            found |= yield from outer.served()
-        return found
+            everything |= yield from outer.served()
+        return everything
 
     def outer_state(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """The state of outer optimizers after the last meetings, by variable."""
@@ -235,11 +240,11 @@ class Replica:
             found |= yield from outer.state()
         return {name: value.clone() for name, value in found.items()}
 
-    def finish(self, without: Collection[str] = ()) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def finish(self, without: Collection[str] = ()) -> Generator[Blocked, None, Served]:
         """Leaves the job; what servers hold in the end. What is updated as contributions come: when all have left."""
         for outer in self.outers:
             outer.leave()
-        found = yield from self._finish_steps(without)
+        found: Served = yield from self._finish_steps(without)
         for outer in self.outers:
             found |= yield from outer.last()
         return found
@@ -250,18 +255,42 @@ class Replica:
             outer.leave()
         self.client.leave(self.step_count)
 
-    def _finish_steps(self, without: Collection[str]) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def _finish_steps(self, without: Collection[str]) -> Generator[Blocked, None, Served]:
         arriving = self.job.arriving - set(without)
         if not arriving:
             found = yield from self._collected("now", without)
+            held = yield from self._tables(self._ask_tables(without), "state")
             self.client.leave(self.step_count)
-            return found
+            return {**found, **held}
+        turns = self._ask_tables(without, at_end=True)
         fresh = self.client.fresh()
-        for name in arriving:
+        for name in arriving - self.job.by_id:
             self.client.fetch(name, fresh, "end")
         rest = yield from self._collected("now", without=arriving.union(without))
         self.client.leave(self.step_count)
-        return rest | (yield from self._collected("end", without=self.job.held.keys() - arriving, fresh=fresh))
+        rest |= yield from self._collected("end", without=self.job.held.keys() - arriving, fresh=fresh)
+        return {**rest, **(yield from self._tables(turns, UNTIL_ALL_LEFT))}
+
+    def _ask_tables(self, without: Collection[str], at_end: bool = False) -> dict[str, dict[str, int]]:
+        """Asks for all tables of any ids, as far as the user's modules can hold them; not for those of `without`."""
+        wanted = [name for name, pieces in self.client.tables.pieces.items() if not pieces.keys() <= set(without)]
+        most = {name: self.binding.tables[name].capacity for name in wanted}
+        return {n: tables.ask_to_read(self.client, n, self.step_count, m, at_end) for n, m in most.items()}
+
+    def _tables(
+        self, turns: Mapping[str, Mapping[str, int]], waits: str
+    ) -> Generator[Blocked, None, dict[str, tables.Saved | int]]:
+        found = {}
+        for name, each in turns.items():
+            most = self.binding.tables[name].capacity
+            found[name] = yield from tables.read(self.client, each, most, waits)
+        return found
+
+    def order(
+        self, name: str, act: Act, brings: tables.Brings = tables.nothing, number: int = -1
+    ) -> Generator[Blocked, None, list[tables.Given]]:
+        """What servers answer to what all trainers have them do with a table of any ids, between two steps."""
+        return (yield from tables.order(self.client, name, act, self.step_count, brings, number))
 
     def rows(self, name: str, first: int, last: int) -> Generator[Blocked, None, torch.Tensor]:
         """Rows [first, last) of a piece of a table that a server keeps, or of its state, as of the steps done."""
@@ -276,9 +305,10 @@ class Replica:
         self, when: When, without: Collection[str] = (), fresh: int | None = None
     ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         found: list[tuple[Variable, torch.Tensor]] = []
+        by_id = self.job.by_id
         fresh = self.client.fresh() if fresh is None else fresh
         for name, variable in self.job.held.items():
-            if name in without:
+            if name in without or name in by_id:
                 continue
             version = fresh if name in self.job.arriving else self.step_count
             while (value := self.client.fetch(name, version, when)) is None:
@@ -288,7 +318,10 @@ class Replica:
         return joined(self.job, found)
 
     def give(self, values: Mapping[str, object], version: int, records: Records = NO_RECORDS) -> None:
-        """Sends servers their slices of `values`, but for what they make themselves: `records` are those that they have."""
+        """Sends servers their slices of `values`, and their parts of tables of any ids, but for what they make themselves:
+        `records` are those that they have."""
+        for name in self.job.unbounded:
+            tables.give(self.client, self.binding, name, version)
         give(self.client, values, version, records)
 
     @torch.no_grad()

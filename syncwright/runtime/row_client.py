@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from syncwright import ops
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
 from syncwright.runtime.rows import from_bits, write_rows
+from syncwright.tables.mixing import shard_of
 
 Send = Callable[[int, Message], None]
 NEVER = -1
@@ -77,16 +79,14 @@ class RowClient:
         key = (table.of, header.step)
         request = self._requests.get(key)
         if request is None or request.ids is not ids:
-            request = self._ask(table, ids, pull)
-            self._requests[key] = request
+            request = self._keep(key, self._ask(table, ids, pull))
         return request.rows
 
     def of_piece(self, name: str, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> torch.Tensor | None:
         """The rows of `ids` of one piece, or of its state; asked for the first time that these very ids are given."""
         request = self._requests.get((name, NEVER))
         if request is None or request.ids is not ids:
-            request = self._send_for(ids, len(ids), [(name, None)], pull)
-            self._requests[name, NEVER] = request
+            request = self._keep((name, NEVER), self._send_for(ids, len(ids), [(name, None)], pull))
         return request.rows
 
     def parts(self, channel: str, step: int, rows: torch.Tensor, skip: int) -> list[tuple[str, torch.Tensor, int]]:
@@ -111,8 +111,16 @@ class RowClient:
         if request is not None:
             request.take(header, rows)
 
+    def _keep(self, key: tuple[str, int], request: Request) -> Request:
+        """In place of an earlier one, of which nobody wants the rows any more."""
+        before = self._requests.get(key)
+        if before is not None:
+            del self._by_turn[before.turn]
+        self._requests[key] = request
+        return request
+
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
-        count = int((ids >= 0).sum())
+        count = ops.distinct(ids)
         return self._send_for(ids, count, _parts(table, ids[:count]), pull)
 
     def _send_for(
@@ -139,6 +147,6 @@ def _parts(table: Table, ids: torch.Tensor) -> list[tuple[str, torch.Tensor | No
     """By piece of the table, where its ids stand."""
     if len(table.pieces) == 1:
         return [(table.pieces[0][0], None)]
-    stops = torch.tensor([selection.stop for _, selection in table.pieces])
-    piece = torch.bucketize(ids, stops, right=True)
+    stops, shards = torch.tensor([selection.stop for _, selection in table.pieces]), table.pieces[0][1].shards
+    piece = torch.bucketize(shard_of(ids, shards) if shards else ids, stops, right=True)
     return [(name, (piece == index).nonzero().view(-1)) for index, (name, _) in enumerate(table.pieces)]

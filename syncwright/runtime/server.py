@@ -26,6 +26,8 @@ from syncwright.runtime.messages import (
     Kind,
     Leave,
     Message,
+    Order,
+    Part,
     Pull,
     PullRows,
     Push,
@@ -40,7 +42,9 @@ from syncwright.runtime.records import NO_RECORDS, Records
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_server import RowServer
 from syncwright.runtime.rows import RowGradient, update_touched
+from syncwright.runtime.served_table import Column, update_by_id
 from syncwright.runtime.slots import Asked, Running, Slot, as_tensor, is_pulled, key_of, running_of
+from syncwright.runtime.table_server import TableServer
 from syncwright.runtime.ticking import Ticking
 
 Outgoing = tuple[Address, Message]
@@ -86,14 +90,14 @@ class Server:
         self._due: deque[Running] = deque()
         self._settings = 0
         self._ticks: list[tuple[Address, Tick]] = []
-        self._at_end: list[tuple[Address, Pull]] = []
+        self._at_end: list[tuple[Address, Pull | Order]] = []
         self._noted = {
             str(r.program.variables[n].of) for r in self._running for n in r.program.reads if is_pulled(r, n)
         }
         self._pulled: dict[tuple[str, int], object] = {}
         self._holds = {v.name: v for v in part.holds}
         in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
-        self._rows = RowServer(job, rank, in_place)
+        self._rows, self._tables = RowServer(job, rank, in_place), TableServer(job, rank)
 
     def _placed(self, program: Program) -> Program:
         return moved(program, device_for(program, self._devices))
@@ -183,6 +187,8 @@ class Server:
                 self._attendance.clock[sender.rank] = clock
                 self._ticks.append((sender, tick))
                 return self._let_go()
+            case Order() as order:
+                return self._take_order(sender, order) if order.last else []
             case Resume(step=step):
                 return self._resume(step)
             case Leave(step=step):
@@ -199,6 +205,7 @@ class Server:
         gone = Address(Kind.TRAINER, trainer)
         for each in self._counting.values():
             each.drop(trainer)
+        self._tables.lose(trainer)
         for slot in self._slots.values():
             slot.parked = [parked for parked in slot.parked if parked[0] != gone]
         self._ticks = [tick for tick in self._ticks if tick[0] != gone]
@@ -209,9 +216,9 @@ class Server:
         """Why a message cannot be meant for this server now; None where it can."""
         header, server = message.header, sender.kind is Kind.SERVER
         match header:
-            case Taken() | Go() | Rows():
+            case Taken() | Go() | Rows() | Part():
                 return "servers take none"
-            case Push() | Pull() | PullRows() | Tick() | Leave() | Resume() if server:
+            case Push() | Pull() | PullRows() | Order() | Tick() | Leave() | Resume() if server:
                 return "servers send none"
             case Push(channel=channel) as push:
                 counted = self._counting.get(channel)
@@ -228,6 +235,12 @@ class Server:
                 return (
                     f"trainer 0 says what this server begins with, of what it keeps, which '{channel[:80]}' may not be"
                 )
+            case Order() as order:
+                return self._tables.refusal(sender, order, message.tensor)
+            case Value(channel=channel) | Start(channel=channel) | Pull(channel=channel) if (
+                self._source(channel) in self._tables.columns
+            ):
+                return f"of '{channel[:80]}' rows travel, by their ids"
             case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
                 return f"this server keeps no '{channel[:80]}'"
             case Value(channel=channel) if server is self._slots[channel, ""].held:
@@ -249,15 +262,16 @@ class Server:
                 "rank."
             )
 
-    def _take_value(self, sender: Address, name: str, version: int, tensor: torch.Tensor | None) -> list[Outgoing]:
+    def _take_value(self, sender: Address, name: str, version: int, value: object) -> list[Outgoing]:
         slot = self._slots[name, ""]
         if sender.kind is Kind.SERVER:
-            return self._set(name, version - 1, tensor) + self._advance()
+            return self._set(name, version - 1, value) + self._advance()
         if name in self._arriving:
             version = max((r.step for r in slot.readers), default=0)
         if name in self._fixed or name in self._arriving:
             slot.values.clear()
-        slot.values[version] = taken_to(self._devices.get(name, HOST), tensor)
+        at_home = isinstance(value, Column) or value is None
+        slot.values[version] = value if at_home else taken_to(self._devices.get(name, HOST), as_tensor(value))
         return self._answer(name, slot)
 
     def _resume(self, step: int) -> list[Outgoing]:
@@ -351,6 +365,8 @@ class Server:
                 sent.append((Address(Kind.SERVER, other), Message(Value(name, step + 1), as_tensor(value))))
         for slot in running.reads.values():
             slot.forget()
+        for name in [name for name in results if name in self._tables]:
+            sent += self._answer(name, self._slots[name, ""])
         return sent
 
     def _computed(self, running: Running, inputs: Mapping[str, object]) -> Mapping[str, object]:
@@ -361,6 +377,8 @@ class Server:
             inputs = {each: taken_to(device, value) for each, value in inputs.items()}
         if name is None:
             return self._compute(running.program, inputs)
+        if any(isinstance(value, Column) for value in inputs.values()):
+            return update_by_id(self._compute, running.program, inputs)
         if self._channel(name).rows == "touched":
             return update_touched(self._compute, running.program, inputs)
         gradient, shape = inputs[name], running.program.variables[name].shape
@@ -371,7 +389,7 @@ class Server:
         """The variable that stands behind what trainers pull in another dtype."""
         return self.job.casts[channel][0] if channel in self.job.casts else channel
 
-    def _take_pull(self, sender: Address, pull: Pull) -> list[Outgoing]:
+    def _take_pull(self, sender: Address, pull: Pull | Order) -> list[Outgoing]:
         if pull.when == "end" and self._attendance.live:
             self._at_end.append((sender, pull))
             return []
@@ -387,29 +405,66 @@ class Server:
         sent = [] if early is None else [(sender, early)]
         return sent + self._answer(name, self._slots[name, ""])
 
+    def _take_order(self, sender: Address, order: Order) -> list[Outgoing]:
+        """What a trainer has a table of any ids do: see `table_server`."""
+        name, sent = order.channel, []
+        if order.act == "read":
+            return self._take_pull(sender, order)
+        if order.act != "set":
+            self._tables.ask(sender, order)
+            return self._do_together(name)
+        columns, numbers = self._tables.set(sender, order)
+        for each, value in (*columns.items(), *numbers.items()):
+            sent += self._take_value(sender, each, order.version, value)
+        return sent
+
+    def _do_together(self, name: str) -> list[Outgoing]:
+        """What all trainers have asked of a table, once it is due."""
+        due = self._tables.due(name, self._slots[name, ""].newest, self._attendance.live)
+        if not (due and self._is_whole(name)):
+            return []
+        sent, numbers = self._tables.done(name, self._numbers_of(name))
+        for each, value in numbers.items():
+            slot = self._slots[each, ""]
+            slot.values[slot.newest or 0] = value
+        return sent
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether all that the update of a table writes is there, once some is."""
+        newest = self._slots[name, ""].newest
+        return all(self._slots[each, ""].newest == newest for each in self._tables.numbers(name))
+
+    def _numbers_of(self, name: str) -> dict[str, torch.Tensor]:
+        return {each: as_tensor(self.held(each)) for each in self._tables.numbers(name)}
+
     def _answer(self, name: str, slot: Slot) -> list[Outgoing]:
         """To those who wait for a value of `name` that is there."""
         sent, waiting = [], []
         for sender, pull in slot.parked:
             header = pull.header if isinstance(pull, Asked) else pull
             number = self._number(slot, header)
-            if number is None or number not in slot.values:
+            late = isinstance(pull, Order) and not self._is_whole(name)
+            if number is None or number not in slot.values or late:
                 waiting.append((sender, pull))
                 continue
             value = slot.values[number]
             if name in self._noted:
                 self._pulled[name, sender.rank] = value
-            sent.append((sender, self._reply(pull, name, as_tensor(value))))
+            if isinstance(pull, Order):
+                sent += [(sender, message) for message in self._tables.read(pull, self._numbers_of(name))]
+            else:
+                sent.append((sender, self._reply(sender.rank, pull, name, value)))
         slot.parked = waiting
-        return sent
+        return sent + (self._do_together(name) if name in self._tables else [])
 
-    def _reply(self, pull: Pull | Asked, name: str, value: torch.Tensor) -> Message:
+    def _reply(self, trainer: int, pull: Pull | Asked, name: str, value: object) -> Message:
         if isinstance(pull, Asked):
-            return self._rows.reply(pull, value)
+            return self._rows.reply(trainer, pull, value if isinstance(value, Column) else as_tensor(value))
+        value = as_tensor(value)
         cast, value = self.job.casts.get(pull.channel), value.clone() if name in self._rows.in_place else value
         return Message(Value(pull.channel, pull.version), value if cast is None else value.to(cast[1]))
 
-    def _number(self, slot: Slot, pull: Pull | PullRows) -> int | None:
+    def _number(self, slot: Slot, pull: Pull | PullRows | Order) -> int | None:
         match pull.when:
             case "step":
                 return pull.version if slot.held else pull.version - 1
@@ -424,6 +479,8 @@ class Server:
         for name in self._counting:
             sent += self._count(name)
         sent += self._advance()
+        for name in self._tables:
+            sent += self._do_together(name)
         if not self._attendance.live:
             waiting, self._at_end = self._at_end, []
             for sender, pull in waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Protocol, cast
 import torch
 
 from syncwright.capture.state import Binding
-from syncwright.errors import RequestError
+from syncwright.capture.tables import as_its_own, into
+from syncwright.errors import RequestError, TableError, TableFull
 from syncwright.job import Job
+from syncwright.nn.hash_embedding import HashTable
 from syncwright.plan import Plan
 from syncwright.program import Program
+from syncwright.runtime import replica_tables as tables
 from syncwright.runtime.agreement import check_equal, digest, replicated
 from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluations, Rows
@@ -33,6 +37,9 @@ from syncwright.runtime.replica import Examples, Part, Replica, count_examples
 from syncwright.runtime.sharding import rows_of
 from syncwright.runtime.ticking import Ticking
 from syncwright.runtime.transport import Outlet
+from syncwright.tables import Saved
+
+log = logging.getLogger("syncwright")
 
 OUTER = "outer"
 """The key of outer optimizers' state in a job's."""
@@ -175,8 +182,7 @@ class Session:
             values = self.replicas[0].shared
             without = set() if deferred else self.apart()
             (served,) = self._joined.drive([self.replicas[0].served(without)])
-            values.update(served)
-            self.binding.write(values)  # type: ignore[arg-type]
+            self._write({**values, **served})
 
     def apart(self) -> set[str]:
         """What servers keep of parameters that are deferred."""
@@ -211,7 +217,7 @@ class Session:
         if self.replicas:
             without = self.apart()
             served = self._joined.drive([replica.finish(without) for replica in self.replicas])
-            self.binding.write({**self.replicas[0].shared, **served[0]})  # type: ignore[arg-type]
+            self._write({**self.replicas[0].shared, **served[0]}, ends=True)
             if without and self.job is not None:
                 leave_behind(self.binding, self.job, asked_for=self._read_at == self.step_count)
 
@@ -219,6 +225,30 @@ class Session:
         """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
         if self.replicas:
             self._joined.drive([replica.meet_last() for replica in self.replicas])
+
+    def export(self, table: HashTable, since: int | None) -> Saved:
+        """What servers hold of a table of any ids, or what changed in it since an export; all trainers ask for it."""
+        name = self._name_of(table)
+        number = -1 if since is None else since
+        found = self._joined.drive([replica.order(name, "export", number=number) for replica in self.replicas])
+        return as_its_own(self.binding, name, tables.exported(found[0]))
+
+    def restore(self, table: HashTable, saved: Saved) -> None:
+        """Servers hold what trainer 0 gives; of what changed, on top of what is there."""
+        name, brings = self._name_of(table), tables.part_of_saved(saved)
+        given = [brings if replica.rank == 0 else tables.nothing for replica in self.replicas]
+        self._joined.drive([r.order(name, "restore", each) for r, each in zip(self.replicas, given, strict=True)])
+
+    def observe(self, table: HashTable, told: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Tells servers shows and clicks of ids, from each trainer of this process."""
+        name, brings = self._name_of(table), [tables.told(*each) for each in told]
+        self._joined.drive([r.order(name, "observe", each) for r, each in zip(self.replicas, brings, strict=True)])
+
+    def shrink(self, table: HashTable) -> torch.Tensor:
+        """Removes rows on servers; their ids, ascending."""
+        name = self._name_of(table)
+        found = self._joined.drive([replica.order(name, "shrink") for replica in self.replicas])
+        return torch.cat([each["ids"] for each in found[0]]).sort().values
 
     def leave(self) -> None:
         """Tells servers that these trainers take part in no further step."""
@@ -229,6 +259,37 @@ class Session:
         """Tells servers that these trainers end early."""
         for replica in self.replicas:
             replica.client.fail(reason)
+
+    def _name_of(self, table: HashTable) -> str:
+        """The name of a table that servers keep. Raises `TableError` for any other."""
+        kept = self.job.unbounded if self.job is not None else ()
+        name = next((name for name in kept if self.binding.tables[name] is table), None)
+        if name is None:
+            raise TableError(
+                f"found {type(table).__name__}, which servers do not keep; expected one of: {', '.join(kept) or 'none'}. Give a "
+                "HashEmbedding of the model that the job trains, after the first step (or with distribute(..., example=))."
+            )
+        return name
+
+    def _write(self, values: Mapping[str, object], ends: bool = False) -> None:
+        """Into the user's objects. A table that its module cannot hold stays as it was, which at the end is only said."""
+        for name in [name for name in values if name in self.binding.tables]:
+            found = values[name]
+            if isinstance(found, Saved):
+                into(self.binding, name, found)
+            elif isinstance(found, int):
+                why = (
+                    f"'{name}' has {found} rows on servers, and its module has a capacity of "
+                    f"{self.binding.tables[name].capacity}. Its rows stay there: take them by export(), or give the module a "
+                    "larger capacity."
+                )
+                if not ends:
+                    raise TableFull(why)
+                log.warning("%s", why)
+        rest = {
+            n: value for n, value in values.items() if n not in self.binding.tables or isinstance(value, torch.Tensor)
+        }
+        self.binding.write(rest)  # type: ignore[arg-type]
 
     @property
     def _joined(self) -> Peers:

@@ -9,7 +9,7 @@ import torch
 
 from syncwright.program import Program, Role
 from syncwright.runtime.merging import Counting
-from syncwright.runtime.messages import Address, Pull, PullRows
+from syncwright.runtime.messages import Address, Order, Pull, PullRows
 from syncwright.shapes import is_host
 
 
@@ -54,7 +54,7 @@ class Slot:
     readers: list[Running] = field(default_factory=list)
     kept: int = 0
     values: dict[int, object] = field(default_factory=dict)
-    parked: list[tuple[Address, Pull | Asked]] = field(default_factory=list)
+    parked: list[tuple[Address, Pull | Asked | Order]] = field(default_factory=list)
 
     @property
     def newest(self) -> int | None:

@@ -15,6 +15,7 @@ import torch
 
 from syncwright.errors import JobError, PeerLost
 from syncwright.job import Job
+from syncwright.nn.hash_embedding import HashTable
 from syncwright.plan import Plan
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.deadlines import Deadlines
@@ -33,6 +34,7 @@ from syncwright.runtime.session import Session, Training
 from syncwright.runtime.sharding import shard
 from syncwright.runtime.sockets import SocketTransport
 from syncwright.runtime.ticking import check_scheduler
+from syncwright.tables import Saved
 
 log = logging.getLogger("syncwright")
 _generations = itertools.count()
@@ -212,7 +214,8 @@ class Trainer:
     def rows(self, name: str, at_a_time: int = 2**16) -> Iterator[tuple[int, torch.Tensor]]:
         """What servers keep of a variable ("table.weight", or state: "table.weight.sum"), as of the steps done: (number of
         the first row, rows), in order, without ever holding the whole. Rows of a variable that is no table come a piece at a
-        time. Any trainer may ask, between two of its steps; raises `RequestError` for a name that servers do not keep.
+        time. Any trainer may ask, between two of its steps; raises `RequestError` for a name that servers do not keep, and for
+        rows by virtual shards or of any ids, which have no order.
         """
         with self._noting():
             yield from self._session.rows(name, at_a_time)
@@ -221,6 +224,28 @@ class Trainer:
         """Takes what `state_dict` gave, here under any plan or in plain PyTorch. All trainers must call it."""
         with self._noting():
             self._session.load_state_dict(state)
+
+    def export(self, table: HashTable, since: int | None = None) -> Saved:
+        """All rows of a `HashEmbedding` that servers keep, or those that changed since the export with the mark `since`, with
+        the optimizer's state per row; as `HashEmbedding.export`. Like the next three, all trainers call it, between the same
+        two steps: it is done once, when all have. Raises `TableError` where it cannot be."""
+        with self._noting():
+            return self._session.export(table, since)
+
+    def restore(self, table: HashTable, saved: Saved) -> None:
+        """Servers, however many, hold what was exported: trainer 0's `saved`. What changed goes on top of what is there."""
+        with self._noting():
+            self._session.restore(table, saved)
+
+    def observe(self, table: HashTable, ids: torch.Tensor, shows: torch.Tensor, clicks: torch.Tensor) -> None:
+        """Adds to the shows and clicks of ids, of this trainer's own; those of all trainers count."""
+        with self._noting():
+            self._session.observe(table, [(ids, shows, clicks)])
+
+    def shrink(self, table: HashTable) -> torch.Tensor:
+        """Removes rows as the table's `eviction` says; their ids, ascending, on every trainer."""
+        with self._noting():
+            return self._session.shrink(table)
 
     def close(self) -> None:
         """Writes the trained values back, leaves the job and frees everything. Safe to call twice. After an error that ended

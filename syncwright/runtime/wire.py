@@ -17,6 +17,8 @@ from syncwright.runtime.messages import (
     Hello,
     Leave,
     Message,
+    Order,
+    Part,
     Pull,
     PullRows,
     Push,
@@ -51,7 +53,9 @@ NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 
 Limit = Mapping[str, tuple[tuple[int | range, ...], torch.dtype]]
 """For every channel that may arrive, the shape and the dtype that its tensors have; a range: one of these sizes."""
-WITH_TENSOR = (Push, PullRows, Rows, Value)
+WITH_TENSOR = (Push, PullRows, Rows, Order, Part, Value)
+PACKED_NBYTES = 4 << 20
+"""The most bytes of packed tensors in one message (see `packed`)."""
 
 
 class WireError(JobError):
@@ -69,7 +73,23 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: Hello | Push | Pull | PullRows | Rows | Taken | Tick | Go | Value | Start | Resume | Leave | Failure
+    header: (
+        Hello
+        | Push
+        | Pull
+        | PullRows
+        | Rows
+        | Order
+        | Part
+        | Taken
+        | Tick
+        | Go
+        | Value
+        | Start
+        | Resume
+        | Leave
+        | Failure
+    )
     tensor: TensorHeader | None
     job: int = 0
 
@@ -162,6 +182,7 @@ def _check_header(first: FirstFrame) -> None:
             | Leave(step=number)
             | Resume(step=number)
             | Pull(version=number)
+            | Order(version=number)
             | Value(version=number)
             | Start(version=number)
             | Tick(clock=number)
@@ -178,7 +199,7 @@ def _check_header(first: FirstFrame) -> None:
     _check_tensor(header, spec)
 
 
-def _check_tensor(header: Push | PullRows | Rows | Value, spec: TensorHeader) -> None:
+def _check_tensor(header: Push | PullRows | Rows | Order | Part | Value, spec: TensorHeader) -> None:
     if spec.dtype not in DTYPES:
         raise WireError(f"{_about(header)}: dtype {spec.dtype!r} is none of {', '.join(DTYPES)}")
     if len(spec.shape) > 64:
@@ -204,13 +225,15 @@ def _check_limit(first: FirstFrame, limit: Limit | None, max_nbytes: int) -> Non
     header, spec = first.header, first.tensor
     if spec is not None and spec.nbytes > max_nbytes:
         raise WireError(f"{_about(header)}: {spec.nbytes} bytes; at most {max_nbytes} are accepted")
-    if limit is None or not isinstance(header, Push | Pull | PullRows | Rows | Value):
+    if limit is None or not isinstance(header, Push | Pull | PullRows | Rows | Order | Part | Value):
         return
     if header.channel not in limit:
         raise WireError(f"{_about(header)}: this job has no such channel")
     shape, dtype = limit[header.channel]
     if isinstance(header, PullRows):
         shape, dtype = shape[:1], torch.int64
+    elif isinstance(header, Order | Part):
+        shape, dtype = (range(PACKED_NBYTES + 1),), torch.uint8
     if spec is not None and not (_fits(spec.shape, shape) and spec.dtype == NAMES[dtype]):
         found = f"a tensor {spec.dtype} of shape {spec.shape}"
         raise WireError(f"{_about(header)}: {found}; expected {NAMES[dtype]} of shape {tuple(shape)}")
@@ -275,6 +298,8 @@ def _about(header: msgspec.Struct) -> str:
             | Pull(channel=channel)
             | PullRows(channel=channel)
             | Rows(channel=channel)
+            | Order(channel=channel)
+            | Part(channel=channel)
             | Taken(channel=channel)
             | Value(channel=channel)
             | Start(channel=channel)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from syncwright.errors import TableError
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """2**64 over the golden ratio, as int64: what splitmix64 adds before each of its numbers."""
 
+_BLOCK = 2**20
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
@@ -44,6 +47,22 @@ def shard_of(ids: Tensor, shards: int) -> Tensor:
     mixed = mix64(ids)
     half = _shifted(mixed, 1)
     return (half % shards * 2 + (mixed & 1)) % shards
+
+
+def ids_in(count: int, shards: int, start: int, stop: int) -> Tensor:
+    """Those of the ids 0 to count - 1 whose virtual shard is in [start, stop), ascending."""
+    found = []
+    for begin in range(0, count, _BLOCK):
+        ids = torch.arange(begin, min(begin + _BLOCK, count))
+        shard = shard_of(ids, shards)
+        found.append(ids[(start <= shard) & (shard < stop)])
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+@cache
+def count_in(count: int, shards: int, start: int, stop: int) -> int:
+    """How many those are."""
+    return len(ids_in(count, shards, start, stop))
 
 
 def fractions(bits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,6 +71,19 @@ class Saved:
         candidates = _part(tensors, "candidates") if "candidates.ids" in tensors else None
         numbers = {n.removeprefix("numbers."): t for n, t in tensors.items() if n.startswith("numbers.")}
         return Saved(None if since < 0 else since, mark, now, decays, rows, candidates, numbers)
+
+
+def joined(parts: Sequence[Saved]) -> Saved:
+    """One export of the exports of parts of a table (other ids in each), taken together."""
+    first = parts[0]
+    candidates = [each.candidates for each in parts if each.candidates is not None]
+    rows = _together([each.rows for each in parts])
+    return replace(first, rows=rows, candidates=_together(candidates) if candidates else None)
+
+
+def _together(parts: Sequence[Part]) -> Part:
+    columns = {name: torch.cat([each.columns[name] for each in parts]) for name in parts[0].columns}
+    return Part(torch.cat([p.ids for p in parts]), columns, torch.cat([p.removed for p in parts]))
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -146,12 +147,15 @@ class Table:
                 f"found since={since}; expected the mark of the last whole export or of a later one "
                 f"({self.rows.removals.since} to {self._mark}). Take a whole export: export()."
             )
-        parts = [None if store is None else store.part(since) for store in (self.rows, self.candidates)]
+        found = self._saved(since)
         self.clock[MARK] += 1
         if since is None:
             self._forget()
-        assert parts[0] is not None, "every table has rows"
-        return Saved(since, self._mark, int(self.clock[NOW]), int(self.clock[DECAYS]), parts[0], parts[1])
+        return replace(found, mark=self._mark)
+
+    def snapshot(self) -> Saved:
+        """All rows, copied, as a whole export has them; it is no export: later ones do not count from it."""
+        return self._saved(None)
 
     def restore(self, saved: Saved) -> None:
         """Holds what was saved; of what changed, on top of what is there.
@@ -179,6 +183,11 @@ class Table:
             store.restore(part, whole=whole)
         self.clock.copy_(torch.tensor([saved.now, saved.mark, saved.decays]))
         self._forget()
+
+    def _saved(self, since: int | None) -> Saved:
+        candidates = None if self.candidates is None else self.candidates.part(since)
+        now, mark, decays = (int(self.clock[item]) for item in (NOW, MARK, DECAYS))
+        return Saved(since, mark, now, decays, self.rows.part(since), candidates)
 
     @property
     def _mark(self) -> int:

@@ -7,16 +7,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from syncwright.errors import TableError
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.program import Along, Guard, Program, Role, Variable
 from syncwright.selection import Along as Cut
 from syncwright.selection import Selection
+from syncwright.tables.settings import Settings, from_text
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
 
 _NODE = r"%\w+"
 _ROLES = {role.value: role for role in Role}
 _ALONG: dict[str, Along] = {"batch": "batch", "unknown": "unknown"}
+_PARTS: dict[str, Cut] = {"rows": "rows", "elements": "elements", "shards": "shards", "ids": "ids"}
 
 
 def parse(text: str) -> Program:
@@ -142,14 +145,26 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     kept = tuple(line.sequence(lambda: _read_selection(line, name))) if line.accept("kept") else ()
     dynamic = line.sizes() if line.accept("dynamic") else ()
     initial = line.constant() if line.accept("initial") else None
-    return Variable(name, role, shape, dtype, of, sparse, aliases, selection, kept, lazy, along, dynamic, initial)
+    unbounded = _read_settings(line) if line.accept("unbounded") else None
+    facts = (selection, kept, lazy, along, dynamic, initial, unbounded)
+    return Variable(name, role, shape, dtype, of, sparse, aliases, *facts)
+
+
+def _read_settings(line: Line) -> Settings:
+    start = line.at
+    try:
+        return from_text(line.string("the settings of a table"))
+    except (ValueError, TypeError, KeyError, TableError):
+        line.at = start
+        line.fail("the settings of a table, as to_text writes them")
 
 
 def _read_selection(line: Line, of: str) -> Selection:
-    """`rows [0,2] on server 1`, `elements [0,64]`, `on server 0`"""
-    along: Cut = "rows" if line.accept("rows") else "elements" if line.accept("elements") else "all"
+    """`rows [0,2] on server 1`, `elements [0,64]`, `shards [0,512] of 1024 on server 0`, `on server 0`"""
+    along: Cut = line.choose(_PARTS, "") if line.peek() in _PARTS else "all"
     start, stop = _read_bounds(line) if along != "all" else (0, 0)
-    return Selection(of, along, start, stop, _read_rank(line) if line.accept("on") else None)
+    shards = int(line.match(r"\d+", "the number of shards")) if line.accept("of") else 0
+    return Selection(of, along, start, stop, _read_rank(line) if line.accept("on") else None, shards)
 
 
 def _read_rank(line: Line) -> int:

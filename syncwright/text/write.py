@@ -76,12 +76,15 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"dynamic {_sizes_text(variable.dynamic)}")
     if variable.initial is not None:
         facts.append(f"initial {variable.initial!r}")
+    if variable.unbounded is not None:
+        facts.append(f"unbounded {quote(variable.unbounded.to_text())}")
     return " ".join(facts)
 
 
 def _selection_text(selection: Selection) -> str:
-    """`rows [0,2] on server 1`; nothing for all of what trainers keep."""
+    """`rows [0,2] on server 1`, `shards [0,512] of 1024 on server 0`; nothing for all of what trainers keep."""
     bounds = "" if selection.bounds is None else f"{selection.along} {_sizes_text(selection.bounds)}"
+    bounds += f" of {selection.shards}" if selection.shards else ""
     server = "" if selection.server is None else f"on server {selection.server}"
     return f"{bounds} {server}".strip()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -47,7 +47,17 @@ def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
     """
     traffic, variables = traffic_of(program, unbucketed), _variables(program)
     rows = [_row(v, *_shared(v, program, plan), traffic.get(v.name, Traffic())) for v in variables]
-    totals = [("total", "", "", size_text(sum(v.nbytes for v in variables)), "", "", *_bytes(_sum(traffic)))]
+    totals = [
+        (
+            "total",
+            "",
+            "",
+            size_text(sum(v.nbytes for v in variables if v.unbounded is None)),
+            "",
+            "",
+            *_bytes(_sum(traffic)),
+        )
+    ]
     if OTHER in traffic:
         totals.insert(0, ("weights, norms, what the step returns", "", "", "", "", "", *_bytes(traffic[OTHER])))
     title = f"The plan for {roles_text(plan)}; sent and received: bytes per step of one trainer"
@@ -133,6 +143,8 @@ def _exchanged(job: Job) -> list[Job]:
 def _row(variable: Variable, sharing: str, owner: str, traffic: Traffic) -> tuple[str, ...]:
     kind = variable_type_text(variable) + (" sparse" if variable.sparse else "")
     size = size_text(variable.nbytes)
+    if variable.unbounded is not None:  # nobody knows its length
+        kind, size = f"{variable_type_text(replace(variable, shape=variable.shape[1:]))} for each id", ""
     return (variable.name, variable.role.value, kind, size, sharing, owner, *_bytes(traffic))
 
 
@@ -150,7 +162,8 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
         name += f", every {sharing.sync.every}"
     if len(sharing.sizes) > 1:
         few = len(sharing.sizes) <= _MANY_PIECES
-        name += f", rows {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
+        unit = "shards" if sharing.shards else "rows"
+        name += f", {unit} {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
     return name, _owner(sharing)
 
 
