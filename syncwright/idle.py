@@ -62,9 +62,7 @@ def _silence(program: Program) -> tuple[Program, set[Node]]:
                 node.args = (nothing, *node.args[1:])
             if node.target in ops.STARTS_ROWS:
                 with program.graph.inserting_before(node):
-                    none = known.call(
-                        program.graph, aten.full.default, [source.meta["val"].shape[0]], -1, dtype=torch.int64
-                    )  # type: ignore[union-attr]
+                    none = known.call(program.graph, aten.full.default, [0], 0, dtype=torch.int64)
                 node.update_arg(2, none)
         elif _is_own(program, node) or any(source in tainted for source in node.all_input_nodes):
             tainted.add(node)

@@ -180,7 +180,7 @@ MISTAKES = [
     (
         "default: {parameter_server: {partition: {evn: 2}}}",
         "rules, line 1, at default.parameter_server.partition.evn: found the key 'evn', expected one of "
-        "whole, blocks, even, uneven. Did you mean 'even' or 'uneven'?",
+        "whole, blocks, even, uneven, hashed. Did you mean 'even' or 'uneven'?",
     ),
     (
         "default: {parameter_server: {place: {on: -1}}}",

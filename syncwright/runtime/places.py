@@ -17,6 +17,11 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
     def has(self, ids: torch.Tensor) -> bool:
         """Whether all these ids live here."""
         return not len(ids) or (self.start <= int(ids.min()) and int(ids.max()) < self.stop)
@@ -34,6 +39,11 @@ class InShards:
     """Of a known vocabulary the rows of these ids, ascending: those of some virtual shards."""
 
     ids: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """See `Span`."""
+        return len(self.ids)
 
     def has(self, ids: torch.Tensor) -> bool:
         """See `Span`."""

@@ -67,7 +67,7 @@ class RowServer:
             return Asked(pull, own), None
         _unsettle(slot, pull.step, own)
         if name not in self._settled:
-            self._settled[name] = Settled(len(as_tensor(slot.values[slot.newest or 0])))
+            self._settled[name] = Settled(place.rows)
         settled = self._settled[name].ask(trainer, own, pull.step, slot.newest, live)
         if settled is None:
             return Asked(pull, own), None

@@ -1,4 +1,4 @@
-"""Run by tests/distributed/test_deferred.py: a deferred table on servers; trainers say what they took, and what came out."""
+"""Run by tests/distributed/test_deferred_processes.py: a deferred table on servers; what trainers took, and what came out."""
 
 from __future__ import annotations
 
