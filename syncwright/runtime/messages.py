@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import torch
@@ -184,7 +184,10 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
-HEADERS = (Hello, Push, Pull, PullRows, Rows, Order, Part, Taken, Tick, Go, Value, Start, Resume, Leave, Failure)
+AnyHeader = (
+    Hello | Push | Pull | PullRows | Rows | Order | Part | Taken | Tick | Go | Value | Start | Resume | Leave | Failure
+)
+HEADERS = get_args(AnyHeader)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,22 +197,6 @@ class Message:
     job: which it is of, as each numbers its rounds by itself: 0 is that of the steps, n the n-th of its exchanges.
     """
 
-    header: (
-        Hello
-        | Push
-        | Pull
-        | PullRows
-        | Rows
-        | Order
-        | Part
-        | Taken
-        | Tick
-        | Go
-        | Value
-        | Start
-        | Resume
-        | Leave
-        | Failure
-    )
+    header: AnyHeader
     tensor: torch.Tensor | None = None
     job: int = 0

@@ -12,9 +12,8 @@ import torch
 from syncwright.errors import JobError
 from syncwright.runtime.messages import (
     HEADERS,
-    Failure,
+    AnyHeader,
     Go,
-    Hello,
     Leave,
     Message,
     Order,
@@ -73,23 +72,7 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """All of a message but the bytes of its tensor."""
 
-    header: (
-        Hello
-        | Push
-        | Pull
-        | PullRows
-        | Rows
-        | Order
-        | Part
-        | Taken
-        | Tick
-        | Go
-        | Value
-        | Start
-        | Resume
-        | Leave
-        | Failure
-    )
+    header: AnyHeader
     tensor: TensorHeader | None
     job: int = 0
 
