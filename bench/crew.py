@@ -11,6 +11,7 @@ Only processes that `bench/starting.py` started, and those that descend from the
 from __future__ import annotations
 
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -160,11 +161,34 @@ def sent_bytes(crew: Crew) -> int:
     return proc.loopback_bytes(crew.ranks[0].process.pid)
 
 
+# --- stopping for others -----------------------------------------------------------------------------------
+
+
+def stop(crew: Crew) -> None:
+    """Nobody of the crew, and nobody who descends from it, runs until `go_on`."""
+    signal_all(crew, signal.SIGSTOP)
+
+
+def go_on(crew: Crew) -> None:
+    """After `stop`, or without it."""
+    signal_all(crew, signal.SIGCONT)
+
+
+def signal_all(crew: Crew, number: signal.Signals) -> None:
+    children = [child.process for child in [*crew.ranks, *crew.helpers]]
+    others = proc.descendants(process.pid for process in children)
+    for process in [*children, *others]:
+        with suppress(psutil.NoSuchProcess):  # a descendant may come and go
+            process.send_signal(number)
+
+
 # --- ending ----------------------------------------------------------------------------------------------
 
 
 def end(*crews: Crew, patience: float = 15.0) -> None:
     """Close the ranks, then the helpers, then the networks; terminate and kill who stays. Returns when all are gone."""
+    for crew in crews:
+        go_on(crew)
     ranks = [child for crew in crews for child in crew.ranks]
     helpers = [child for crew in crews for child in crew.helpers]
     others = proc.descendants(child.process.pid for child in [*ranks, *helpers])

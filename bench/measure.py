@@ -1,6 +1,6 @@
 """How the driver measures: starts in rounds, then blocks of steps in rounds, one contestant at a time.
 
-Between its turns a contestant's processes sleep on a socket. A contestant that cannot run or fails is
+Between its turns a contestant's processes sleep on a socket, and whose do not are stopped. A contestant that cannot run or fails is
 recorded with the reason and left out of what follows; it never stops the others.
 """
 
@@ -170,6 +170,7 @@ def start_round(
             warm_up(one, settings)
         else:
             crew.end(one.crew)
+        rest(one)
 
     attempt_all(everyone, act, say, seed=round_)
 
@@ -180,6 +181,12 @@ def begin(one: Measured, work: Work, cache: str, cache_folder: Path, folder: Pat
     answers = crew.begin(one.crew, settings.patience)
     one.first_step_seconds[cache].append(max(answer["seconds"] for answer in answers))
     one.losses = [global_loss(one.contestant, [answer["loss"] for answer in answers])]
+
+
+def rest(one: Measured) -> None:
+    """Until its next turn it takes nothing from the others."""
+    if one.contestant.restless:
+        crew.stop(one.crew)
 
 
 def ask(one: Measured, request: dict, settings: Settings) -> list[dict]:
@@ -206,8 +213,10 @@ def block_round(workload: str, everyone: Sequence[Measured], settings: Settings,
     """One timed block of everyone, in an order of the round's own."""
 
     def act(one: Measured) -> None:
+        crew.go_on(one.crew)
         ask(one, {"ask": "ready"}, settings)
         answers = ask(one, {"ask": "block", "steps": one.steps_per_block}, settings)
+        rest(one)
         one.seconds_per_step.append(max(answer["seconds"] for answer in answers) / one.steps_per_block)
 
     attempt_all(everyone, act, say, seed=round_)
@@ -231,9 +240,11 @@ def record_traffic(one: Measured, work: Work, folder: Path, settings: Settings, 
     try:
         if one.contestant.wire is not None:
             start_over_tcp(one, work, folder, settings)
+        crew.go_on(one.crew)
         before = crew.sent_bytes(one.crew)
         ask(one, {"ask": "block", "steps": TRAFFIC_STEPS}, settings)
         one.step_bytes = (crew.sent_bytes(one.crew) - before) / TRAFFIC_STEPS
+        rest(one)
     except BenchError as error:
         say(f"{one.contestant.name}: its bytes could not be counted: {error}")
 

@@ -39,6 +39,7 @@ class Contestant:
     unavailable     why it cannot run at all; None: it may
     wire            options that send over TCP, where it can be counted, what it sends otherwise; None: it does anyway
     counted         what it sends can be counted; False: it goes through memory that processes share, and no other way
+    restless        its processes use cores even when nothing is asked of them: they are stopped between its turns
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contestant:
     unavailable: str | None = None
     wire: Mapping[str, object] | None = None
     counted: bool = True
+    restless: bool = False
 
     @property
     def minibatches_per_step(self) -> int:

@@ -46,7 +46,10 @@ def ours(name: str, setting: Setting, compile: bool | str) -> Contestant:
 def rpc(name: str, setting: Setting) -> Contestant:
     servers = ("server",) * setting.servers
     return Contestant(
-        *(name, Kind.PEER, RPC, {"mode": setting.mode}, setting.trainers), helpers=servers, wire={"tcp": True}
+        *(name, Kind.PEER, RPC, {"mode": setting.mode}, setting.trainers),
+        helpers=servers,
+        wire={"tcp": True},
+        restless=True,  # a thread of TensorPipe's polls shared memory
     )
 
 
@@ -60,6 +63,7 @@ def ray(name: str, setting: Setting) -> Contestant:
         minibatches=setting.trainers,
         environment="ray",
         counted=False,
+        restless=True,
     )
 
 
