@@ -1,7 +1,7 @@
 """How the driver measures: starts in rounds, then blocks of steps in rounds, one contestant at a time.
 
-Between its turns a contestant's processes sleep on a socket, and whose do not are stopped. A contestant that cannot run or fails is
-recorded with the reason and left out of what follows; it never stops the others.
+Between its turns a contestant's processes sleep on a socket, and whose do not are stopped. A contestant that cannot
+run or fails is recorded with the reason and left out of what follows; it never stops the others.
 """
 
 from __future__ import annotations

@@ -212,6 +212,7 @@ runtime         what runs a job
     replay
     intercept
     serving
+    heap
     hosting
     joined
     trainer

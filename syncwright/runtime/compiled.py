@@ -36,19 +36,28 @@ class Compiled:
 
 
 class CompiledExecutor:
-    """Like `Executor`; updates written in place where nothing reads the old value afterwards."""
+    """Like `Executor`; updates written in place where nothing reads the old value afterwards.
 
-    def __init__(self, program: Program):
+    own  of the program's variables, those whose old value nobody else has; None: all
+    """
+
+    def __init__(self, program: Program, own: Collection[str] | None = None):
         self.program = program
         self._placeholders = program.placeholders
         self._results = program.results
         self._cut = cut(program)
         self._kept = _kept(program, self._cut)
-        self._in_place = _in_place(program, self._cut)
+        found = _in_place(program, self._cut)
+        self._in_place = {name: node for name, node in found.items() if own is None or name in own}
         self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
         self._frees = _frees(program, self._cut, self._items)
         self._parts = _Parts(self._cut.parts)
         self._writing = writes_in_place(program)
+
+    @property
+    def overwritten(self) -> Collection[str]:
+        """Variables whose new value takes the place of the old one in memory."""
+        return self._in_place.keys()
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import zmq
 
 from syncwright.job import Job
 from syncwright.runtime.heartbeat import Heartbeat
+from syncwright.runtime.interpreter import Compiler, Interpreter
 from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.limits import limits_of
 from syncwright.runtime.meeting import Meeting
@@ -30,13 +32,17 @@ class Hosted:
         self._meeting = meeting
         self._threads: list[ServerThread] = []
 
-    def start(self, job: Job, ticking: Ticking | None = None, records: Records = NO_RECORDS) -> None:
+    def start(
+        self, job: Job, ticking: Ticking | None = None, records: Records = NO_RECORDS, compiles: bool = False
+    ) -> None:
         """Starts the servers that live here, with what they tick and with records of what they make. A server's process serves
         until the job ends, and ends."""
         place = self._meeting.place
         self.context = zmq.Context() if place.alone else None
         for address in place.hosted(len(job.servers)):
-            server = JointServer(job, address.rank, ticking=ticking, records=records)
+            with self._meeting.busy("compiling the updates") if compiles else nullcontext():
+                compute = Compiler() if compiles else Interpreter()
+                server = JointServer(job, address.rank, compute, ticking, records)
             if place.me.kind is Kind.SERVER:
                 self._serve(server, address)
             else:

@@ -14,7 +14,7 @@ import torch
 
 from syncwright.errors import Disagreement
 from syncwright.job import Channel, Job
-from syncwright.program import Program
+from syncwright.program import Program, Role
 from syncwright.runtime.devices import HOST, device_for, devices_of, moved, taken_to
 from syncwright.runtime.interpreter import Compute, Interpreter
 from syncwright.runtime.merging import Attendance, Contribution, Counting, counting
@@ -60,6 +60,7 @@ class Server:
     lost     trainers that it goes on without
     records  of what was deferred, from which it makes its own part
     refused  messages that make no sense for the job, by what is wrong with them: they change nothing
+    overwritten  state whose newer value takes the place of the older in memory
     """
 
     def __init__(
@@ -96,11 +97,27 @@ class Server:
         }
         self._pulled: dict[tuple[str, int], object] = {}
         self._holds = {v.name: v for v in part.holds}
+        self.overwritten = self._prepared()
         in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
-        self._rows, self._tables = RowServer(job, rank, in_place), TableServer(job, rank)
+        self._rows, self._tables = RowServer(job, rank, in_place | self.overwritten), TableServer(job, rank)
 
     def _placed(self, program: Program) -> Program:
         return moved(program, device_for(program, self._devices))
+
+    def _prepared(self) -> set[str]:
+        """Makes programs ready to run; returns the state that they overwrite: trainers pull copies of it."""
+        found: set[str] = set()
+        for program in [running.program for running in self._running]:
+            of_rows = any(name in self._counting and self._channel(name).rows for name in program.reads)
+            if not of_rows and device_for(program, self._devices) == HOST:
+                found |= set(self._compute.prepare(program, {n for n in program.writes if self._is_own(program, n)}))
+        return found
+
+    def _is_own(self, program: Program, name: str) -> bool:
+        """Whether nobody keeps a value of a variable that the program replaces by a newer one."""
+        slot = self._slots[name, ""]
+        single = slot.held and slot.kept == 1 and len(slot.readers) == 1
+        return single and program.variables[name].role is Role.STATE and name not in self._exports
 
     def _channel(self, name: str) -> Channel:
         return self._counting[name].channel
@@ -270,8 +287,10 @@ class Server:
             version = max((r.step for r in slot.readers), default=0)
         if name in self._fixed or name in self._arriving:
             slot.values.clear()
-        at_home = isinstance(value, Column) or value is None
-        slot.values[version] = value if at_home else taken_to(self._devices.get(name, HOST), as_tensor(value))
+        if not isinstance(value, Column) and value is not None:
+            there = as_tensor(value).clone() if name in self.overwritten else as_tensor(value)
+            value = taken_to(self._devices.get(name, HOST), there)
+        slot.values[version] = value
         return self._answer(name, slot)
 
     def _resume(self, step: int) -> list[Outgoing]:

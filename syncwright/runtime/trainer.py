@@ -19,6 +19,7 @@ from syncwright.nn.hash_embedding import HashTable
 from syncwright.plan import Plan
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.deadlines import Deadlines
+from syncwright.runtime.heap import keep_freed_memory
 from syncwright.runtime.hosting import Hosted
 from syncwright.runtime.intercept import FirstStep, intercepted
 from syncwright.runtime.joined import Joined
@@ -339,7 +340,9 @@ class Trainer:
         self._meeting.agree(job)
         if job.survives_losses and self.place.servers and self.place.me == FIRST:
             self._meeting.survive()
-        self._hosted.start(job, self._session.ticking(job), self._session.records())
+        keep_freed_memory()
+        compiles = self._session.programs().compiles()
+        self._hosted.start(job, self._session.ticking(job), self._session.records(), compiles)
         atexit.register(self._at_exit)
         self._transport = SocketTransport(
             *(self.place.me, self._meeting.rendezvous, len(job.servers)),
