@@ -166,6 +166,7 @@ runtime         what runs a job
     limits
     traffic
     guard
+    parcels
     intake
     metrics
     sockets

@@ -37,6 +37,7 @@ from syncwright.runtime.messages import (
     Tick,
     Value,
 )
+from syncwright.runtime.parcels import LARGEST_NBYTES
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_client import NEVER, RowClient
 from syncwright.runtime.table_client import TableClient
@@ -214,6 +215,11 @@ class Client:
             self.transport.progress(self.step, f"pull {channel}")
             self.ask([(channel, 0)], version, when)
         return self._got.get(key)
+
+    def collect(self, channel: str, version: int, when: When) -> torch.Tensor | None:
+        """Like `fetch`, of what is kept or given to the user: nobody else has its memory."""
+        value = self.fetch(channel, version, when)
+        return value if value is None or value.nbytes > LARGEST_NBYTES else value.clone()
 
     def fresh(self) -> int:
         """A number to fetch values by that no earlier answer stands for."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import zmq
 
 from syncwright.runtime.bundles import Frames, opened
 from syncwright.runtime.limits import Limits
 from syncwright.runtime.messages import Address, Message
+from syncwright.runtime.parcels import Parcels
 from syncwright.runtime.traffic import MALFORMED, OVERSIZED, REFUSED, STRANGER, Traffic
 from syncwright.runtime.wire import WireError, decode
 
@@ -20,12 +23,13 @@ class Intake:
     limit     what this role may be sent, and by whom; None accepts anything that is well formed
     visitors  who comes to a socket that is bound, by how they call themselves there
     peers     who is at the other end of a socket that is connected
+    parcels   what they hand over in memory
     """
 
-    def __init__(self, limit: Limits | None, traffic: Traffic) -> None:
+    def __init__(self, limit: Limits | None, traffic: Traffic, parcels: Parcels) -> None:
         self.visitors: dict[bytes, Address] = {}
         self.peers: dict[zmq.Socket, Address] = {}
-        self._limit, self._traffic = limit, traffic
+        self._limit, self._traffic, self._parcels = limit, traffic, parcels
         self._most_frames = MOST_FRAMES if limit is None else limit.frames
 
     def take(self, socket: zmq.Socket) -> list[tuple[Address, Message]]:
@@ -53,14 +57,16 @@ class Intake:
     def _read(self, peer: Address, frames: Frames) -> tuple[Address, Message] | None:
         reason = MALFORMED
         try:
-            message = decode(frames, given=True) if self._limit is None else self._limit.read(frames, given=True)
+            read = decode if self._limit is None else self._limit.read
+            message = read(frames, given=True, find=partial(self._parcels.find, peer))
             if self._limit is not None:
                 reason = REFUSED
                 self._limit.check(peer, message.header, message.job)
         except WireError as error:
             self._traffic.drops.drop(peer, reason, str(error))
             return None
-        self._traffic.received(peer, message.header, frames)
+        beside = message.tensor.nbytes if message.tensor is not None and len(frames) == 1 else 0
+        self._traffic.received(peer, message.header, frames, beside)
         return peer, message
 
 

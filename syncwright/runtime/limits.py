@@ -10,6 +10,7 @@ import torch
 from syncwright.job import Job, ServerPart
 from syncwright.program import Variable
 from syncwright.runtime.messages import (
+    Accepted,
     Address,
     Failure,
     Go,
@@ -18,6 +19,7 @@ from syncwright.runtime.messages import (
     Kind,
     Leave,
     Message,
+    Offer,
     Order,
     Part,
     Pull,
@@ -30,7 +32,7 @@ from syncwright.runtime.messages import (
     Tick,
     Value,
 )
-from syncwright.runtime.wire import CHUNK_NBYTES, PACKED_NBYTES, Limit, WireError, decode
+from syncwright.runtime.wire import CHUNK_NBYTES, PACKED_NBYTES, Find, Limit, WireError, decode
 
 Form = tuple[tuple[int | range, ...], torch.dtype]
 
@@ -67,9 +69,9 @@ class Limits:
         sizes = [PACKED_NBYTES if self.tables else 0, *(_most_nbytes(shape, dtype) for shape, dtype in forms)]
         return 1 + -(-max(sizes, default=0) // CHUNK_NBYTES)
 
-    def read(self, frames: Sequence[bytes | memoryview], *, given: bool = False) -> Message:
-        """The message that these frames are; `WireError` where no role may send it to this one. `given`: `wire.decode`'s."""
-        return decode(frames, self.forms, exchanges=[each.forms for each in self.exchanges], given=given)
+    def read(self, frames: Sequence[bytes | memoryview], *, given: bool = False, find: Find | None = None) -> Message:
+        """The message that these frames are; `WireError` where no role may send it to this one. The rest: `wire.decode`'s."""
+        return decode(frames, self.forms, exchanges=[each.forms for each in self.exchanges], given=given, find=find)
 
     def check(self, sender: Address, header: Header, job: int = 0) -> None:
         """`WireError` if `sender` has no business to send this, of the steps' job or of that of an exchange."""
@@ -100,7 +102,7 @@ class Limits:
                 self._check(sender, header, sender == FIRST and self.serves)
             case Hello() | Leave() | Tick():
                 self._check(sender, header, by_trainer and self.serves)
-            case Failure():
+            case Failure() | Offer() | Accepted():
                 pass
 
     def _check(self, sender: Address, header: Header, allowed: bool) -> None:

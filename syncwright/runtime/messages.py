@@ -184,10 +184,38 @@ class Failure(Header, frozen=True, tag="failure"):
     reason: str
 
 
+class Offer(Header, frozen=True, tag="offer"):
+    """To a role of the same host: memory of the sender's, in which it could hand tensors over. See `parcels`.
+
+    pid, descriptor  the process that has it open, and as what
+    inode, nbytes    which memory that must be
+    """
+
+    pid: int
+    descriptor: int
+    inode: int
+    nbytes: int
+
+
+class Accepted(Header, frozen=True, tag="accepted"):
+    """The sender can read the memory that the receiver has offered."""
+
+
 AnyHeader = (
-    Hello | Push | Pull | PullRows | Rows | Order | Part | Taken | Tick | Go | Value | Start | Resume | Leave | Failure
-)
+    Hello | Push | Pull | PullRows | Rows | Order | Part | Taken | Tick | Go | Value | Start | Resume | Leave
+) | (Failure | Offer | Accepted)
 HEADERS = get_args(AnyHeader)
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a tensor lies in memory that its sender has offered.
+
+    start  of its bytes
+    mark   the byte that the receiver makes 0 when it is done with the tensor
+    """
+
+    start: int
+    mark: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -200,7 +200,7 @@ class Outer:
     ) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         found = []
         for name, variable in variables.items():
-            while (value := self.client.fetch(name, number, when)) is None:
+            while (value := self.client.collect(name, number, when)) is None:
                 yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
             found.append((variable, value))
         return joined(self._exchange.job, found)

@@ -311,7 +311,7 @@ class Replica:
             if name in without or name in by_id:
                 continue
             version = fresh if name in self.job.arriving else self.step_count
-            while (value := self.client.fetch(name, version, when)) is None:
+            while (value := self.client.collect(name, version, when)) is None:
                 yield Blocked("state" if when == "now" else UNTIL_ALL_LEFT, name)
             found.append((variable, value))
         self.client.release()

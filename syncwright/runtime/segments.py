@@ -16,6 +16,7 @@ from syncwright.shapes import is_host
 
 aten = torch.ops.aten
 MOST_SEGMENTS = 8
+HEAVY_NBYTES = 1 << 20
 LONG_FORWARD = 24
 """So many nodes of forward, and more, are a segment of their own."""
 
@@ -111,7 +112,7 @@ class _Cutter:
     def _send(self, node: Node) -> None:
         self.sends.append(node)
         self.inside.add(node)
-        if len(self.open.nodes) >= self.enough or not self.open.nodes:
+        if len(self.open.nodes) >= self.enough or not self.open.nodes or _is_heavy(node):
             self._close()
 
     def _receive(self, node: Node) -> None:
@@ -134,6 +135,12 @@ class _Cutter:
         self.items.extend(self.sends)
         self.open, self.sends = Segment(), []
         self.inside = set()
+
+
+def _is_heavy(node: Node) -> bool:
+    """Whether a server has so much to do with what is sent that it had better begin while the next segment runs."""
+    sent = node.args[0]
+    return node.target is ops.push and isinstance(sent, Node) and sent.meta["val"].nbytes >= HEAVY_NBYTES
 
 
 def _loose(nodes: Sequence[Node]) -> set[Node]:

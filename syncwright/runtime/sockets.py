@@ -21,12 +21,13 @@ from syncwright.runtime.guard import Guard, present
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.intake import Intake
 from syncwright.runtime.limits import Limits
-from syncwright.runtime.messages import Address, Kind, Message
+from syncwright.runtime.messages import Accepted, Address, Kind, Message, Offer
 from syncwright.runtime.metrics import Metrics
+from syncwright.runtime.parcels import Parcels, is_available
 from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
-from syncwright.runtime.traffic import Traffic
+from syncwright.runtime.traffic import MALFORMED, Traffic
 from syncwright.runtime.transport import Work
-from syncwright.runtime.wire import CHUNK_NBYTES, encode
+from syncwright.runtime.wire import CHUNK_NBYTES, WireError, encode
 
 SLICE_SECONDS = 0.5
 """How long a receive sleeps before it looks whether somebody is lost."""
@@ -74,7 +75,8 @@ class SocketTransport:
         self._place = rendezvous.place
         self._everyone = rendezvous.place.everyone(servers)
         self.traffic = Traffic(me, self._everyone)
-        self._intake = Intake(limit, self.traffic)
+        self._parcels = Parcels(me)
+        self._intake = Intake(limit, self.traffic, self._parcels)
         self._servers = [peer for peer in self._everyone if peer.kind is Kind.SERVER]
         self._deadlines = deadlines or Deadlines()
         self._own_context = context is None
@@ -111,10 +113,11 @@ class SocketTransport:
         """
         if to.kind is Kind.TRAINER and self._binding is None:
             raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
-        frames = encode(message)
-        self.traffic.sent(to, message.header, frames)
+        place = self._parcels.place(to, message)
+        frames = encode(message, place)
+        self.traffic.sent(to, message.header, frames, 0 if place is None else message.tensor.nbytes)  # type: ignore[union-attr]
         bundle = self._bundles.setdefault(to, Bundle())
-        if is_small(frames):
+        if place is None and is_small(frames):
             bundle.add(frames)
             if bundle.nbytes >= BUNDLE_NBYTES:
                 self._send(to, bundle.take())
@@ -156,13 +159,29 @@ class SocketTransport:
             left = max(0.0, deadline - time.monotonic())
             if not self._ready:
                 self._pause(min(left, SLICE_SECONDS))
+            came = bool(self._ready)
             while self._ready:
-                self._inbox.extend(self._intake.take(self._ready.popleft()))
+                self._inbox.extend(each for each in self._intake.take(self._ready.popleft()) if self._is_for_us(*each))
                 if self._inbox:
                     return self._inbox.popleft()
+            if came and left > 0.0:
+                continue  # it was about memory: behind it may be the last words of who is lost
             self.watch()
             if left == 0.0:
                 return None
+
+    def _is_for_us(self, peer: Address, message: Message) -> bool:
+        """Whether a message is not one about memory, which are answered here."""
+        if not isinstance(message.header, Offer | Accepted):
+            return True
+        if self._binding is None or is_available(self._binding.url):
+            try:
+                for answer in self._parcels.take(peer, message.header):
+                    self.send(peer, answer)
+            except WireError as error:
+                self.traffic.drops.drop(peer, MALFORMED, str(error))
+            self.flush()
+        return False
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
@@ -215,7 +234,10 @@ class SocketTransport:
 
     def lost(self) -> frozenset[int]:
         """Trainers that are lost, of a job that goes on without them: the launcher's word, or messages do not reach them."""
-        return self._heartbeat.lost_trainers | self._unreachable
+        lost = self._heartbeat.lost_trainers | self._unreachable
+        if lost:
+            self._parcels.forget(Address(Kind.TRAINER, trainer) for trainer in lost)
+        return lost
 
     def watch(self) -> None:
         """Raises `PeerLost` if a role is known to be gone. Looks at what has arrived, waits for nothing."""
@@ -240,6 +262,7 @@ class SocketTransport:
             self.flush()
         if self._metrics is not None:
             self._metrics.close()
+        self._parcels.close()
         self._heartbeat.close()  # first: a connection that then breaks is no surprise to anyone
         self._collectives.close()
         linger = round(1000 * self._deadlines.linger)
@@ -285,6 +308,9 @@ class SocketTransport:
             self._intake.peers[dealer] = server
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
+            if is_available(endpoint.url):
+                for message in self._parcels.offer(server):
+                    self.send(server, message)
 
     def _dealer(self, server: Address) -> zmq.Socket:
         if server in self._ended:

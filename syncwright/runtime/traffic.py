@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Count:
-    """Changes: messages of one kind, and the bytes of their frames."""
+    """Changes: messages of one kind, and the bytes of their frames and of what was handed over beside them."""
 
     messages: int = 0
     nbytes: int = 0
@@ -75,16 +75,20 @@ class Traffic:
         """Seconds of those in which it waited for nobody in particular."""
         return self._anyone.waited
 
-    def sent(self, to: Address, header: Header, frames: Sequence[bytes | memoryview]) -> None:
+    def sent(self, to: Address, header: Header, frames: Sequence[bytes | memoryview], beside: int = 0) -> None:
+        """beside: bytes that were handed over in memory, not in frames."""
         count = self._flow(to).sent[type(header)]
         count.messages += 1
+        count.nbytes += beside
         for frame in frames:
             count.nbytes += len(frame)
 
-    def received(self, peer: Address, header: Header, frames: Sequence[bytes | memoryview]) -> None:
+    def received(self, peer: Address, header: Header, frames: Sequence[bytes | memoryview], beside: int = 0) -> None:
+        """beside: as of `sent`."""
         flow = self._flow(peer)
         count = flow.received[type(header)]
         count.messages += 1
+        count.nbytes += beside
         for frame in frames:
             count.nbytes += len(frame)
         if type(header) is Push:

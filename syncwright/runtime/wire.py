@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from syncwright.runtime.messages import (
     Message,
     Order,
     Part,
+    Place,
     Pull,
     PullRows,
     Push,
@@ -55,6 +56,8 @@ Limit = Mapping[str, tuple[tuple[int | range, ...], torch.dtype]]
 WITH_TENSOR = (Push, PullRows, Rows, Order, Part, Value)
 PACKED_NBYTES = 4 << 20
 """The most bytes of packed tensors in one message (see `packed`)."""
+Find = Callable[[Place, int], np.ndarray]
+"""The bytes of a tensor that lies elsewhere, and how many; raises `WireError` where there are none."""
 
 
 class WireError(JobError):
@@ -75,16 +78,18 @@ class FirstFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     header: AnyHeader
     tensor: TensorHeader | None
     job: int = 0
+    place: Place | None = None
 
 
 DECODER = msgspec.msgpack.Decoder(FirstFrame)
 ENCODER = msgspec.msgpack.Encoder()
 
 
-def encode(message: Message) -> list[bytes | memoryview]:
+def encode(message: Message, place: Place | None = None) -> list[bytes | memoryview]:
     """`Push("w", step=3, ...)` and 10 MB become a header frame, then views of 4, 4 and 2 MB of the tensor.
 
-    Nothing is copied if the tensor is contiguous and in host memory: it must not change until it is sent.
+    Nothing is copied if the tensor is contiguous and in host memory: it must not change until it is sent. Given the place
+    where its receiver finds the tensor, the header frame is all.
     """
     header, tensor = message.header, message.tensor
     if not isinstance(header, HEADERS):
@@ -95,10 +100,12 @@ def encode(message: Message) -> list[bytes | memoryview]:
         return [_first_frame(first)]
     if tensor.dtype not in NAMES:
         raise WireError(f"cannot send {_about(header)}: dtype {tensor.dtype} is none of {', '.join(DTYPES)}")
-    payload = _host_bytes(tensor)
-    spec = TensorHeader(NAMES[tensor.dtype], tuple(tensor.shape), payload.nbytes)
-    first = FirstFrame(header, spec, message.job)
+    spec = TensorHeader(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+    first = FirstFrame(header, spec, message.job, place)
     _check_header(first)
+    if place is not None:
+        return [_first_frame(first)]
+    payload = _host_bytes(tensor)
     chunks = [payload[at : at + CHUNK_NBYTES] for at in range(0, payload.nbytes, CHUNK_NBYTES)]
     return [_first_frame(first), *chunks]
 
@@ -110,6 +117,7 @@ def decode(
     exchanges: Sequence[Limit] = (),
     *,
     given: bool = False,
+    find: Find | None = None,
 ) -> Message:
     """The message that `encode` made these frames from; `WireError` for anything else.
 
@@ -117,7 +125,8 @@ def decode(
     exchanges: the same for each exchange of the job.
     max_nbytes: the largest tensor that is accepted.
     given: the frames are nobody else's, and the tensor may stay in their memory.
-    The tensor is in writable memory; new one unless it stays.
+    find: gives the bytes of a tensor that lies elsewhere, where it stays: nobody may write to it.
+    Any other tensor is in writable memory; new one unless it stays.
     """
     if not frames:
         raise WireError("a message of no frames; expected a header frame")
@@ -125,9 +134,21 @@ def decode(
     _check_header(first)
     _check_limit(first, limit if limit is None else _of_job(first, [limit, *exchanges]), max_nbytes)
     spec = first.tensor
+    if first.place is not None:
+        return _found(first, frames, find)
     _check_payload(first.header, spec.nbytes if spec else 0, [memoryview(f).nbytes for f in frames[1:]])
     tensor = None if spec is None else _tensor(first.header, spec, frames[1:], given)
     return Message(first.header, tensor, first.job)
+
+
+def _found(first: FirstFrame, frames: Sequence[bytes | memoryview], find: Find | None) -> Message:
+    header, spec, place = first.header, first.tensor, first.place
+    if spec is None or place is None or find is None or len(frames) > 1 or not spec.nbytes:
+        raise WireError(f"{_about(header)}: a tensor in another place than its frames, where none can be")
+    if spec.dtype == "bool":
+        raise WireError(f"{_about(header)}: a bool tensor in another place than its frames, where it may change")
+    found = torch.from_numpy(find(place, spec.nbytes)).view(DTYPES[spec.dtype]).view(spec.shape)
+    return Message(header, found, first.job)
 
 
 def _first_frame(first: FirstFrame) -> bytes:

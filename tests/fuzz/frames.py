@@ -23,6 +23,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,18 +33,39 @@ from torch.distributed import TCPStore
 
 import syncwright
 from syncwright.job import Job
+from syncwright.runtime import parcels
+from syncwright.runtime.bundles import MARK, opened
 from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.guard import present
 from syncwright.runtime.limits import Limits, limits_of
 from syncwright.runtime.meeting import Meeting
 from syncwright.runtime.membership import membership
-from syncwright.runtime.messages import Address, Failure, Hello, Kind, Leave, Message, Pull, Push, Resume, Value
+from syncwright.runtime.messages import (
+    Accepted,
+    Address,
+    Failure,
+    Go,
+    Hello,
+    Kind,
+    Leave,
+    Message,
+    Offer,
+    Order,
+    Part,
+    Pull,
+    Push,
+    Resume,
+    Rows,
+    Start,
+    Value,
+)
 from syncwright.runtime.metrics import url_key
+from syncwright.runtime.parcels import MARKS_NBYTES, PAGE, SPACE_NBYTES, Memory, Parcels
 from syncwright.runtime.rendezvous import Endpoint, Rendezvous
 from syncwright.runtime.server import Server
 from syncwright.runtime.sockets import SocketTransport, identity
 from syncwright.runtime.traffic import MALFORMED, OVERSIZED, REFUSED, STRANGER
-from syncwright.runtime.wire import CHUNK_NBYTES, WireError, encode
+from syncwright.runtime.wire import CHUNK_NBYTES, Find, WireError, encode
 
 T0, T1, S0 = Address(Kind.TRAINER, 0), Address(Kind.TRAINER, 1), Address(Kind.SERVER, 0)
 LARGEST_GROWTH_NBYTES = 64 << 20
@@ -116,8 +138,21 @@ class Mutations:
             self.deep,
             self.many,
             self.other,
+            self.elsewhere,
         )
-        return self.random.choice(kinds)(chosen)
+        drawn = self.random.choice(kinds)(chosen)
+        return self.bundled(drawn) if self.random.random() < 0.1 else drawn
+
+    def bundled(self, frames: Frames) -> Frames:
+        """In a bundle, that may be damaged."""
+        return self.random.choice([list, list, self.flipped, self.cut])([MARK + msgspec.msgpack.encode([frames])])
+
+    def elsewhere(self, frames: Frames) -> Frames:
+        """A tensor that would lie in memory that was offered."""
+        header, tensor, job, _ = msgspec.msgpack.decode(frames[0])
+        numbers = [0, PAGE, MARKS_NBYTES, MARKS_NBYTES + PAGE, SPACE_NBYTES - 4, SPACE_NBYTES, 2**63 - 1, 2**64 - 1, -1]
+        place = [self.random.choice(numbers), self.random.choice([0, 5, *numbers])]
+        return [msgspec.msgpack.encode([header, tensor, job, place]), *self.random.choice([[], frames[1:]])]
 
     def noise(self, _: Frames) -> Frames:
         return [self.random.randbytes(self.random.randrange(200)) for _ in range(self.random.randint(1, 3))]
@@ -141,7 +176,7 @@ class Mutations:
 
     def huge(self, frames: Frames) -> Frames:
         """Numbers in the header that are too large, negative, or of another type."""
-        header, tensor, job = msgspec.msgpack.decode(frames[0])
+        header, tensor, job, place = msgspec.msgpack.decode(frames[0])
         number = self.random.choice([2**31, 2**62, 2**63 - 1, 2**64 - 1, -1, -(2**63), 1e308, float("nan"), "9", None])
         if self.random.random() < 0.2:
             job = number
@@ -152,7 +187,7 @@ class Mutations:
         else:
             name = self.random.choice(list(header))
             header[name] = number
-        return [msgspec.msgpack.encode([header, tensor, job]), *frames[1:]]
+        return [msgspec.msgpack.encode([header, tensor, job, place]), *frames[1:]]
 
     def deep(self, frames: Frames) -> Frames:
         opened = self.random.choice([b"\x91", b"\x81\xa1a", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
@@ -169,18 +204,26 @@ class Mutations:
             [
                 Push(name, drawn.randrange(5), 1.0, {"optimizer.0.lr": 1.0, name: 2.0}),
                 *(Pull(f"{name}!", drawn.randrange(5)), Value(name, drawn.randrange(5)), Resume(drawn.randrange(99))),
+                *(Order(name, "shrink", 0, "now", 1), Part(name, 1), Start(name, 0, "", 1.0), Rows(name, 1), Go(1)),
+                Offer(os.getpid(), drawn.randrange(64), drawn.randrange(2**40), drawn.choice([0, 4096, SPACE_NBYTES])),
             ]
         )
-        tensor = torch.ones(drawn.randrange(1, 20)) if isinstance(header, Push | Value) else None
+        given = isinstance(header, Push | Value | Order | Part | Rows)
+        tensor = torch.ones(drawn.randrange(1, 20)) if given else None
         return [bytes(frame) for frame in encode(Message(header, tensor))]
 
 
-def reason_to_drop(frames: Frames, limits: Limits) -> str | None:
-    """Why a server drops this when it comes from trainer 1; None if it is a message of the job."""
+def reason_to_drop(frames: Frames, limits: Limits, find: Find) -> str | None:
+    """Why a server drops this when it comes from trainer 1; None if it is a message of the job, or several."""
     if len(frames) > limits.frames:
         return OVERSIZED
     try:
-        message = limits.read(frames)
+        together = opened(frames)
+        if len(together) > 1:
+            return None
+        message = limits.read(together[0], find=find)
+        if isinstance(message.header, Offer):
+            parcels.opened(message.header)
     except WireError:
         return MALFORMED
     try:
@@ -200,6 +243,7 @@ class Attack:
     context: zmq.Context
     endpoint: Endpoint
     limits: Limits
+    find: Find
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     guesses: int = 0
 
@@ -215,7 +259,7 @@ class Attack:
         foreigner = self.connected(identity(Address(Kind.TRAINER, 9), self.endpoint.token), self.endpoint.token)
         for number in range(count):
             frames = mutations.draw()
-            reason = reason_to_drop(frames, self.limits)
+            reason = reason_to_drop(frames, self.limits, self.find)
             if reason is None or mutations.random.random() < 0.1:
                 foreigner.send_multipart(frames)
                 self.sent[STRANGER, STRANGER] += 1
@@ -316,10 +360,16 @@ def attacked(
     before = pulled(zero, limits, 0)
     start, begun = memory_nbytes(process.pid, "VmRSS", reset=True), time.monotonic()
     endpoint = msgspec.json.decode(rendezvous.client().get(f"present/{S0}"), type=Endpoint)
-    attack = Attack(context, endpoint, limits)
+    memory, seen = Memory(), Parcels(S0)
+    seen.take(T1, memory.offer)
+    attack = Attack(context, endpoint, limits, partial(seen.find, T1))
     member = attack.connected(identity(T1, endpoint.token), endpoint.token)
+    member.send_multipart([bytes(frame) for frame in encode(Message(memory.offer))])
     right = [[bytes(frame) for frame in encode(message)] for message in right_messages(job, limits, 0)]
-    leaving = [[bytes(frame) for frame in encode(Message(header))] for header in (Leave(0), Failure("x"))]
+    leaving = [
+        [bytes(frame) for frame in encode(Message(header))]
+        for header in (Leave(0), Failure("x"), Accepted(), memory.offer)
+    ]
     attack.send_all(Mutations(random.Random(seed), [*right, *leaving]), messages, member)
     url = rendezvous.client().get(url_key(S0)).decode()
     dropped, refused = counted(url, messages)
