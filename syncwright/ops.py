@@ -4,8 +4,8 @@
 
 Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 
-    unique(ids, padding)                   the distinct ids, sorted, with the last one again and again behind them, to as many
-                                           as are given (see `distinct`); then for each tensor of ids the places of its ids
+    unique(ids, padding)                   the distinct ids, in any order, with the last one again and again behind them, to as
+                                           many as are given (see `distinct`); then for each tensor of ids the places of its ids
                                            among them. `padding` from 0 on: this id comes first, in one more place, whether it
                                            is given or not
     take_rows(x, ids)                      these rows of x
@@ -50,9 +50,16 @@ In the program of a trainer:
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import torch
 
 NAMESPACE = "syncwright"
+MOST_MARKS = 1 << 22
+"""Ids below this are made distinct by marks, four bytes each, in a sixth of the time that sorting takes."""
+
+_scratch = threading.local()
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define("gradient(Tensor x, str name) -> Tensor")
@@ -192,20 +199,43 @@ def _pull_rows(
 
 def _unique(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
     flat = torch.cat([each.reshape(-1) for each in ids]) if len(ids) > 1 else ids[0].reshape(-1)
-    found, places = torch.unique(flat, return_inverse=True)
     first = int(padding >= 0)
-    if first:
-        at = int(torch.searchsorted(found, padding))
-        given = at < len(found) and int(found[at]) == padding
-        later = places + 1 - (places > at).to(places.dtype) if given else places + 1
-        places = torch.where(places == at, 0, later) if given else later
-        found = torch.cat([found.new_full([1], padding), found[found != padding]])
+    given = torch.cat([flat.new_full([1], padding), flat]) if first else flat
+    found, places = _by_marks(given) if _has_marks(given) else torch.unique(given, return_inverse=True)
+    if first and int(found[0]) != padding:
+        at = int(places[0])
+        found = torch.cat([found[at : at + 1], found[:at], found[at + 1 :]])
+        places = torch.where(places == at, 0, places + (places < at).to(places.dtype))
     unique = torch.empty([flat.numel() + first], dtype=torch.int64)
     unique[: len(found)] = found
     unique[len(found) :] = found[-1:]
     sizes = [each.numel() for each in ids]
-    parts = zip(places.split(sizes), ids, strict=True)
+    parts = zip(places[first:].split(sizes), ids, strict=True)
     return [unique, *[part.view(each.shape).to(each.dtype) for part, each in parts]]
+
+
+def _has_marks(ids: torch.Tensor) -> bool:
+    """Whether ids are small enough to have a mark each."""
+    if ids.device.type != "cpu" or not len(ids):
+        return False
+    low, high = torch.aminmax(ids)
+    return int(low) >= 0 and int(high) < MOST_MARKS
+
+
+def _by_marks(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `torch.unique` with `return_inverse`, in the order in which ids come last: nothing is sorted.
+
+    [7, 3, 7] gives [3, 7] and [1, 0, 1].
+    """
+    given = ids.numpy()
+    if not hasattr(_scratch, "marks"):
+        _scratch.marks = np.empty(MOST_MARKS, np.int32)  # takes memory where it is written
+    marks, order = _scratch.marks, np.arange(len(given), dtype=np.int32)
+    marks[given] = order
+    last = marks[given]
+    chosen = last == order
+    ranks = np.cumsum(chosen, dtype=np.int64) - 1
+    return torch.from_numpy(given[chosen]), torch.from_numpy(ranks[last])
 
 
 def distinct(ids: torch.Tensor) -> int:
