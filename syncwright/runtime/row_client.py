@@ -10,7 +10,7 @@ import torch
 from syncwright import ops
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
-from syncwright.runtime.rows import from_bits, write_rows
+from syncwright.runtime.rows import from_bits, where, write_rows
 from syncwright.tables.mixing import shard_of
 
 Send = Callable[[int, Message], None]
@@ -51,7 +51,7 @@ class Request:
             self.waiting.discard(header.channel)
         if header.some:
             mask = from_bits(header.some, self.count if places is None else len(places))
-            places = mask.nonzero().view(-1) if places is None else places[mask]
+            places = where(mask) if places is None else places[where(mask)]
         if places is None:
             self._whole[: self.count] = rows
         else:

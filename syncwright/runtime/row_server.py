@@ -11,7 +11,7 @@ import torch
 from syncwright.job import Channel, Job
 from syncwright.runtime.messages import Message, PullRows, Push, Rows
 from syncwright.runtime.places import AnyIds, Places, places_of
-from syncwright.runtime.rows import RowGradient, Settled, bits
+from syncwright.runtime.rows import RowGradient, Settled, bits, where
 from syncwright.runtime.served_table import Column
 from syncwright.runtime.slots import Asked, Slot, as_tensor
 
@@ -71,7 +71,7 @@ class RowServer:
         settled = self._settled[name].ask(trainer, own, pull.step, slot.newest, live)
         if settled is None:
             return Asked(pull, own), None
-        rows = self._rows_of(as_tensor(slot.values[slot.newest or 0]), own[settled], pull)
+        rows = self._rows_of(as_tensor(slot.values[slot.newest or 0]), own[where(settled)], pull)
         early = Message(Rows(pull.channel, pull.turn, bits(settled), last=False), rows)
         return Asked(pull, own, ~settled), early
 
@@ -81,7 +81,7 @@ class RowServer:
         if isinstance(table, Column):
             return Message(Rows(pull.channel, pull.turn), self._rows_by_id(trainer, asked, table))
         some = b"" if missing is None else bits(missing)
-        rows = self._rows_of(table, asked.ids if missing is None else asked.ids[missing], pull)
+        rows = self._rows_of(table, asked.ids if missing is None else asked.ids[where(missing)], pull)
         return Message(Rows(pull.channel, pull.turn, some), rows)
 
     def _rows_by_id(self, trainer: int, asked: Asked, table: Column) -> torch.Tensor:

@@ -155,7 +155,7 @@ class Settled:
 
     def __init__(self, rows: int):
         # By step + 1, in pages that take memory once they are touched.
-        self._asked = torch.from_numpy(np.zeros(rows, np.int32))
+        self._asked = np.zeros(rows, np.int32)
         self._latest: dict[int, int] = {}
 
     def ask(
@@ -163,12 +163,13 @@ class Settled:
     ) -> torch.Tensor | None:
         """Notes that a trainer will change rows in a step. Of rows for the step behind the one that runs: which have the
         value that they will have then; None where that is not known, or they are not for that step."""
-        before = self._asked.index_select(0, ids)
-        self._asked.index_copy_(0, ids, before.clamp(min=step + 1))
+        places = ids.numpy()
+        before = self._asked[places]
+        self._asked[places] = np.maximum(before, step + 1)
         self._latest[trainer] = max(step, self._latest.get(trainer, step))
         if running is None or step != running + 1 or any(self._latest.get(k, -1) < running for k in live):
             return None
-        return before <= running
+        return torch.from_numpy(before <= running)
 
 
 def bits(mask: torch.Tensor) -> bytes:
@@ -179,6 +180,11 @@ def bits(mask: torch.Tensor) -> bytes:
 def from_bits(packed: bytes, count: int) -> torch.Tensor:
     """The first `count` bits, as a mask."""
     return torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool))
+
+
+def where(mask: torch.Tensor) -> torch.Tensor:
+    """The places of what is true."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def has_rows(variable: Variable) -> bool:

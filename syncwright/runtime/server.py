@@ -87,6 +87,7 @@ class Server:
         self._ticking = {name: ticking.copied() for name in ticked} if ticking is not None else {}
         self._devices = devices_of(job, part)
         self._running = [running_of(self._placed(program), self._counting) for program in part.programs]
+        self._steps = Counter(running.step for running in self._running)
         self._slots = self._make_slots()
         self._due: deque[Running] = deque()
         self._settings = 0
@@ -161,7 +162,7 @@ class Server:
     @property
     def step(self) -> int:
         """The step that the slowest program runs next."""
-        return min((r.step for r in self._running), default=0)
+        return min(self._steps, default=0)
 
     @property
     def clocks(self) -> Mapping[int, int]:
@@ -301,6 +302,7 @@ class Server:
             if not running.clock:
                 running.step = max(running.step, step)
             self._due.append(running)
+        self._steps = Counter(running.step for running in self._running)
         for name, slot in [(name, slot) for (name, _), slot in self._slots.items() if slot.held]:
             sent += self._answer(name, slot)
         return sent + self._advance()
@@ -376,6 +378,7 @@ class Server:
         results = self._computed(running, inputs)
         step, sent = running.step, []
         running.step += 1
+        self._count_step(step)
         self._due.append(running)
         for name, value in results.items():
             held = self._slots[name, ""].held
@@ -387,6 +390,12 @@ class Server:
         for name in [name for name in results if name in self._tables]:
             sent += self._answer(name, self._slots[name, ""])
         return sent
+
+    def _count_step(self, done: int) -> None:
+        self._steps[done + 1] += 1
+        self._steps[done] -= 1
+        if not self._steps[done]:
+            del self._steps[done]
 
     def _computed(self, running: Running, inputs: Mapping[str, object]) -> Mapping[str, object]:
         """Runs a program; one that reads a gradient of rows on these rows, or on all of its table."""
