@@ -2,7 +2,7 @@
 
 The sender copies a tensor into a block of its own memory and says where it lies; the receiver reads it there, and says by
 one byte in that memory that it is done with it. A value for several receivers is copied once. Through ZeroMQ the same bytes
-are copied twice for each receiver, by the kernel (docs/design/0042).
+are copied twice for each receiver, by the kernel (docs/design/0030).
 """
 
 from __future__ import annotations
