@@ -14,6 +14,7 @@ from syncwright.runtime.limits import MOST_ROWS, limits_of
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.messages import Address, Kind, Message, Order, Part, Pull, PullRows, Push, Start, Value
 from syncwright.runtime.packed import chunks, pack, unpack
+from syncwright.runtime.server import Server
 from syncwright.runtime.wire import PACKED_NBYTES, WireError, decode, encode
 from syncwright.tables import shard_of
 from tests.test_unbounded import MAKE, VOCABULARY, WIDTH, batches, build, parts, started
@@ -204,3 +205,16 @@ def test_large_exports_travel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     job.restore(model.table, whole)
     job.sync()
     assert model.table.count() == len(whole.rows.ids) > 0
+
+
+def test_an_order_before_the_start_values_waits_for_them(job: Loopback) -> None:
+    """Trainer 1 may have captured its step, and ask, before trainer 0 says what the table begins with."""
+    server = Server(job.job, 0)
+    asked = Message(Order(TABLE, "export", 0, "step", 7), pack({}))
+    assert server.handle(T1, asked) == []
+    begun = {**an_export(job), "begin.sum": torch.tensor(0.0), "numbers.step": torch.tensor(1.0)}
+    assert server.handle(T0, Message(Order(TABLE, "set", 0, "step", 1), pack(begun))) == []
+    answers = server.handle(T0, asked)
+    assert not server.refused
+    assert {to for to, _ in answers} == {T0, T1}
+    assert all(message.header.turn == 7 for _, message in answers)

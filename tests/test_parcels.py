@@ -166,3 +166,16 @@ def test_sizes_that_vary_share_blocks() -> None:
         memory.write(torch.zeros(int(source.integers(20_000, 40_000))), 0)
         memory.release(0)
     assert memory._blocks <= 10
+
+
+def test_a_forked_reader_frees_nothing() -> None:
+    server, trainers = met(T0)
+    held = [handed(server, T0, trainers[T0], torch.zeros(COUNT))]
+    child = os.fork()
+    if child == 0:
+        held.clear()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert server._memory._marks.any(), "the parent still reads it"
+    held.clear()
+    assert not server._memory._marks.any()

@@ -113,7 +113,7 @@ class Parcels:
         if not (MARKS_NBYTES <= place.start <= last <= len(memory) and 0 <= place.mark < MARKS_NBYTES):
             raise WireError(f"a tensor at {place.start} of {nbytes} bytes, in memory of {len(memory)} bytes")
         found = memory[place.start : last]
-        weakref.finalize(found, memory.__setitem__, place.mark, 0).atexit = False
+        weakref.finalize(found, _done_with, memory, place.mark, os.getpid()).atexit = False
         return found
 
     def forget(self, peers: Iterable[Address]) -> None:
@@ -168,7 +168,7 @@ class Memory:
 
     def _fill(self, block: Block, tensor: torch.Tensor) -> None:
         there = torch.from_numpy(self._bytes[block.start : block.start + tensor.nbytes])
-        there.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        there.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         key, written = id(tensor), self._written
         block.source = weakref.ref(tensor, lambda _: written.pop(key, None))
         block.version = tensor._version
@@ -206,8 +206,16 @@ def opened(offer: Offer) -> np.ndarray:
         if not sealed or (found.st_ino, found.st_size) != (offer.inode, offer.nbytes) or offer.nbytes < MARKS_NBYTES:
             raise WireError(f"memory at {path} is another than the one that is offered")
         return np.frombuffer(mmap.mmap(file, offer.nbytes), np.uint8)
+    except OSError as error:
+        raise WireError(f"memory at {path} cannot be mapped: {error}") from error
     finally:
         os.close(file)
+
+
+def _done_with(memory: np.ndarray, mark: int, reader: int) -> None:
+    """Says that a parcel is free, unless this is a process that its reader has forked, such as a loader of data."""
+    if os.getpid() == reader:
+        memory[mark] = 0
 
 
 def _rounded(nbytes: int) -> int:

@@ -73,8 +73,6 @@ class TableServer:
             return f"this server keeps no table of any ids '{order.channel[:80]}'"
         if sender != FIRST and order.act == "set":
             return "trainer 0 sets values"
-        if part.table is None and order.act != "set":
-            return f"'{order.channel[:80]}' has no rows yet"
         if sender.rank in part.asked:
             return "it comes before the answer to another order"
         coming = part.coming.setdefault(sender, [])
@@ -118,9 +116,9 @@ class TableServer:
         part.asked[sender.rank] = order, part.ready.pop(sender)
 
     def due(self, name: str, version: int | None, live: Sequence[int]) -> bool:
-        """Whether all live trainers have asked for something, and the steps before it are done."""
+        """Whether all live trainers have asked for something, the table has been set and the steps before it are done."""
         part = self._parts.get(name)
-        if part is None or not part.asked or any(k not in part.asked for k in live):
+        if part is None or part.table is None or not part.asked or any(k not in part.asked for k in live):
             return False
         order = next(iter(part.asked.values()))[0]
         return order.when == "now" or (version is not None and version >= order.version)
