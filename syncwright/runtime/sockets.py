@@ -21,7 +21,7 @@ from syncwright.runtime.guard import Guard, present
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.intake import Intake
 from syncwright.runtime.limits import Limits
-from syncwright.runtime.messages import Accepted, Address, Kind, Message, Offer
+from syncwright.runtime.messages import Accepted, Address, Kind, Leave, Message, Offer
 from syncwright.runtime.metrics import Metrics
 from syncwright.runtime.parcels import Parcels, is_available
 from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
@@ -87,6 +87,7 @@ class SocketTransport:
         self._monitors: dict[Address, zmq.Socket] = {}
         self._sockets: list[zmq.Socket] = []
         self._ended: set[Address] = set()
+        self._left: set[Address] = set()
         self._binding: Binding | None = None
         self._guard: Guard | None = None
         self._metrics: Metrics | None = None
@@ -113,6 +114,8 @@ class SocketTransport:
         """
         if to.kind is Kind.TRAINER and self._binding is None:
             raise JobError(f"{self.me} sent a message to {to}; trainers send to servers only")
+        if type(message.header) is Leave:
+            self._left.add(to)
         place = self._parcels.place(to, message)
         frames = encode(message, place)
         self.traffic.sent(to, message.header, frames, 0 if place is None else message.tensor.nbytes)  # type: ignore[union-attr]
@@ -247,9 +250,10 @@ class SocketTransport:
             at = self._place.store
             raise PeerLost(f"{self.me} cannot go on: the job's store at {at} is gone with who hosts it. {STAY}")
         for server in [peer for peer, monitor in self._monitors.items() if monitor.poll(0)]:
-            if self.me.kind is Kind.TRAINER or not self._heartbeat.ended(server):
+            served = self.me.kind is Kind.TRAINER and server not in self._left
+            if served or not self._heartbeat.ended(server):
                 raise self._heartbeat.broken(f"{self.me} lost its connection to {server}", [server])
-            # A server may end before another server; a trainer is served until it leaves.
+            # A server may end before another server does; a trainer is served until it leaves, and may wait for another.
             self._poller.unregister(self._monitors.pop(server))
             self._ended.add(server)
 

@@ -126,6 +126,22 @@ def test_servers_talk_to_each_other_and_may_end_one_before_the_other(transport: 
         tell(zero, S1, Message(Leave(1)))
 
 
+def test_who_has_left_a_server_may_wait_for_another_when_that_ends(transport: Open) -> None:
+    servers = [transport(S0, servers=2), transport(S1, servers=2)]
+    zero = transport(T0, servers=2)
+    for server in servers:
+        tell(zero, server.me, Message(Pull("w", 1, "end")))
+        tell(zero, server.me, Message(Leave(1)))
+        assert isinstance(heard(server)[1].header, Pull)
+        assert isinstance(heard(server)[1].header, Leave)
+    tell(servers[1], T0, Message(Value("w", 1), torch.ones(1)))
+    servers[1].close()
+    assert heard(zero)[0] == S1
+    assert zero.receive(1.0) is None
+    tell(servers[0], T0, Message(Value("w", 1), torch.ones(1)))
+    assert heard(zero)[0] == S0
+
+
 def test_a_connection_that_breaks_is_a_lost_peer_after_its_last_words(transport: Open) -> None:
     server, zero = transport(S0), transport(T0)
     tell(zero, S0, Message(Hello("x")))
