@@ -14,6 +14,7 @@ from syncwright.errors import ClusterError
 from syncwright.typed import Amount, Count, Index, check_fields, decode
 
 Device = Literal["cpu", "cuda"]
+HOSTS = "SYNCWRIGHT_HOSTS"
 BANDWIDTH_GBPS, LATENCY_US = 10.0, 50.0
 _KEYS = ("trainers", "servers", "hosts", "device", "bandwidth_gbps", "latency_us")
 
@@ -121,8 +122,8 @@ class Cluster:
         """A cluster from what torchrun and Syncwright's launcher tell a process.
 
         WORLD_SIZE, LOCAL_WORLD_SIZE, RANK and GROUP_RANK are torchrun's: trainers, trainers per host, this
-        trainer, this host. SYNCWRIGHT_TRAINERS and SYNCWRIGHT_SERVERS are our launcher's. With none of them:
-        one trainer and no server.
+        trainer, this host. SYNCWRIGHT_TRAINERS and SYNCWRIGHT_SERVERS are our launcher's; SYNCWRIGHT_HOSTS says how
+        many trainers each host has. With none of them: one trainer and no server.
         """
         trainers = _count(environment, "SYNCWRIGHT_TRAINERS", least=1)
         world = _count(environment, "WORLD_SIZE", least=1)
@@ -130,9 +131,13 @@ class Cluster:
             raise ClusterError(
                 f"SYNCWRIGHT_TRAINERS: found {trainers}, expected {world} as WORLD_SIZE says. Unset one."
             )
-        total = trainers or world or 1
-        hosts = _host_names(environment, total)
-        return cls.of(total, _count(environment, "SYNCWRIGHT_SERVERS", least=0) or 0, hosts, device)
+        total, servers = trainers or world or 1, _count(environment, "SYNCWRIGHT_SERVERS", least=0) or 0
+        if HOSTS in environment:
+            counts = trainers_by_host(environment, total)
+            served = _evenly(servers, len(counts))
+            told = [(f"node{host}", *each) for host, each in enumerate(zip(counts, served, strict=True))]
+            return cls._counted(told, device, BANDWIDTH_GBPS, LATENCY_US)
+        return cls.of(total, servers, _host_names(environment, total), device)
 
     def host_of_trainer(self, trainer: int) -> str:
         return self._host_of("trainer", trainer, self.trainers)
@@ -145,6 +150,24 @@ class Cluster:
             if number in (host.trainers if role == "trainer" else host.servers):
                 return host.name
         raise ClusterError(f"{role}: found {number}, expected one of the {count}, which count from 0.")
+
+
+def trainers_by_host(environment: Mapping[str, str], trainers: int) -> tuple[int, ...]:
+    """How many trainers each host has, in the order of their numbers; () where the environment does not tell.
+
+    SYNCWRIGHT_HOSTS says it ("2,2"); else torchrun's LOCAL_WORLD_SIZE, where all hosts have as many.
+    """
+    if HOSTS in environment:
+        words = [word.strip() for word in environment[HOSTS].split(",")]
+        counts = tuple(int(word) if word.isascii() and word.isdigit() else 0 for word in words)
+        if 0 in counts or sum(counts) != trainers:
+            raise ClusterError(
+                f"{HOSTS}: found {environment[HOSTS]!r}, expected the number of trainers of each host, {trainers} together, such "
+                "as 2,2. Correct it for all roles, or unset it."
+            )
+        return counts
+    here = _count(environment, "LOCAL_WORLD_SIZE", least=1)
+    return (here,) * (trainers // here) if here is not None and trainers % here == 0 else ()
 
 
 def _evenly(total: int, hosts: int) -> list[int]:

@@ -30,6 +30,7 @@ class Channel:
     up_to     so many contributions of one trainer travel as one, while an earlier one is under way
     wire      dtype in which it travels, where that is not the variable's
     rows      of a table whose rows travel: those that its update writes, "touched" or "all"
+    on_host   trainers of one host have added theirs up: one of them contributes for all
     """
 
     variable: Variable
@@ -41,6 +42,7 @@ class Channel:
     wire: torch.dtype | None = None
     rows: Travelling = ""
     ticks: bool = False
+    on_host: bool = False
 
     @property
     def travelling(self) -> tuple[str, ...]:
@@ -264,7 +266,8 @@ class Job:
         plans = [self.plan, *(span.job.plan for span in self.spans)]
         syncs = [s.sync for plan in plans for s in plan.sharings]
         replicated = [s for s in syncs if isinstance(s, Replicated | LocalSteps) and served_by(s) is None]
-        return any(served_by(sync) is not None for sync in syncs) and not replicated
+        on_host = any(channel.on_host for channel in self.channels.values())
+        return any(served_by(sync) is not None for sync in syncs) and not replicated and not on_host
 
     @property
     def staleness(self) -> int | None:

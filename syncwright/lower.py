@@ -105,7 +105,7 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     roles = cut(step, plan.servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
     phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
-    digest = _digest(roles.trainer, roles.servers)
+    digest = _digest(roles.trainer, roles.servers, plan.hosts)
     kept = {variable.name for part in roles.servers for variable in part.holds}
     joined = {name: tuple(parts) for name, parts in flat_parts(step).items() if name in kept}
     shared = as_joined(step, plan).sharings
@@ -256,10 +256,11 @@ def communications(program: Program) -> list[Node]:
     return [n for n in program.graph.nodes if n.target in ops.COMMUNICATION]
 
 
-def _digest(step: Program, servers: Sequence[ServerPart]) -> str:
+def _digest(step: Program, servers: Sequence[ServerPart], hosts: Sequence[int]) -> str:
     """Equal on all roles that derived the same job. Batch shapes are left out."""
     lines = [f"{n.target} {n.args[1]}" for n in communications(step)]
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
+    lines += [f"hosts {hosts}"] if hosts else []
     return _hash([*lines, *_server_lines(servers)])
 
 

@@ -19,10 +19,10 @@ Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 In a whole program, which holds what every role does (see `place`); each names its channel, runs where its result is
 read, and its result is what is read there:
 
-    push.merged(x, channel, merge, take, up_to, dtype)
+    push.merged(x, channel, merge, take, up_to, dtype, weight)
                                            from trainers to servers: the trainers' contributions, merged, in `dtype`: one of
                                            each trainer (take 0), or so many as they come; up to so many of one trainer
-                                           travel as one
+                                           travel as one. With a `weight` (a tensor of one element), one of each host
     pull.value(x, channel, when, dtype)    from a server to every trainer, in `dtype`: as it is in this step ("step"), in the
                                            step before ("before"), "now", or as it came last, without waiting ("latest")
     push.rows(x, channel, ids, merge, rows, written, skip, take, up_to, dtype)
@@ -40,7 +40,10 @@ In the program of a trainer:
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, sorted, and for each the sum of its rows, added in
                                            the order of trainers; "mean_by_touch": over the trainers that have it
-    push(x, channel)                       sends x to the owner of `channel`; a token (an empty tensor) that orders
+    sum_on_host(x, channel)                starts the sum of x over the trainers of each host that are there
+    wait_on_host(x, channel)               its result on the first of them; on the others x as it was
+    push(x, channel, weight)               sends x to the owner of `channel`; a token (an empty tensor) that orders. With a
+                                           `weight`, only the first trainer of each host does, as of that weight
     pull(after, channel, shape, dtype, when)
                                            the owner's value of `channel`, once what `after` sent is in it; or as `when` says
     push_rows(x, channel, ids, skip)       like `push`, without the first `skip` rows and those of no id
@@ -65,9 +68,12 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
-_library.define("push(Tensor x, str channel) -> Tensor")
+_library.define("sum_on_host(Tensor x, str channel) -> Tensor")
+_library.define("wait_on_host(Tensor x, str channel) -> Tensor")
+_library.define("push(Tensor x, str channel, Tensor? weight=None) -> Tensor")
 _library.define(
-    "push.merged(Tensor x, str channel, str merge, int take=0, int up_to=1, ScalarType? dtype=None) -> Tensor"
+    "push.merged(Tensor x, str channel, str merge, int take=0, int up_to=1, ScalarType? dtype=None, Tensor? weight=None) "
+    "-> Tensor"
 )
 _library.define("pull.value(Tensor x, str channel, str when='step', ScalarType? dtype=None) -> Tensor")
 _library.define("send(Tensor x, str channel) -> Tensor")
@@ -99,12 +105,20 @@ _library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtyp
 torch.library.register_fake(f"{NAMESPACE}::gradient", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::all_reduce", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::wait", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::sum_on_host", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::wait_on_host", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::send", _same, lib=_library)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push.merged", lib=_library)
 def _push_merged(
-    x: torch.Tensor, channel: str, merge: str, take: int = 0, up_to: int = 1, dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    channel: str,
+    merge: str,
+    take: int = 0,
+    up_to: int = 1,
+    dtype: torch.dtype | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype)
 
@@ -120,7 +134,7 @@ def _gather(x: torch.Tensor, channel: str, parts: int) -> torch.Tensor:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push", lib=_library)
-def _push(x: torch.Tensor, channel: str) -> torch.Tensor:
+def _push(x: torch.Tensor, channel: str, weight: torch.Tensor | None = None) -> torch.Tensor:
     return torch.empty(0)
 
 
@@ -277,6 +291,8 @@ _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 gradient = torch.ops.syncwright.gradient.default
 all_reduce = torch.ops.syncwright.all_reduce.default
 wait = torch.ops.syncwright.wait.default
+sum_on_host = torch.ops.syncwright.sum_on_host.default
+wait_on_host = torch.ops.syncwright.wait_on_host.default
 push = torch.ops.syncwright.push.default
 pull = torch.ops.syncwright.pull.default
 push_merged = torch.ops.syncwright.push.merged
@@ -296,11 +312,11 @@ pull_rows_value = torch.ops.syncwright.pull.rows
 push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
-COMMUNICATION = frozenset({all_reduce, wait, gather_rows, wait_rows, push, pull, push_rows, pull_rows})
+SENDS = frozenset({all_reduce, gather_rows, sum_on_host, push, push_rows})
+WAITS = frozenset({wait, wait_rows, wait_on_host})
+COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""
-SENDS = frozenset({all_reduce, gather_rows, push, push_rows})
-WAITS = frozenset({wait, wait_rows})
 STARTS_ROWS = frozenset({gather_rows, push_rows})
 """What sends rows: (rows, channel, ids, how many of the first are left out)."""
 LOOSE = frozenset({own_rows, wait_rows})

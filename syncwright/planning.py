@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,13 @@ from syncwright.update import Updates, find_updates
 PlanSource = str | Path | Rules | Plan
 
 
-def make_plan(source: PlanSource, program: Program, trainers: int, servers: int) -> Plan:
+def make_plan(
+    source: PlanSource, program: Program, trainers: int, servers: int, hosts: Sequence[int] | None = None
+) -> Plan:
     """A strategy's name, a YAML file of rules or of a complete plan, `Rules` or a `Plan`, resolved and checked.
+
+    hosts  how many trainers each host has, in the order of their numbers; None: as a complete plan says, else all on one;
+           () where nobody knows
 
     Raises `PlanError` where it cannot be meant for this program.
     """
@@ -31,19 +37,20 @@ def make_plan(source: PlanSource, program: Program, trainers: int, servers: int)
             plan = source
         case Rules():
             still = {v.name for v in variables if v.sparse and leaves_rows_alone(program, updates, v.name)}
-            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest, still)
+            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest, still, hosts)
         case str() | Path() if _is_file(source):
             plan = complete_plan(source)
             if plan is None:
-                return make_plan(Rules.from_yaml(source), program, trainers, servers)
+                return make_plan(Rules.from_yaml(source), program, trainers, servers, hosts)
         case str():
-            return make_plan(named(source, variables), program, trainers, servers)
+            return make_plan(named(source, variables), program, trainers, servers, hosts)
         case _:
             raise PlanError(
                 f"plan: found a {type(source).__name__}, expected a strategy's name, the path of a YAML file, Rules or "
                 "a Plan. Give one of these, such as plan='all_reduce'."
             )
     _check_numbers(plan, trainers, servers)
+    _check_hosts(plan, hosts)
     check(plan, variables, digest)
     return plan
 
@@ -95,6 +102,18 @@ def _check_numbers(plan: Plan, trainers: int, servers: int) -> None:
             f"Expected the same number of trainers and at least as many servers. Start the job with "
             f"--trainers {plan.trainers} --servers {plan.servers}, or make the plan anew."
         )
+
+
+def _check_hosts(plan: Plan, hosts: Sequence[int] | None) -> None:
+    if plan.hosts and hosts is not None and tuple(hosts) != plan.hosts:
+        raise PlanError(
+            f"plan: made for hosts with {_listed(plan.hosts)} trainers, found {_listed(hosts) or 'unknown ones'}. Expected the "
+            "same, as it merges on hosts. Start the job so (SYNCWRIGHT_HOSTS says who is where), or make the plan anew."
+        )
+
+
+def _listed(hosts: Sequence[int]) -> str:
+    return ", ".join(map(str, hosts))
 
 
 def with_servers(plan: Plan, servers: int) -> Plan:

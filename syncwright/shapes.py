@@ -80,7 +80,12 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[misc]
 
 
-_LIKE_FIRST = frozenset({ops.gradient, ops.all_reduce, ops.wait, ops.push_merged, ops.pull_value, ops.send})
+_LIKE_FIRST = frozenset(
+    {
+        *(ops.gradient, ops.all_reduce, ops.wait, ops.sum_on_host, ops.wait_on_host),
+        *(ops.push_merged, ops.pull_value, ops.send),
+    }
+)
 _SCALE = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 
 

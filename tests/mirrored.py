@@ -21,16 +21,18 @@ class Mirrored(Interpreter):
 
     A whole program computes what one device computes: the first owner of a piece has all of it, the others nothing.
 
-
+    hosts  how many there are, with as many trainers each
     truth  by name, and whether it is a later value
     sent   what was pushed or reduced, by channel, in order
     gathered  ids and rows that were given to all trainers, by channel
     seen   the value of every node, by name
     """
 
-    def __init__(self, program: Program, trainers: int, truth: Truth, peers: Mapping[str, torch.Tensor] | None):
+    def __init__(
+        self, program: Program, trainers: int, truth: Truth, peers: Mapping[str, torch.Tensor] | None, hosts: int = 1
+    ):
         super().__init__(GraphModule({}, program.graph))
-        self.trainers, self.truth, self.peers = trainers, truth, peers
+        self.trainers, self.truth, self.peers, self.hosts = trainers, truth, peers, hosts
         self.sent: dict[str, torch.Tensor] = {}
         self.gathered: dict[str, list[torch.Tensor]] = {}
         self.seen: dict[str, object] = {}
@@ -47,7 +49,12 @@ class Mirrored(Interpreter):
             case ops.push_merged:
                 self.sent[args[1]] = args[0]
                 arriving = len(args) > 3 and args[3] > 0
-                return args[0] if args[2] == "first" or arriving else args[0] * self.trainers
+                givers = self.hosts if "weight" in kwargs else self.trainers
+                return args[0] if args[2] == "first" or arriving else args[0] * givers
+            case ops.sum_on_host:
+                return args[0]
+            case ops.wait_on_host:
+                return args[0] * (self.trainers // self.hosts)
             case ops.push_rows_merged:
                 skip, take = (*args[6:8], 0, 0)[:2]
                 self.sent[args[1]] = dense = ops.dense_rows(args[0], args[2], args[4], skip)
@@ -84,9 +91,10 @@ def run_mirrored(
     trainers: int,
     truth: Truth,
     peers: Mapping[str, torch.Tensor] | None = None,
+    hosts: int = 1,
 ) -> tuple[dict[str, torch.Tensor], Mirrored]:
     """What the program writes, and the run."""
-    run = Mirrored(program, trainers, truth, peers)
+    run = Mirrored(program, trainers, truth, peers, hosts)
     return dict(run.run(*(values[name] for name in program.reads))), run
 
 

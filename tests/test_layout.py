@@ -140,6 +140,7 @@ passes          one rewrite of the whole program per file
     serve_parameters
     compensate
     share_globals
+    merge_on_host
     average
     gather_rows
     bucket
@@ -209,6 +210,7 @@ runtime         what runs a job
     replica
     agreement
     session
+    host_sums
     loopback
     replay
     intercept

@@ -73,7 +73,8 @@ def check_same_results(before: Program, after: Program, plan: Plan) -> None:
     values, written = packed(after, values), packed(after, written)
     pulled = [v for v in after.variables.values() if v.role is Role.GLOBAL and v.of is not None]
     values |= {variable.name: values[variable.of] for variable in pulled}
-    found, new_run = run_mirrored(after, {**some_values(after), **values}, plan.trainers, truth)
+    hosts = len(plan.hosts) or 1
+    found, new_run = run_mirrored(after, {**some_values(after), **values}, plan.trainers, truth, hosts=hosts)
     written |= {name: values["batch.0"] for name in set(found) - set(written) if name.startswith("lookups of ")}
     assert set(found) <= set(written)
     for name, value in found.items():
@@ -103,7 +104,7 @@ def check_pushed_gradients(before: Program, plan: Plan, seen: dict, sent: dict) 
     for mark in before.graph.find_nodes(op="call_function", target=ops.gradient):
         name = f"{mark.args[1]}.grad"
         sync = next((s.sync for s in plan.sharings if s.variable == mark.args[1]), None)
-        share = 1 if isinstance(sync, ParameterServer) and not sync.in_step else plan.trainers
+        share = 1 if isinstance(sync, ParameterServer) and not sync.in_step else len(plan.hosts) or plan.trainers
         whole = seen[mark.name]
         for channel, rows in {name: whole, **rows_of_gradient(plan, str(mark.args[1]), whole)}.items():
             if channel in sent:

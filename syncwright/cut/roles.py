@@ -70,7 +70,7 @@ def _counting(node: Node) -> dict[str, object]:
     """How many contributions count together and how many travel together, in which dtype, and which rows are written."""
     wire = source_of(node).meta["val"].dtype if "dtype" in node.kwargs else None
     found = {"take": argument(node, "take"), "up_to": argument(node, "up_to"), "wire": wire}
-    return found | {"rows": argument(node, "written") or ""}
+    return found | {"rows": argument(node, "written") or "", "on_host": "weight" in node.kwargs}
 
 
 def _tables(program: Program) -> dict[str, Table]:

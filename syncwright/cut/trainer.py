@@ -57,11 +57,12 @@ class _Trainer:
     def _push(self, node: Node) -> None:
         """The token of a push, or of the last of the pushes of pieces: they leave in this order."""
         sent, variable = self.made[source_of(node)], self.whole.variables[channel_of(node)]
+        weight = [self.made[node.kwargs["weight"]]] if "weight" in node.kwargs else []  # type: ignore[index]
         for index, part in enumerate(variable.kept or (None,)):
             rows = sent
             if part is not None and part.bounds is not None:
                 rows = self.known.call(self.graph, aten.slice.Tensor, sent, 0, part.start, part.stop)
-            self.tokens[node] = self.known.call(self.graph, ops.push, rows, piece_of(variable, index).name)
+            self.tokens[node] = self.known.call(self.graph, ops.push, rows, piece_of(variable, index).name, *weight)
 
     def _push_rows(self, node: Node) -> None:
         sent, ids, skip = self.made[source_of(node)], self.made[argument(node, "ids")], argument(node, "skip")  # type: ignore[index]

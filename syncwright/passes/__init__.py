@@ -11,6 +11,7 @@ from syncwright.passes.compensate import compensate
 from syncwright.passes.flatten import flatten
 from syncwright.passes.gather_rows import gather_rows
 from syncwright.passes.join_served import join_served
+from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.share_globals import share_globals
@@ -18,7 +19,7 @@ from syncwright.passes.tidy import tidy
 
 _PLACING = (
     *(clip_per_trainer, compact_lookups, note_lookups, join_served),
-    *(serve_parameters, compensate, share_globals),
+    *(serve_parameters, compensate, share_globals, merge_on_host),
 )
 _SENDING = (gather_rows, average_gradients, average_values, bucket)
 

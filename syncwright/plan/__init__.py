@@ -18,7 +18,17 @@ from syncwright.plan.plan import Piece, Plan, Sharing
 from syncwright.plan.resolve import Update, resolve
 from syncwright.plan.rules import BufferPolicy, Rules, Uncuttable
 from syncwright.plan.spans import plan_at, starts_of
-from syncwright.plan.sync import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Replicated, Sync, served_by
+from syncwright.plan.sync import (
+    AllGather,
+    AllReduce,
+    Local,
+    LocalSteps,
+    ParameterServer,
+    Replicated,
+    Sync,
+    merges_on_host,
+    served_by,
+)
 
 __all__ = [
     "AllGather",
@@ -54,6 +64,7 @@ __all__ = [
     "axis_length",
     "check",
     "cut",
+    "merges_on_host",
     "place",
     "plan_at",
     "resolve",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from syncwright.cluster import Cluster
 from syncwright.errors import ClusterError, PlanError
@@ -74,4 +75,12 @@ def _check_cluster(plan: Plan, cluster: Cluster) -> None:
         raise ClusterError(
             f"servers: found {cluster.servers}, fewer servers than the plan names: expected at least "
             f"{plan.servers}. Start as many, or make the plan anew for {cluster.servers}."
+        )
+    found = [host.trainers for host in cluster.hosts if host.trainers]
+    ends = accumulate(plan.hosts, initial=0)
+    if plan.hosts and found != [tuple(range(*pair)) for pair in pairwise(ends)]:
+        raise ClusterError(
+            f"hosts: found the trainers {', '.join(map(str, map(list, found)))} on them, expected hosts of "
+            f"{', '.join(map(str, plan.hosts))} trainers, in the order of their numbers, as the plan merges on hosts. Start them "
+            "so, or make the plan anew."
         )

@@ -14,12 +14,12 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Sync, served_by
+from syncwright.plan.sync import AllGather, Sync, merges_on_host, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip",)
+_RARE = ("clip", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -106,6 +106,7 @@ class Plan:
     buffers   (name, policy) for every buffer that the step writes
     notes     sentences about what a reader of the rules would not expect
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
+    hosts     how many trainers each host has, in the order of their numbers, where something is merged on hosts
     """
 
     digest: str
@@ -116,9 +117,11 @@ class Plan:
     buffers: tuple[tuple[str, BufferPolicy], ...] = ()
     notes: tuple[str, ...] = ()
     clip: Clip = "global"
+    hosts: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
+        self._check_hosts()
         for sharing in self.sharings:
             for owner in sharing.owners:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
@@ -135,6 +138,15 @@ class Plan:
             raise PlanError(
                 f"{found} {server}, expected one of the plan's {self.servers} servers, which count from 0. "
                 f"Raise `servers` or name a lower one."
+            )
+
+    def _check_hosts(self) -> None:
+        merged = next((s.variable for s in self.sharings if merges_on_host(s.sync)), None)
+        if (self.hosts or merged is not None) and sum(self.hosts) != self.trainers:
+            about = "" if merged is None else f", as {merged!r} is merged on hosts"
+            raise PlanError(
+                f"hosts: found {list(self.hosts)}, expected the number of trainers of each host, {self.trainers} together"
+                f"{about}. Correct `hosts`."
             )
 
     def sharing(self, name: str) -> Sharing:
@@ -167,6 +179,7 @@ class Plan:
             "buffers": dict(self.buffers),
             "notes": self.notes,
             **({"clip": self.clip} if self.clip != "global" else {}),
+            **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
 
@@ -188,6 +201,7 @@ class Plan:
             "buffers": tuple((name, decode(node, BufferPolicy)) for name, node in buffers.items()),
             "notes": decode(nodes["notes"], tuple[str, ...]),
             "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
+            "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:
             return cls(**values)

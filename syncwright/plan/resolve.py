@@ -21,7 +21,16 @@ from syncwright.plan.partition import Hashed, Whole, axis_length, cut
 from syncwright.plan.placement import place
 from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
-from syncwright.plan.sync import AllGather, Local, LocalSteps, ParameterServer, Replicated, Sync, served_by
+from syncwright.plan.sync import (
+    AllGather,
+    Local,
+    LocalSteps,
+    ParameterServer,
+    Replicated,
+    Sync,
+    merges_on_host,
+    served_by,
+)
 from syncwright.program import Role, Variable
 
 T = TypeVar("T")
@@ -36,15 +45,17 @@ def resolve(
     servers: int,
     digest: str,
     still: Collection[str] = (),
+    hosts: Sequence[int] | None = None,
 ) -> Plan:
     """The complete plan that `rules` mean for a program.
 
     variables  the parameters in registration order and the buffers that the step writes; others are ignored
     updates    how each parameter's update may be split; None: it is never updated, so it is simply replicated
     still      tables whose update leaves rows alone that no lookup touches
+    hosts      how many trainers each host has, in the order of their numbers; None: all are on one, () where nobody knows
 
     Raises PlanError: a pattern that matches nothing, servers that are needed and do not exist, a partition of
-    a variable whose update needs the whole tensor, a mean of a buffer that is not floating.
+    a variable whose update needs the whole tensor, a mean of a buffer that is not floating, hosts that are needed and unknown.
     """
     parameters = [variable for variable in variables if variable.role is Role.PARAM]
     written = [variable for variable in variables if variable.role is Role.BUFFER]
@@ -73,7 +84,22 @@ def resolve(
         buffers=_buffers(rules, written, [sync for _, sync, _ in chosen], notes),
         notes=tuple(notes),
         clip=rules.clip,
+        hosts=_hosts(rules, sharings, (trainers,) if hosts is None else tuple(hosts)),
     )
+
+
+def _hosts(rules: Rules, sharings: Sequence[Sharing], hosts: tuple[int, ...]) -> tuple[int, ...]:
+    """The trainers of each host, where something is merged there."""
+    merged = next((s.variable for s in sharings if merges_on_host(s.sync)), None)
+    if merged is None:
+        return ()
+    if not hosts:
+        raise PlanError(
+            f"{rules.source}: variable {merged!r}: found merge_on_host: True, but nothing says which trainers share a host, "
+            "expected to know it before the job is made. Start trainers with torchrun, as many on each host, or set "
+            "SYNCWRIGHT_HOSTS for all roles to the trainers of each host, such as 2,2."
+        )
+    return hosts
 
 
 def _buffers(
@@ -143,6 +169,7 @@ _NOT_OF_ROWS = {
     "staged": "servers keep one version of a table",
     "replicated": "trainers keep no copy of it",
     "device": "rows are looked up in host memory",
+    "merge_on_host": "the trainers of a host look up other rows",
 }
 """Settings that tables do not have whose rows travel, and why."""
 

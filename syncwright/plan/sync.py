@@ -66,6 +66,8 @@ class ParameterServer:
     staged      sync: steps read values that are one step old, so that pulls never wait
     prefetch    of tables: rows of the next step are asked for while this one runs; in step they are still exact
     replicated  every trainer keeps a copy, which is brought up to date when a step ends, and not when the next one reads it
+    merge_on_host  trainers of one host add their gradients up, and one of them pushes the sum: to a server, a host is then as one
+                trainer that has the examples of all
     device      where servers keep it, with its state: "cuda", "cuda:1"; None: in host memory
     push, pull  dtype in which gradients and values travel; None: their own
     bucket_mb   megabytes (2**20 bytes) of small variables of one server that travel and are updated together; 0: each alone
@@ -94,6 +96,7 @@ class ParameterServer:
     prefetch: bool = field(default=True, metadata=RARE)
     bucket_mb: Amount = field(default=4.0, metadata=RARE)
     replicated: bool = field(default=False, metadata=RARE)
+    merge_on_host: bool = field(default=False, metadata=RARE)
     device: str | None = field(default=None, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
@@ -144,6 +147,13 @@ _APART = (
     ("replicated", "staged", "a copy that is brought up to date is not one step old"),
     ("replicated", "merge", "steps then read the value that has come last, and wait for none"),
     ("compensate", "merge", "a mean of gradients has no one value that was pulled"),
+    ("merge_on_host", "compensate", "the gradients of a host's trainers have no one value that was pulled"),
+    ("merge_on_host", "merge", "a push that is held back would hold back those of all trainers of its host"),
+    (
+        "merge_on_host",
+        "staleness",
+        "clocks count what each trainer has pushed, and one of a host pushes for the others",
+    ),
 )
 
 _ALL_REDUCE = AllReduce()
@@ -232,3 +242,8 @@ def served_by(sync: Sync) -> ParameterServer | None:
         case LocalSteps(over=ParameterServer() as over):
             return over
     return None
+
+
+def merges_on_host(sync: Sync) -> bool:
+    """Whether trainers of one host push together."""
+    return isinstance(sync, ParameterServer) and sync.merge_on_host

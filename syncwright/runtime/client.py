@@ -41,7 +41,7 @@ from syncwright.runtime.parcels import LARGEST_NBYTES
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_client import NEVER, RowClient
 from syncwright.runtime.table_client import TableClient
-from syncwright.runtime.transport import Outlet, Work
+from syncwright.runtime.transport import HostWork, Outlet, Work
 
 Key = tuple[str, int]
 """A channel, and the version or (from `LATEST` down) the number by which its value is asked for."""
@@ -62,6 +62,8 @@ class Client:
         self._fresh = LATEST
         self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
+        self._sums: dict[str, tuple[HostWork, torch.Tensor]] = {}
+        self._speaks = True
         self._gatherings: dict[str, Gathering] = {}
         self._left: dict[Key, int] = {}
         self._notes = _notes(job)
@@ -112,15 +114,17 @@ class Client:
     def _is_wanted(self, key: Key) -> bool:
         return key in self._left or key[1] >= self.step or key[1] == LATEST or key[0] in self._fixed
 
-    def push(self, channel: str, tensor: torch.Tensor) -> bool:
+    def push(self, channel: str, tensor: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
         """Sends a contribution, or keeps it until an earlier one is taken, to be sent with others as their mean.
 
-        False where as many are kept as may be: it has to be given again.
+        False where as many are kept as may be: it has to be given again. With a `weight`, the first trainer of this host sends
+        it for all.
         """
         known = self.job.channels[channel]
         self.transport.progress(self.step, f"push {channel}")
         if known.up_to == 1:
-            self._push(channel, self._weight, tensor)
+            if weight is None or self._speaks:
+                self._push(channel, self._weight if weight is None else float(weight), tensor)
             if channel in self._after:
                 self.ask([(self._after[channel], 0)], self.step + 1)
             return True
@@ -271,6 +275,20 @@ class Client:
         self.transport.progress(self.step, f"all-reduce {channel}")
         self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel)), tensor)
 
+    def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
+        self.transport.progress(self.step, f"sum {channel}")
+        self._sums[channel] = (self.transport.sum_on_host(tensor, channel), tensor)
+
+    def finish_on_host(self, channel: str) -> torch.Tensor | None:
+        """Who is first then pushes for the others: nobody leaves within a step."""
+        work, tensor = self._sums[channel]
+        self.transport.progress(self.step, f"wait {channel}")
+        if not work.done():
+            return None
+        self._speaks = work.is_first
+        del self._sums[channel]
+        return tensor
+
     def finish(self, channel: str) -> torch.Tensor | None:
         work, tensor = self._works[channel]
         self.transport.progress(self.step, f"wait {channel}")
@@ -326,6 +344,8 @@ class Client:
 
     def leave(self, step: int) -> None:
         self.flush()
+        if any(channel.on_host for channel in self.job.channels.values()):
+            self.transport.leave_host()
         for part in self.job.servers:
             self._send(part.rank, Message(Leave(step)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,8 @@ from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
-from syncwright.runtime.shared_memory import HostGroup, is_available
-from syncwright.runtime.transport import Work
+from syncwright.runtime.shared_memory import HostGroup, can_share, is_available
+from syncwright.runtime.transport import HostWork, Work
 
 SLICE_SECONDS = 1.0
 """How long a wait sleeps before it looks whether somebody is lost (and lets Ctrl-C through)."""
@@ -47,6 +48,7 @@ class Collectives:
         self._joined = self._created = False
         self._under_way: dist.Work | None = None
         self._host: HostGroup | None = None
+        self._on_host: HostGroup | None = None
 
     @property
     def others(self) -> list[Address]:
@@ -68,7 +70,7 @@ class Collectives:
         self._joined = True
         if is_available(trainers, self._rendezvous.place.one_host):
             store = self._rendezvous.client()
-            self._host = HostGroup(self.me.rank, trainers, store, self.wait, self._watch, self.error)
+            self._host = HostGroup(self.me.rank, range(trainers), store, self.wait, self._watch, self.error)
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place."""
@@ -78,6 +80,32 @@ class Collectives:
         if self._host is not None and tensor.device.type == "cpu":
             return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
+
+    def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
+        """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
+        group = self._joined_on_host()
+        return Done() if group is None else group.reduce(tensor, note)
+
+    def leave_host(self) -> None:
+        """Takes part in no further sum of this host. Meets its trainers, if that is still to be done: they wait for it."""
+        group = self._joined_on_host()
+        if group is not None:
+            group.leave()
+
+    def _joined_on_host(self) -> HostGroup | None:
+        """The trainers of this host, met at first use; None where this is the only one."""
+        starts = accumulate(self._rendezvous.place.hosts, initial=0)
+        members = next(range(*ends) for ends in pairwise(starts) if ends[0] <= self.me.rank < ends[1])
+        if self._on_host is not None or len(members) == 1:
+            return self._on_host
+        if not can_share():
+            raise ClusterError(
+                "merge_on_host: the trainers of this host share no memory; expected Linux, and SYNCWRIGHT_SHARED_MEMORY other "
+                "than 0. Leave merge_on_host out of the plan, or set the variable."
+            )
+        store = self._rendezvous.client()
+        self._on_host = HostGroup(self.me.rank, members, store, self.wait, self._watch, self.error, key="on_host")
+        return self._on_host
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         """Starts the gathering of every trainer's `part` into `whole`, part after part; parts have one shape.
@@ -101,9 +129,10 @@ class Collectives:
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
-        if self._host is not None:
-            self._host.close()
-            self._host = None
+        for group in (self._host, self._on_host):
+            if group is not None:
+                group.close()
+        self._host = self._on_host = None
         busy = self._under_way is not None and not self._under_way.is_completed()
         if self._created and busy:
             _abandon_group()
@@ -180,6 +209,8 @@ class Collectives:
 
 class Done:
     """A collective of one trainer."""
+
+    is_first = True
 
     def done(self) -> bool:
         """Always: there is nobody to wait for."""

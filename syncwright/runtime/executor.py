@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Port(Protocol):
     """Where a running program's communications go."""
 
-    def push(self, channel: str, tensor: torch.Tensor) -> bool:
-        """False while it cannot be taken."""
+    def push(self, channel: str, tensor: torch.Tensor, weight: torch.Tensor | None) -> bool:
+        """False while it cannot be taken. `weight`: of what a host's trainers push together."""
         ...
 
     def push_rows(self, channel: str, tensor: torch.Tensor, ids: torch.Tensor, skip: int) -> bool:
@@ -40,6 +40,14 @@ class Port(Protocol):
         ...
 
     def start(self, channel: str, tensor: torch.Tensor) -> None: ...
+
+    def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
+        """Like `start`, over the trainers of this host."""
+        ...
+
+    def finish_on_host(self, channel: str) -> torch.Tensor | None:
+        """The sum on the first of them, on the others what they gave; None while it is not there."""
+        ...
 
     def finish(self, channel: str) -> torch.Tensor | None:
         """The sum, or None while it is not there."""
@@ -136,7 +144,8 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
     args = substitute(node.args, env.__getitem__)
     match node.target:
         case ops.push:
-            yield from _until(node, args[1], lambda: port.push(args[1], args[0]) or None)
+            weight = args[2] if len(args) > 2 else None
+            yield from _until(node, args[1], lambda: port.push(args[1], args[0], weight) or None)
             return torch.empty(0)
         case ops.unique:
             found = port.ahead(node.name) if port is not None else None
@@ -149,9 +158,10 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.pull_rows:
             when = args[4] if len(args) > 4 else "step"
             return (yield from _until(node, args[1], lambda: port.pull_rows(args[1], args[0], when)))
-        case ops.all_reduce:
+        case ops.all_reduce | ops.sum_on_host:
             given = args[0] if _is_given_away(node) else args[0].clone()
-            port.start(args[1], given.contiguous())
+            start = port.start if node.target is ops.all_reduce else port.start_on_host
+            start(args[1], given.contiguous())
             return args[0]
         case ops.gather_rows:
             port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
@@ -160,6 +170,8 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             return (yield from _until(node, args[1], lambda: port.finish_rows(args[1], args[2])))
         case ops.wait:
             return (yield from _until(node, args[1], lambda: port.finish(args[1])))
+        case ops.wait_on_host:
+            return (yield from _until(node, args[1], lambda: port.finish_on_host(args[1])))
         case _:
             return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), pulled_when(node))))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from syncwright.runtime.messages import Address, Message
-from syncwright.runtime.transport import Outlet, Work
+from syncwright.runtime.transport import HostWork, Outlet, Work
 
 
 class Lane:
@@ -27,6 +27,12 @@ class Lane:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         return self._outlet.all_reduce(tensor, note)
+
+    def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
+        return self._outlet.sum_on_host(tensor, note)
+
+    def leave_host(self) -> None:
+        self._outlet.leave_host()
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         return self._outlet.all_gather(whole, part, note)

@@ -14,6 +14,7 @@ from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.host_sums import HostSums, Sum
 from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.programs import Prepared
@@ -39,6 +40,7 @@ def loopback(
     check_replicas: bool = False,
     dynamic_shapes: object = None,
     scheduler: object = None,
+    hosts: Sequence[int] | None = None,
 ) -> Loopback:
     """A job of `trainers` and `servers` in this process, for tests and for trying a plan.
 
@@ -46,12 +48,13 @@ def loopback(
         loss = job.step([(x[:32], y[:32]), (x[32:], y[32:])])      # one tuple of step arguments per trainer
         job.state_dict()["model"]["fc.weight"]
 
-    Everything above the transport is what real processes run. Interpreted.
+    Everything above the transport is what real processes run. Interpreted. `hosts`: how many trainers each host has, in the
+    order of their numbers, for plans that merge on hosts; default: all are on one.
     """
     source = plan
     training = Training(
         *(step, model, optimizer, state, examples),
-        plan=lambda program: check_scheduler(make_plan(source, program, trainers, servers), scheduler),
+        plan=lambda program: check_scheduler(make_plan(source, program, trainers, servers, hosts), scheduler),
         without=without,
         check_replicas=check_replicas,
         dynamic_shapes=dynamic_shapes,
@@ -157,6 +160,7 @@ class Loopback:
             return
         job, more = prepared.job, (self.session.ticking(prepared.job), self.session.records())
         self.servers = [JointServer(job, p.rank, None, *more) for p in job.servers]
+        self.network.on_hosts = HostSums(job.plan.hosts)
         outlets = [self.network.transport(rank) for rank in range(self.trainers)]
         self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 
@@ -217,6 +221,7 @@ class Network:
         self.trainers = trainers
         self.queue: deque[tuple[Address, Address, Message]] = deque()
         self.sent = 0
+        self.on_hosts = HostSums(())
         self._rounds: dict[tuple[str, int], dict[int, Given]] = {}
         self._joined: dict[tuple[str, int], int] = {}
 
@@ -284,6 +289,14 @@ class LoopbackTransport:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
+
+    def sum_on_host(self, tensor: torch.Tensor, note: str) -> Sum:
+        self.network.sent += 1
+        return self.network.on_hosts.give(note, self.me.rank, tensor)
+
+    def leave_host(self) -> None:
+        self.network.sent += 1
+        self.network.on_hosts.leave(self.me.rank)
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.gather(note, self.me.rank, whole, part)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
+from syncwright.cluster import trainers_by_host
 from syncwright.errors import ClusterError
 from syncwright.runtime.messages import Address, Kind
 
@@ -59,6 +60,7 @@ class Membership:
     attempt      tells a restarted job from the one before, on the same store
     sockets      a private folder that outlives this process and is removed by its owner; None: make one
     metrics      whether every role serves its numbers over HTTP
+    hosts        how many trainers each host has, in the order of their numbers; () where nobody knows
     """
 
     me: Address
@@ -72,6 +74,7 @@ class Membership:
     attempt: str = "0"
     sockets: Path | None = None
     metrics: bool = False
+    hosts: tuple[int, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -113,7 +116,7 @@ def _place(environment: Mapping[str, str]) -> Membership:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _from_torchrun(environment)
     host = socket.gethostname()
-    return Membership(Address(Kind.TRAINER, 0), 1, 0, host, 0, one_host=True, store=IN_MEMORY)
+    return Membership(Address(Kind.TRAINER, 0), 1, 0, host, 0, one_host=True, store=IN_MEMORY, hosts=(1,))
 
 
 def disabled_passes(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -142,6 +145,7 @@ def _from_launcher(environment: Mapping[str, str]) -> Membership:
         store=StoreAddress(host, int(port), Host.OTHER),
         address=environment.get("SYNCWRIGHT_HOST"),
         sockets=Path(environment["SYNCWRIGHT_SOCKETS"]) if "SYNCWRIGHT_SOCKETS" in environment else None,
+        hosts=trainers_by_host(environment, trainers) or (trainers,),
     )
 
 
@@ -151,13 +155,14 @@ def _from_torchrun(environment: Mapping[str, str]) -> Membership:
     _check_rank(me, trainers)
     local = _number(environment, "LOCAL_WORLD_SIZE", at_least=1) if "LOCAL_WORLD_SIZE" in environment else 0
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_host = trainers in (1, local) or _is_loopback(_text(environment, "MASTER_ADDR"))
     return Membership(
         me,
         trainers,
         0,
         socket.gethostname(),
         _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else me.rank,
-        one_host=trainers in (1, local) or _is_loopback(_text(environment, "MASTER_ADDR")),
+        one_host=one_host,
         store=StoreAddress(
             _text(environment, "MASTER_ADDR"),
             _number(environment, "MASTER_PORT"),
@@ -165,6 +170,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Membership:
         ),
         address=environment.get("SYNCWRIGHT_HOST"),
         attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        hosts=trainers_by_host(environment, trainers) or ((trainers,) if one_host else ()),
     )
 
 

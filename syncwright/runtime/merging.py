@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -27,11 +28,13 @@ class Attendance:
 
     left   from which step on a trainer contributes nothing; of one that is lost, from the first on
     clock  how many steps each trainer has pushed, where trainers say so
+    hosts  how many trainers each host has, in the order of their numbers; () where nothing is merged on hosts
     """
 
     trainers: int
     left: dict[int, int] = field(default_factory=dict)
     clock: dict[int, int] = field(default_factory=dict)
+    hosts: tuple[int, ...] = ()
 
     @property
     def live(self) -> list[int]:
@@ -46,6 +49,15 @@ class Attendance:
     def expected(self, step: int) -> list[int]:
         """The trainers that contribute to a step."""
         return [k for k in range(self.trainers) if self.left.get(k, step + 1) > step]
+
+    def giver(self, trainer: int, channel: Channel) -> int:
+        """For whom a trainer contributes: for itself, or for its host, by the number of that one's first trainer."""
+        starts = accumulate(self.hosts, initial=0)
+        return max(start for start in starts if start <= trainer) if channel.on_host else trainer
+
+    def givers(self, trainers: Iterable[int], channel: Channel) -> list[int]:
+        """Those for whom these trainers contribute."""
+        return sorted({self.giver(k, channel) for k in trainers})
 
 
 class Counting(Protocol):
@@ -103,7 +115,7 @@ class Rounds:
     def refusal(self, trainer: int, push: Push) -> str | None:
         if push.step <= self._done:
             return f"it is of step {push.step}, which is complete"
-        if trainer in self._given.get(push.step, {}):
+        if self._attendance.giver(trainer, self.channel) in self._given.get(push.step, {}):
             return f"it is the second of step {push.step}"
         if trainer not in self._attendance.expected(push.step):
             return f"trainer {trainer} has left before step {push.step}"
@@ -111,7 +123,7 @@ class Rounds:
         return f"it is of step {push.step}, others are at {oldest}" if push.step > oldest + LEAD else None
 
     def take(self, trainer: int, push: Push, tensor: Contribution) -> int:
-        self._given.setdefault(push.step, {})[trainer] = push.weight, tensor
+        self._given.setdefault(push.step, {})[self._attendance.giver(trainer, self.channel)] = push.weight, tensor
         return push.step
 
     def complete(self) -> list[tuple[int, Contribution]]:
@@ -125,20 +137,21 @@ class Rounds:
 
     def drop(self, trainer: int) -> None:
         for step in list(self._given):
-            self._given[step].pop(trainer, None)
+            self._given[step].pop(self._attendance.giver(trainer, self.channel), None)
             if not self._given[step]:
                 del self._given[step]
 
     def missing(self) -> list[tuple[int, str]]:
-        name = self.channel.variable.name
+        name, whose = self.channel.variable.name, "the host of " if self.channel.on_host else ""
         return [
-            (step, f"'{name}' of step {step} from trainer {', '.join(map(str, late))}")
+            (step, f"'{name}' of step {step} from {whose}trainer {', '.join(map(str, late))}")
             for step in sorted(self._given)
             if (late := self._late(step))
         ]
 
     def _late(self, step: int) -> list[int]:
-        return [k for k in self._attendance.expected(step) if k not in self._given[step]]
+        givers = self._attendance.givers(self._attendance.expected(step), self.channel)
+        return [k for k in givers if k not in self._given[step]]
 
 
 class Arrivals:
@@ -199,7 +212,7 @@ def merge(
     trainers: int,
     parted: Parting = by_sorting,
 ) -> Contribution:
-    """One value of all contributions to a step, added in the order of trainers: the same whoever came first.
+    """One value of all contributions to a step, added in the order of trainers (or hosts): the same whoever came first.
 
     Contributions are already multiplied by weight / trainers; their sum is divided by the sum of the weights / trainers
     unless that is 1, so that it is a mean over those that are there. g = 1 from three trainers of four gives 1.0.

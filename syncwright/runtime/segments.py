@@ -184,7 +184,7 @@ def _is_counter(node: Node) -> bool:
 def _views(program: Program) -> set[Node]:
     """Views of what a program is given: of its variables, and of what a wait or pull brings."""
     found: set[Node] = set()
-    given = (ops.wait, ops.pull, ops.pull_rows)
+    given = (ops.wait, ops.wait_on_host, ops.pull, ops.pull_rows)
     sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in given}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _VIEWS:

@@ -77,7 +77,7 @@ class Server:
         self.lost: set[int] = set()
         self._me = Address(Kind.SERVER, rank)
         self._fixed, self._arriving, self._exports = job.fixed, job.arriving, part.exports
-        self._attendance = Attendance(job.plan.trainers)
+        self._attendance = Attendance(job.plan.trainers, hosts=job.plan.hosts)
         self._counting: dict[str, Counting] = {
             name: counting(channel, self._attendance)
             for name, channel in job.channels.items()
@@ -339,7 +339,8 @@ class Server:
         for number, value in self._counting[channel].complete():
             sent += self._set(channel, number, value)
             if channel in self._ticking:
-                self._ticking[channel].applied(self._channel(channel).take, len(self._attendance.live))
+                givers = self._attendance.givers(self._attendance.live, self._channel(channel))
+                self._ticking[channel].applied(self._channel(channel).take, len(givers))
         return sent
 
     def _set(self, name: str, number: int, value: object, clock: str = "") -> list[Outgoing]:

@@ -12,14 +12,15 @@ import secrets
 import socket
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from syncwright.errors import DeadlineExceeded, JobError
+from syncwright.errors import ClusterError, DeadlineExceeded, JobError
 from syncwright.runtime.deadlines import Wait
 
 MOST_TRAINERS = 4
@@ -27,19 +28,26 @@ MOST_TRAINERS = 4
 MOST_SIZES = 4
 """Of one channel: the memory of the size that was used longest ago goes, on all trainers at the same reduction."""
 SLICE_SECONDS = 1.0
+BEGUN, LEFT = b".", b"x"
+"""What peers signal: another reduction has begun; this was the last."""
 
 Fault = Callable[[str, Exception | None, bool], JobError]
 
 
 def is_available(trainers: int, one_host: bool) -> bool:
-    """Linux, one host, a few trainers, and not switched off by SYNCWRIGHT_SHARED_MEMORY=0."""
-    wanted = os.environ.get("SYNCWRIGHT_SHARED_MEMORY", "1") != "0"
-    return wanted and sys.platform == "linux" and one_host and 1 < trainers <= MOST_TRAINERS
+    """One host that shares memory, and a few trainers."""
+    return can_share() and one_host and 1 < trainers <= MOST_TRAINERS
+
+
+def can_share() -> bool:
+    """Linux, and not switched off by SYNCWRIGHT_SHARED_MEMORY=0."""
+    return sys.platform == "linux" and os.environ.get("SYNCWRIGHT_SHARED_MEMORY", "1") != "0"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Peer:
-    """Another trainer: a connection for signals (one byte per reduction begun) and one for handing memory over."""
+    """Another trainer: a connection for signals (one byte per reduction begun, and one where it leaves) and one for handing
+    memory over."""
 
     rank: int
     signals: socket.socket
@@ -53,14 +61,16 @@ class Slot:
     it only after it has read what was written in turn t - 2.
     """
 
-    def __init__(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, buffers: Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
         self.buffers = buffers
         self.turn = 0
 
 
 class HostGroup:
-    """The trainers of one host. Changes: holds sockets, memory and counts of signals.
+    """Trainers of one host. Changes: holds sockets, memory and counts of signals.
 
+    members  their numbers
+    key      under which they find each other in the store: one for each of a trainer's groups
     begin  begins a wait for the other trainers
     watch  raises when a role is known to be lost
     fault  makes the error that names who is late or gone
@@ -69,23 +79,38 @@ class HostGroup:
     def __init__(
         self,
         rank: int,
-        trainers: int,
+        members: Sequence[int],
         store: dist.Store,
         begin: Callable[[], Wait],
         watch: Callable[[], None],
         fault: Fault,
+        key: str = "host",
     ):
-        self.rank, self.trainers = rank, trainers
+        self.rank, self.members, self._key = rank, tuple(members), key
         self._begin, self._watch, self._fault = begin, watch, fault
         self._seconds = begin().seconds
         self._slots: dict[tuple[str, torch.dtype], OrderedDict[int, Slot]] = {}
         self._begun = 0
+        self._left: set[int] = set()
         self._heard: dict[int, int] = {}
         self._peers = {peer.rank: peer for peer in self._meet(store)}
         self._heard = dict.fromkeys(self._peers, 0)
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> HostReduction:
         """Starts the sum of `tensor`, in place."""
+        return HostReduction(*self._begun_with(tensor, note))
+
+    def reduce(self, tensor: torch.Tensor, note: str) -> HostSum:
+        """Starts the sum of `tensor` over those who have not left, in place with the first of them."""
+        return HostSum(*self._begun_with(tensor, note))
+
+    def leave(self) -> None:
+        """Begins no further reduction: those of the others go on without this trainer."""
+        for peer in self._peers.values():
+            with suppress(OSError):  # who is gone waits for nobody
+                peer.signals.send(LEFT)
+
+    def _begun_with(self, tensor: torch.Tensor, note: str) -> tuple[HostGroup, Slot, int, int, torch.Tensor, str]:
         slot = self._slot(tensor, note)
         parity = slot.turn % 2
         slot.turn += 1
@@ -93,14 +118,16 @@ class HostGroup:
         self._begun += 1
         for peer in self._peers.values():
             self._signal(peer, note)
-        return HostReduction(self, slot, parity, self._begun, tensor, note)
+        return self, slot, parity, self._begun, tensor, note
 
-    def wait(self, begun: int, note: str) -> None:
-        """Returns when every peer has begun as many reductions as we had when this one began."""
+    def wait(self, begun: int, note: str) -> list[int]:
+        """Returns when every peer has begun as many reductions as we had when this one began, or has left before; the numbers of
+        those who take part, in order."""
         wait = self._begin()
         for peer in self._peers.values():
-            while self._heard[peer.rank] < begun:
+            while self._heard[peer.rank] < begun and peer.rank not in self._left:
                 self._listen(peer, note, wait)
+        return [rank for rank in self.members if rank == self.rank or self._heard[rank] >= begun]
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -110,9 +137,10 @@ class HostGroup:
 
     def _signal(self, peer: Peer, note: str) -> None:
         try:
-            peer.signals.send(b".")
+            if peer.rank not in self._left:
+                peer.signals.send(BEGUN)
         except OSError as error:
-            raise self._fault(_doing(self.rank, note), error, False) from error
+            self._check_left(peer, note, error)
 
     def _listen(self, peer: Peer, note: str, wait: Wait) -> None:
         try:
@@ -126,7 +154,18 @@ class HostGroup:
             raise self._fault(_doing(self.rank, note), error, False) from error
         if not got:
             raise self._fault(_doing(self.rank, note), None, False)
-        self._heard[peer.rank] += len(got)
+        self._heard[peer.rank] += got.count(BEGUN)
+        if LEFT in got:
+            self._left.add(peer.rank)
+
+    def _check_left(self, peer: Peer, note: str, error: OSError | None) -> None:
+        """A connection has broken: raises unless the peer has left before."""
+        wait = self._begin()
+        while peer.rank not in self._left:
+            try:
+                self._listen(peer, note, wait)
+            except JobError as fault:
+                raise fault from error
 
     def _slot(self, tensor: torch.Tensor, note: str) -> Slot:
         sizes = self._slots.setdefault((note, tensor.dtype), OrderedDict())
@@ -149,19 +188,22 @@ class HostGroup:
         os.close(mine)
         for peer in self._peers.values():
             theirs = self._receive_memory(peer, nbytes, note)
-            buffers[peer.rank] = _mapped(theirs, nbytes, tensor.dtype)
-            os.close(theirs)
-        return Slot([buffers[rank] for rank in range(self.trainers)])
+            if theirs is not None:
+                buffers[peer.rank] = _mapped(theirs, nbytes, tensor.dtype)
+                os.close(theirs)
+        return Slot(buffers)
 
     def _send_memory(self, peer: Peer, nbytes: int, descriptor: int, note: str) -> None:
         try:
-            socket.send_fds(peer.memory, [nbytes.to_bytes(8, "little")], [descriptor])
+            if peer.rank not in self._left:
+                socket.send_fds(peer.memory, [nbytes.to_bytes(8, "little")], [descriptor])
         except OSError as error:
-            raise self._fault(_doing(self.rank, note), error, False) from error
+            self._check_left(peer, note, error)
 
-    def _receive_memory(self, peer: Peer, nbytes: int, note: str) -> int:
+    def _receive_memory(self, peer: Peer, nbytes: int, note: str) -> int | None:
+        """A peer's memory; None where it has left."""
         wait = self._begin()
-        while True:
+        while peer.rank not in self._left:
             try:
                 data, descriptors, _, _ = socket.recv_fds(peer.memory, 8, 1)
             except TimeoutError:
@@ -170,32 +212,41 @@ class HostGroup:
                     raise self._fault(_doing(self.rank, note), None, True) from None
                 continue
             except OSError as error:
-                raise self._fault(_doing(self.rank, note), error, False) from error
+                self._check_left(peer, note, error)
+                return None
             if not descriptors:
-                raise self._fault(_doing(self.rank, note), None, False)
+                self._check_left(peer, note, None)
+                return None
             if int.from_bytes(data, "little") != nbytes:
                 raise JobError(
                     f"trainer {peer.rank} reduces {int.from_bytes(data, 'little')} bytes as {note}, expected {nbytes}. "
                     "Expected all trainers to run the same program. Compile on all of them or on none."
                 )
             return descriptors[0]
+        return None
 
     def _meet(self, store: dist.Store) -> list[Peer]:
         """Connects every pair of trainers: the higher rank calls the lower one at a name that only they know."""
         with socket.socket(socket.AF_UNIX) as listener:
             name = f"syncwright-{secrets.token_hex(16)}"
             listener.bind(f"\0{name}")
-            listener.listen(2 * self.trainers)
+            listener.listen(2 * len(self.members))
             listener.settimeout(self._seconds)
-            store.set(f"host/{self.rank}", name)
-            peers = [self._call(store, rank) for rank in range(self.rank)]
-            waiting = self.trainers - 1 - self.rank
-            return peers + self._answer(listener, waiting)
+            store.set(f"{self._key}/{self.rank}", name)
+            before = [rank for rank in self.members if rank < self.rank]
+            peers = [self._call(store, rank) for rank in before]
+            return peers + self._answer(listener, waiting=len(self.members) - 1 - len(before))
 
     def _call(self, store: dist.Store, rank: int) -> Peer:
-        store.wait([f"host/{rank}"], timedelta(seconds=self._seconds))
-        name = store.get(f"host/{rank}").decode()
-        return Peer(rank, self._dial(name, b"s"), self._dial(name, b"m"))
+        store.wait([f"{self._key}/{rank}"], timedelta(seconds=self._seconds))
+        name = store.get(f"{self._key}/{rank}").decode()
+        try:
+            return Peer(rank, self._dial(name, b"s"), self._dial(name, b"m"))
+        except ConnectionRefusedError as error:
+            raise ClusterError(
+                f"trainer {self.rank} does not reach trainer {rank} on this host; expected it here, as LOCAL_WORLD_SIZE or "
+                "SYNCWRIGHT_HOSTS says. Correct what says which trainers share a host."
+            ) from error
 
     def _dial(self, name: str, purpose: bytes) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -223,7 +274,7 @@ class HostGroup:
 
 
 class HostReduction:
-    """A sum under way (see `transport.Work`)."""
+    """A sum under way (see `transport.Work`). Changes when it is done."""
 
     def __init__(self, group: HostGroup, slot: Slot, parity: int, begun: int, tensor: torch.Tensor, note: str):
         self._group, self._slot, self._parity = group, slot, parity
@@ -231,12 +282,32 @@ class HostReduction:
 
     def done(self) -> bool:
         """Waits for the peers' parts, adds them in the order of trainers, then True."""
-        self._group.wait(self._begun, self._note)
-        parts = [pair[self._parity] for pair in self._slot.buffers]
+        self._add_up(self._group.wait(self._begun, self._note))
+        return True
+
+    def _add_up(self, ranks: Sequence[int]) -> None:
+        first, second, *others = [self._slot.buffers[rank][self._parity] for rank in ranks]
         total = self._tensor.view(-1)
-        torch.add(parts[0], parts[1], out=total)
-        for part in parts[2:]:
+        if total.device.type != "cpu":
+            total = torch.empty_like(first)
+        torch.add(first, second, out=total)
+        for part in others:
             total.add_(part)
+        if total.device != self._tensor.device:
+            self._tensor.view(-1).copy_(total)
+
+
+class HostSum(HostReduction):
+    """A sum for the first of those who take part (see `transport.HostWork`). Changes when it is done."""
+
+    is_first = False
+
+    def done(self) -> bool:
+        """Waits for the peers' parts; the first trainer adds them in order, then True."""
+        ranks = self._group.wait(self._begun, self._note)
+        self.is_first = ranks[0] == self._group.rank
+        if self.is_first and len(ranks) > 1:
+            self._add_up(ranks)
         return True
 
 

@@ -86,7 +86,7 @@ def distribute(
     given = Training(
         *(step, model, optimizer, state, examples),
         plan=lambda program: check_scheduler(
-            make_plan(plan, program, place.trainers, _server_count(place, plan)), scheduler
+            make_plan(plan, program, place.trainers, _server_count(place, plan), place.hosts), scheduler
         ),
         without=disabled_passes(os.environ),
         compile=compile,

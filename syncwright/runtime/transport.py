@@ -21,6 +21,19 @@ class Work(Protocol):
         ...
 
 
+class HostWork(Protocol):
+    """A sum over the trainers of one host under way."""
+
+    def done(self) -> bool:
+        """Like `Work.done`; the result stands with the first trainer, the others keep what they gave."""
+        ...
+
+    @property
+    def is_first(self) -> bool:
+        """Once it is done: whether no trainer of this host that took part has a lower number."""
+        ...
+
+
 class Outlet(Protocol):
     """What a trainer's running program needs of a transport."""
 
@@ -36,6 +49,14 @@ class Outlet(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
+        ...
+
+    def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
+        """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
+        ...
+
+    def leave_host(self) -> None:
+        """Takes part in no further sum of this host: the others go on without this trainer."""
         ...
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:

@@ -142,7 +142,7 @@ def _check_sends(job: Job, phase: str, program: Program) -> None:
 
 def _check_reductions(phase: str, program: Program) -> None:
     started: dict[str, Node] = {}
-    for node in _calls(program, ops.all_reduce, ops.gather_rows):
+    for node in _calls(program, *_ENDING):
         name, ending = _channel(node), _ENDING[node.target]  # type: ignore[index]
         if name in started:
             found, expected = f"{quote(name)}, as %{started[name].name} reduces", "a channel of its own"
@@ -156,15 +156,13 @@ def _check_reductions(phase: str, program: Program) -> None:
     for node in _calls(program, *ops.WAITS):
         source = node.args[0]
         if not isinstance(source, Node) or _ENDING.get(source.target) is not node.target:  # type: ignore[call-overload]
-            found, expected = (
-                f"a wait for {_shown(source)}",
-                "an all_reduce" if node.target is ops.wait else "a gather_rows",
-            )
+            found, expected = f"a wait for {_shown(source)}", _BEGINNING[node.target]  # type: ignore[index]
             raise BadWait(f"{phase}: %{node.name}", found, expected, "wait for what was started")
 
 
-_ENDING = {ops.all_reduce: ops.wait, ops.gather_rows: ops.wait_rows}
+_ENDING = {ops.all_reduce: ops.wait, ops.gather_rows: ops.wait_rows, ops.sum_on_host: ops.wait_on_host}
 """What starts a collective, and what waits for it."""
+_BEGINNING = {ops.wait: "an all_reduce", ops.wait_rows: "a gather_rows", ops.wait_on_host: "a sum_on_host"}
 
 
 def _check_sequences(job: Job) -> None:

@@ -11,7 +11,7 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
-from syncwright.plan import LocalSteps, Plan, Sharing
+from syncwright.plan import LocalSteps, Plan, Sharing, merges_on_host
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
 from syncwright.split import grad_variable
@@ -76,7 +76,8 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a
     gathering of rows sends them, with their ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows
-    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step."""
+    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step. What is merged on hosts
+    is counted for who pushes it."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
@@ -164,6 +165,8 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
         few = len(sharing.sizes) <= _MANY_PIECES
         unit = "shards" if sharing.shards else "rows"
         name += f", {unit} {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
+    if merges_on_host(sharing.sync):
+        name += ", merged on hosts"
     return name, _owner(sharing)
 
 
@@ -190,6 +193,7 @@ def _counted(job: Job) -> str:
     kinds = (
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
         (ops.gather_rows, "gathering of rows", "gatherings of rows"),
+        (ops.sum_on_host, "sum on its host", "sums on its host"),
         *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),
     )
     counts = [counted(nodes.count(target), *nouns) for target, *nouns in kinds if target in nodes]

@@ -15,13 +15,18 @@ from syncwright.runtime.shared_memory import MOST_SIZES, HostGroup
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 1, 2, 7, 7, 3]
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create")
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memfd_create")
+
+def group_of(rank: int, members: range, store: HashStore) -> HostGroup:
+    return HostGroup(rank, members, store, lambda: Wait(20.0), lambda: None, lambda doing, error, late: JobError(doing))
+
+
 def test_memory_of_sizes_that_are_used_no_more_goes() -> None:
     store = HashStore()
 
     def sums(rank: int) -> tuple[list[list[float]], int]:
-        group = HostGroup(rank, 2, store, lambda: Wait(20.0), lambda: None, lambda doing, error, late: JobError(doing))
+        group = group_of(rank, range(2), store)
         found = []
         for size in SIZES:
             tensor = torch.full((size,), float(rank + size))
@@ -35,3 +40,47 @@ def test_memory_of_sizes_that_are_used_no_more_goes() -> None:
         results = list(pool.map(sums, range(2)))
     expected = [[2.0 * size + 1] * size for size in SIZES]
     assert results == [(expected, MOST_SIZES)] * 2
+
+
+STEPS = {4: 2, 5: 5, 6: 3, 7: 0}
+"""How many sums each trainer of a host takes part in."""
+
+
+def test_who_has_left_is_not_waited_for_and_the_next_is_first() -> None:
+    """The first trainer leaves after two sums; one that leaves before the first has handed over no memory."""
+    store = HashStore()
+
+    def sums(rank: int) -> list[tuple[float, bool]]:
+        group, found = group_of(rank, range(4, 8), store), []
+        for _ in range(STEPS[rank]):
+            tensor = torch.full((3,), 2.0**rank)
+            work = group.reduce(tensor, "w")
+            assert work.done()
+            found.append((tensor[0].item(), work.is_first))
+        group.leave()
+        group.close()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(STEPS, pool.map(sums, STEPS), strict=True))
+    assert found == {
+        4: [(112.0, True)] * 2,
+        5: [(32.0, False)] * 2 + [(96.0, True)] + [(32.0, True)] * 2,
+        6: [(64.0, False)] * 3,
+        7: [],
+    }
+
+
+def test_who_is_gone_without_a_word_is_missed() -> None:
+    store = HashStore()
+
+    def one(rank: int) -> None:
+        group = group_of(rank, range(2), store)
+        if rank == 0:
+            group.close()
+        else:
+            with pytest.raises(JobError, match=r"trainer 1 waits for .* of w"):
+                group.reduce(torch.ones(3), "w").done()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(2)))
