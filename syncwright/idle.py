@@ -12,6 +12,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.passes.insert import KEPT, TOTAL, read_first, read_variable
 from syncwright.program import Program, Role, Variable, set_results
+from syncwright.schema import argument
 from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
@@ -24,7 +25,8 @@ def idle(program: Program) -> Program:
     after   %z = zeros([11]), %c = cat([%weight, %z]), %a = all_reduce(%c, "bucket.0"), ..., %t = push(%n, "global.n")
 
     The mean over no examples is NaN, and 0 x NaN is NaN: so such a trainer does not run its step, but contributes
-    zeros of weight 0 to each communication of the step's static list, in the same order. What is not made from its
+    zeros of weight 0 to each communication of the step's static list, in the same order; what trainers of one host pull
+    together it pulls with them. What is not made from its
     own batch (a norm of reduced gradients) it sends as everybody does. A buffer that is trainer 0's stays as
     it was where trainer 0 has nothing: its contribution is the old value.
 
@@ -37,12 +39,17 @@ def idle(program: Program) -> Program:
         results[TOTAL] = total
         program = replace(program, variables={**program.variables, TOTAL: _total(total)})
     set_results(program, results)
-    remove_dead(program.graph, kept=lambda node: node.target in {*ops.SENDS, *ops.WAITS})
+    remove_dead(program.graph, kept=_is_common)
     for node in program.placeholders.values():
         if not node.users:
             program.graph.erase_node(node)
     named = {*program.reads, *program.writes}
     return Program(program.graph, {n: v for n, v in program.variables.items() if n in named}, ())
+
+
+def _is_common(node: Node) -> bool:
+    """Whether others rely on it that each trainer does this."""
+    return node.target in {*ops.SENDS, *ops.WAITS} or (node.target is ops.pull and bool(argument(node, "on_host")))
 
 
 def _total(node: Node) -> Variable:

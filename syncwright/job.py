@@ -12,6 +12,7 @@ from syncwright import ops
 from syncwright.plan import LocalSteps, ParameterServer, Plan, Replicated, served_by
 from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Role, Variable
+from syncwright.schema import argument
 from syncwright.selection import Selection
 
 Merge = Literal["mean", "sum", "first", "mean_by_touch"]
@@ -266,8 +267,19 @@ class Job:
         plans = [self.plan, *(span.job.plan for span in self.spans)]
         syncs = [s.sync for plan in plans for s in plan.sharings]
         replicated = [s for s in syncs if isinstance(s, Replicated | LocalSteps) and served_by(s) is None]
-        on_host = any(channel.on_host for channel in self.channels.values())
-        return any(served_by(sync) is not None for sync in syncs) and not replicated and not on_host
+        return any(served_by(sync) is not None for sync in syncs) and not replicated and not self.joins_hosts
+
+    @property
+    def copied(self) -> set[str]:
+        """What one trainer of each host pulls for all, by the names under which it is pulled."""
+        programs = [each.trainer["step"] for each in (*(span.job for span in self.spans), self)]
+        pulls = [node for p in programs for node in p.graph.find_nodes(op="call_function", target=ops.pull)]
+        return {str(node.args[1]) for node in pulls if argument(node, "on_host")}
+
+    @property
+    def joins_hosts(self) -> bool:
+        """Whether trainers of one host do something together."""
+        return any(channel.on_host for channel in self.channels.values()) or bool(self.copied)
 
     @property
     def staleness(self) -> int | None:

@@ -27,6 +27,7 @@ from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
 from syncwright.plan import AllGather, Local, LocalSteps, ParameterServer, Plan, Replicated, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
+from syncwright.schema import argument
 from syncwright.split import grad_variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_updates
@@ -259,6 +260,7 @@ def communications(program: Program) -> list[Node]:
 def _digest(step: Program, servers: Sequence[ServerPart], hosts: Sequence[int]) -> str:
     """Equal on all roles that derived the same job. Batch shapes are left out."""
     lines = [f"{n.target} {n.args[1]}" for n in communications(step)]
+    lines += [f"{n.args[1]} on host" for n in communications(step) if argument(n, "on_host")]
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     lines += [f"hosts {hosts}"] if hosts else []
     return _hash([*lines, *_server_lines(servers)])

@@ -23,8 +23,10 @@ read, and its result is what is read there:
                                            from trainers to servers: the trainers' contributions, merged, in `dtype`: one of
                                            each trainer (take 0), or so many as they come; up to so many of one trainer
                                            travel as one. With a `weight` (a tensor of one element), one of each host
-    pull.value(x, channel, when, dtype)    from a server to every trainer, in `dtype`: as it is in this step ("step"), in the
-                                           step before ("before"), "now", or as it came last, without waiting ("latest")
+    pull.value(x, channel, when, dtype, on_host)
+                                           from a server to every trainer, in `dtype`: as it is in this step ("step"), in the
+                                           step before ("before"), "now", or as it came last, without waiting ("latest");
+                                           `on_host`: to the first trainer of each host, who gives it to the others there
     push.rows(x, channel, ids, merge, rows, written, skip, take, up_to, dtype)
                                            like `push.merged` of dense_rows(x, ids, rows, skip); an update writes the "touched"
                                            rows or "all"
@@ -44,7 +46,7 @@ In the program of a trainer:
     wait_on_host(x, channel)               its result on the first of them; on the others x as it was
     push(x, channel, weight)               sends x to the owner of `channel`; a token (an empty tensor) that orders. With a
                                            `weight`, only the first trainer of each host does, as of that weight
-    pull(after, channel, shape, dtype, when)
+    pull(after, channel, shape, dtype, when, on_host)
                                            the owner's value of `channel`, once what `after` sent is in it; or as `when` says
     push_rows(x, channel, ids, skip)       like `push`, without the first `skip` rows and those of no id
     pull_rows(ids, channel, shape, dtype, when)
@@ -75,10 +77,14 @@ _library.define(
     "push.merged(Tensor x, str channel, str merge, int take=0, int up_to=1, ScalarType? dtype=None, Tensor? weight=None) "
     "-> Tensor"
 )
-_library.define("pull.value(Tensor x, str channel, str when='step', ScalarType? dtype=None) -> Tensor")
+_library.define(
+    "pull.value(Tensor x, str channel, str when='step', ScalarType? dtype=None, bool on_host=False) -> Tensor"
+)
 _library.define("send(Tensor x, str channel) -> Tensor")
 _library.define("gather(Tensor x, str channel, int parts) -> Tensor")
-_library.define("pull(Tensor[] after, str channel, int[] shape, ScalarType dtype, str when='step') -> Tensor")
+_library.define(
+    "pull(Tensor[] after, str channel, int[] shape, ScalarType dtype, str when='step', bool on_host=False) -> Tensor"
+)
 
 
 def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -124,7 +130,9 @@ def _push_merged(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::pull.value", lib=_library)
-def _pull_value(x: torch.Tensor, channel: str, when: str = "step", dtype: torch.dtype | None = None) -> torch.Tensor:
+def _pull_value(
+    x: torch.Tensor, channel: str, when: str = "step", dtype: torch.dtype | None = None, on_host: bool = False
+) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
@@ -140,7 +148,12 @@ def _push(x: torch.Tensor, channel: str, weight: torch.Tensor | None = None) -> 
 
 @torch.library.register_fake(f"{NAMESPACE}::pull", lib=_library)
 def _pull(
-    after: list[torch.Tensor], channel: str, shape: list[int], dtype: torch.dtype, when: str = "step"
+    after: list[torch.Tensor],
+    channel: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    when: str = "step",
+    on_host: bool = False,
 ) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 

@@ -141,6 +141,7 @@ passes          one rewrite of the whole program per file
     compensate
     share_globals
     merge_on_host
+    copy_on_host
     average
     gather_rows
     bucket
@@ -160,6 +161,7 @@ runtime         what runs a job
     endpoint
     heartbeat
     shared_memory
+    host_copies
     collectives
     wire
     bundles
@@ -210,7 +212,7 @@ runtime         what runs a job
     replica
     agreement
     session
-    host_sums
+    on_host
     loopback
     replay
     intercept

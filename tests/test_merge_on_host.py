@@ -19,10 +19,10 @@ from syncwright.errors import BatchError, ClusterError, PlanError
 from syncwright.lower import communications, lower
 from syncwright.plan import Even, Plan, check
 from syncwright.planning import make_plan
-from syncwright.runtime.host_sums import HostSums
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.membership import membership
 from syncwright.runtime.messages import Push
+from syncwright.runtime.on_host import Sums
 from syncwright.runtime.replay import Event, Replay
 from syncwright.text import parse, to_text
 from syncwright.verify import causes, verify_job
@@ -239,12 +239,7 @@ def test_of_exchanges_and_tables_it_is_refused() -> None:
         LocalSteps(2, over=ON_HOST)
     table = nn.Embedding(9, 2)
     job = syncwright.loopback(
-        lambda model, optimizer, ids: mean_step(model, optimizer, ids),
-        table,
-        torch.optim.SGD(table.parameters(), 0.1),
-        plan=Rules(ON_HOST),
-        trainers=2,
-        servers=1,
+        *(mean_step, table, torch.optim.SGD(table.parameters(), 0.1)), plan=Rules(ON_HOST), trainers=2, servers=1
     )
     with pytest.raises(
         PlanError, match=r"merge_on_host: True for a table .* as the trainers of a host look up other rows"
@@ -270,7 +265,7 @@ def test_a_plan_holds_its_hosts() -> None:
         make_plan(Rules(ON_HOST), program, 4, 2, ())
     for hosts in ((), (2, 1)):
         with pytest.raises(
-            PlanError, match=r"hosts: found \[.*\], expected .* 4 together, as '0.weight' is merged on hosts"
+            PlanError, match=r"hosts: found \[.*\], expected .* 4 together, as '0.weight' is merged or copied on hosts"
         ):
             replace(plan, hosts=hosts)
 
@@ -352,7 +347,7 @@ def test_a_cluster_is_told_its_hosts() -> None:
 
 def test_sums_of_one_process_meet_by_their_number() -> None:
     """Trainer 2, the first of its host, leaves with a sum of the others under way: trainer 3 is then the first of two."""
-    sums = HostSums((2, 3))
+    sums = Sums((2, 3))
     tensors = [torch.tensor([float(2**k)]) for k in range(5)]
     third, fourth = (sums.give("w", k, tensors[k]) for k in (3, 4))
     assert not third.done()

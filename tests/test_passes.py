@@ -104,7 +104,9 @@ def check_pushed_gradients(before: Program, plan: Plan, seen: dict, sent: dict) 
     for mark in before.graph.find_nodes(op="call_function", target=ops.gradient):
         name = f"{mark.args[1]}.grad"
         sync = next((s.sync for s in plan.sharings if s.variable == mark.args[1]), None)
-        share = 1 if isinstance(sync, ParameterServer) and not sync.in_step else len(plan.hosts) or plan.trainers
+        share = plan.trainers
+        if isinstance(sync, ParameterServer):
+            share = 1 if not sync.in_step else len(plan.hosts) if sync.merge_on_host else plan.trainers
         whole = seen[mark.name]
         for channel, rows in {name: whole, **rows_of_gradient(plan, str(mark.args[1]), whole)}.items():
             if channel in sent:

@@ -86,6 +86,8 @@ class _Trainer:
         parts = [piece_of(variable, index) for index in range(len(variable.kept) if cut else 1)]
         after = [self.tokens[push] for push in self._awaited(node)]
         when = node.args[2:3]
+        if argument(node, "on_host"):
+            when = (argument(node, "when"), True)
         pulled = [self.known.call(self.graph, ops.pull, after, p.name, list(p.shape), p.dtype, *when) for p in parts]
         return self.known.call(self.graph, aten.cat.default, pulled) if len(pulled) > 1 else pulled[0]
 

@@ -8,6 +8,7 @@ from syncwright.passes.bucket import bucket
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
+from syncwright.passes.copy_on_host import copy_on_host
 from syncwright.passes.flatten import flatten
 from syncwright.passes.gather_rows import gather_rows
 from syncwright.passes.join_served import join_served
@@ -19,7 +20,7 @@ from syncwright.passes.tidy import tidy
 
 _PLACING = (
     *(clip_per_trainer, compact_lookups, note_lookups, join_served),
-    *(serve_parameters, compensate, share_globals, merge_on_host),
+    *(serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
 _SENDING = (gather_rows, average_gradients, average_values, bucket)
 

@@ -26,7 +26,7 @@ from syncwright.plan.sync import (
     ParameterServer,
     Replicated,
     Sync,
-    merges_on_host,
+    joins_hosts,
     served_by,
 )
 
@@ -64,7 +64,7 @@ __all__ = [
     "axis_length",
     "check",
     "cut",
-    "merges_on_host",
+    "joins_hosts",
     "place",
     "plan_at",
     "resolve",

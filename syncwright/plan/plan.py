@@ -14,7 +14,7 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Sync, merges_on_host, served_by
+from syncwright.plan.sync import AllGather, Sync, joins_hosts, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
@@ -106,7 +106,7 @@ class Plan:
     buffers   (name, policy) for every buffer that the step writes
     notes     sentences about what a reader of the rules would not expect
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
-    hosts     how many trainers each host has, in the order of their numbers, where something is merged on hosts
+    hosts     how many trainers each host has, in the order of their numbers, where something is merged or copied on hosts
     """
 
     digest: str
@@ -141,9 +141,9 @@ class Plan:
             )
 
     def _check_hosts(self) -> None:
-        merged = next((s.variable for s in self.sharings if merges_on_host(s.sync)), None)
-        if (self.hosts or merged is not None) and sum(self.hosts) != self.trainers:
-            about = "" if merged is None else f", as {merged!r} is merged on hosts"
+        joined = next((s.variable for s in self.sharings if joins_hosts(s.sync)), None)
+        if (self.hosts or joined is not None) and sum(self.hosts) != self.trainers:
+            about = "" if joined is None else f", as {joined!r} is merged or copied on hosts"
             raise PlanError(
                 f"hosts: found {list(self.hosts)}, expected the number of trainers of each host, {self.trainers} together"
                 f"{about}. Correct `hosts`."

@@ -28,7 +28,7 @@ from syncwright.plan.sync import (
     ParameterServer,
     Replicated,
     Sync,
-    merges_on_host,
+    joins_hosts,
     served_by,
 )
 from syncwright.program import Role, Variable
@@ -89,15 +89,15 @@ def resolve(
 
 
 def _hosts(rules: Rules, sharings: Sequence[Sharing], hosts: tuple[int, ...]) -> tuple[int, ...]:
-    """The trainers of each host, where something is merged there."""
-    merged = next((s.variable for s in sharings if merges_on_host(s.sync)), None)
-    if merged is None:
+    """The trainers of each host, where they push or pull together."""
+    joined = next((s for s in sharings if joins_hosts(s.sync)), None)
+    if joined is None:
         return ()
     if not hosts:
         raise PlanError(
-            f"{rules.source}: variable {merged!r}: found merge_on_host: True, but nothing says which trainers share a host, "
-            "expected to know it before the job is made. Start trainers with torchrun, as many on each host, or set "
-            "SYNCWRIGHT_HOSTS for all roles to the trainers of each host, such as 2,2."
+            f"{rules.source}: variable {joined.variable!r}: found merge_on_host or copy_on_host, but nothing says which trainers "
+            "share a host, expected to know it before the job is made. Start trainers with torchrun, as many on each host, or "
+            "set SYNCWRIGHT_HOSTS for all roles to the trainers of each host, such as 2,2."
         )
     return hosts
 
@@ -170,6 +170,7 @@ _NOT_OF_ROWS = {
     "replicated": "trainers keep no copy of it",
     "device": "rows are looked up in host memory",
     "merge_on_host": "the trainers of a host look up other rows",
+    "copy_on_host": "the trainers of a host look up other rows",
 }
 """Settings that tables do not have whose rows travel, and why."""
 

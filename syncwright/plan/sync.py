@@ -68,6 +68,7 @@ class ParameterServer:
     replicated  every trainer keeps a copy, which is brought up to date when a step ends, and not when the next one reads it
     merge_on_host  trainers of one host add their gradients up, and one of them pushes the sum: to a server, a host is then as one
                 trainer that has the examples of all
+    copy_on_host  one trainer of each host pulls the value, and the others of its host take it from there
     device      where servers keep it, with its state: "cuda", "cuda:1"; None: in host memory
     push, pull  dtype in which gradients and values travel; None: their own
     bucket_mb   megabytes (2**20 bytes) of small variables of one server that travel and are updated together; 0: each alone
@@ -97,6 +98,7 @@ class ParameterServer:
     bucket_mb: Amount = field(default=4.0, metadata=RARE)
     replicated: bool = field(default=False, metadata=RARE)
     merge_on_host: bool = field(default=False, metadata=RARE)
+    copy_on_host: bool = field(default=False, metadata=RARE)
     device: str | None = field(default=None, metadata=RARE)
     push: Wire | None = field(default=None, metadata=RARE)
     pull: Wire | None = field(default=None, metadata=RARE)
@@ -149,6 +151,9 @@ _APART = (
     ("compensate", "merge", "a mean of gradients has no one value that was pulled"),
     ("merge_on_host", "compensate", "the gradients of a host's trainers have no one value that was pulled"),
     ("merge_on_host", "merge", "a push that is held back would hold back those of all trainers of its host"),
+    ("copy_on_host", "compensate", "a server does not know which value a trainer has that did not pull it"),
+    ("copy_on_host", "merge", "steps then read the value that has come last to each trainer, and wait for none"),
+    ("copy_on_host", "replicated", "each trainer brings its copy up to date when its own step ends"),
     (
         "merge_on_host",
         "staleness",
@@ -244,6 +249,6 @@ def served_by(sync: Sync) -> ParameterServer | None:
     return None
 
 
-def merges_on_host(sync: Sync) -> bool:
-    """Whether trainers of one host push together."""
-    return isinstance(sync, ParameterServer) and sync.merge_on_host
+def joins_hosts(sync: Sync) -> bool:
+    """Whether trainers of one host push or pull together."""
+    return isinstance(sync, ParameterServer) and (sync.merge_on_host or sync.copy_on_host)

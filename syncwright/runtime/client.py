@@ -15,6 +15,7 @@ from syncwright import ops
 from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
+from syncwright.runtime.executor import Form
 from syncwright.runtime.gathered import Gathering
 from syncwright.runtime.merging import together
 from syncwright.runtime.messages import (
@@ -63,7 +64,7 @@ class Client:
         self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
         self._sums: dict[str, tuple[HostWork, torch.Tensor]] = {}
-        self._speaks = True
+        self._speaks, self._copied = True, job.copied
         self._gatherings: dict[str, Gathering] = {}
         self._left: dict[Key, int] = {}
         self._notes = _notes(job)
@@ -150,8 +151,24 @@ class Client:
             wire = self.job.channels[channel].sent.dtype
             self._push(channel, weight, together(self.job.channels[channel], waiting).to(wire))
 
-    def pull(self, channel: str, later: bool, when: str = "step") -> torch.Tensor | None:
-        """The value as it is in this step, after it (`later`), as it was before it, or the latest that has come."""
+    def pull(self, channel: str, later: bool, when: str = "step", on_host: Form | None = None) -> torch.Tensor | None:
+        """The value as it is in this step, after it (`later`), as it was before it, or the latest that has come.
+
+        `on_host`: pulled by the first trainer of this host, who gives it to the others; its shape and dtype.
+        """
+        if on_host is None:
+            return self._pull(channel, later, when)
+        if not self.transport.is_first_on_host():
+            self.transport.progress(self.step, f"copy {channel}")
+            value = self.transport.take_on_host(*on_host, channel)
+            if value is not None or not self.transport.is_first_on_host():
+                return value
+        value = self._pull(channel, later, when)  # the first, or the next after it has left
+        if value is not None:
+            self.transport.give_on_host(value, channel)
+        return value
+
+    def _pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:
         if when == "latest":
             return self._latest(channel)
         key = self._key(channel, self.step + int(later) - int(when == "before"))
@@ -217,7 +234,8 @@ class Client:
         key = self._key(channel, version)
         if key not in self._got:
             self.transport.progress(self.step, f"pull {channel}")
-            self.ask([(channel, 0)], version, when)
+            if key not in self._asked:
+                self._ask(channel, key, when)
         return self._got.get(key)
 
     def collect(self, channel: str, version: int, when: When) -> torch.Tensor | None:
@@ -240,10 +258,14 @@ class Client:
         self._asked.discard(key)
 
     def ask(self, channels: Sequence[tuple[str, int]], version: int, when: When = "now") -> None:
-        """Asks ahead, each channel as of so many steps later: a server answers as soon as the version is there."""
+        """Asks ahead, each channel as of so many steps later: a server answers as soon as the version is there.
+
+        What is pulled for a whole host only its first trainer asks for.
+        """
         for channel, at in channels:
             key = self._key(channel, version + at)
-            if key not in self._asked:
+            ours = channel not in self._copied or self.transport.is_first_on_host()
+            if ours and key not in self._asked:
                 self._ask(channel, key, when)
 
     def _ask(self, channel: str, key: Key, when: When) -> None:
@@ -344,7 +366,7 @@ class Client:
 
     def leave(self, step: int) -> None:
         self.flush()
-        if any(channel.on_host for channel in self.job.channels.values()):
+        if self.job.joins_hosts:
             self.transport.leave_host()
         for part in self.job.servers:
             self._send(part.rank, Message(Leave(step)))

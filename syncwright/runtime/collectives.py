@@ -13,6 +13,7 @@ import torch.distributed as dist
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError
 from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.heartbeat import Heartbeat
+from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
 from syncwright.runtime.shared_memory import HostGroup, can_share, is_available
@@ -49,6 +50,7 @@ class Collectives:
         self._under_way: dist.Work | None = None
         self._host: HostGroup | None = None
         self._on_host: HostGroup | None = None
+        self._copies: HostCopies | None = None
 
     @property
     def others(self) -> list[Address]:
@@ -83,29 +85,45 @@ class Collectives:
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
-        group = self._joined_on_host()
-        return Done() if group is None else group.reduce(tensor, note)
+        self._join_host()
+        return Done() if self._on_host is None else self._on_host.reduce(tensor, note)
+
+    def is_first_on_host(self) -> bool:
+        """Whether this trainer gives the next value to the others of its host."""
+        self._join_host()
+        return self._copies is None or self._copies.is_first
+
+    def give_on_host(self, tensor: torch.Tensor, note: str) -> None:
+        """Gives the next value to the other trainers of this host."""
+        if self._copies is not None:
+            self._copies.give(tensor, note)
+
+    def take_on_host(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
+        """Waits for the next value of the first trainer of this host; None where that is this one, as those before have left."""
+        return None if self._copies is None else self._copies.take(shape, dtype, note)
 
     def leave_host(self) -> None:
-        """Takes part in no further sum of this host. Meets its trainers, if that is still to be done: they wait for it."""
-        group = self._joined_on_host()
-        if group is not None:
-            group.leave()
+        """Takes part in nothing more that trainers of this host do together. Meets them, if that is still to be done: they wait
+        for it."""
+        self._join_host()
+        for group in (self._on_host, self._copies):
+            if group is not None:
+                group.leave()
 
-    def _joined_on_host(self) -> HostGroup | None:
-        """The trainers of this host, met at first use; None where this is the only one."""
+    def _join_host(self) -> None:
+        """Meets the other trainers of this host, if there are some, at first use."""
         starts = accumulate(self._rendezvous.place.hosts, initial=0)
         members = next(range(*ends) for ends in pairwise(starts) if ends[0] <= self.me.rank < ends[1])
         if self._on_host is not None or len(members) == 1:
-            return self._on_host
+            return
         if not can_share():
             raise ClusterError(
-                "merge_on_host: the trainers of this host share no memory; expected Linux, and SYNCWRIGHT_SHARED_MEMORY other "
-                "than 0. Leave merge_on_host out of the plan, or set the variable."
+                "merge_on_host, copy_on_host: the trainers of this host share no memory; expected Linux, and "
+                "SYNCWRIGHT_SHARED_MEMORY other than 0. Leave both out of the plan, or set the variable."
             )
-        store = self._rendezvous.client()
-        self._on_host = HostGroup(self.me.rank, members, store, self.wait, self._watch, self.error, key="on_host")
-        return self._on_host
+        given = (self.me.rank, members, self._rendezvous.client(), self.wait, self._watch, self.error)
+        self._on_host = HostGroup(*given, key="sums on host")
+        self._copies = HostCopies(*given, key="copies on host")
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         """Starts the gathering of every trainer's `part` into `whole`, part after part; parts have one shape.
@@ -129,10 +147,10 @@ class Collectives:
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
-        for group in (self._host, self._on_host):
+        for group in (self._host, self._on_host, self._copies):
             if group is not None:
                 group.close()
-        self._host = self._on_host = None
+        self._host = self._on_host = self._copies = None
         busy = self._under_way is not None and not self._under_way.is_completed()
         if self._created and busy:
             _abandon_group()

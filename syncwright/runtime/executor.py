@@ -11,9 +11,11 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.program import Program
+from syncwright.schema import argument
 from syncwright.shapes import substitute
 
 T = TypeVar("T")
+Form = tuple[list[int], torch.dtype]
 
 
 class Port(Protocol):
@@ -35,8 +37,9 @@ class Port(Protocol):
         """The rows of these ids (see `ops.distinct`); None while they are not there."""
         ...
 
-    def pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:
-        """The value, or None while it is not there. `later`: as it is after this step; `when`: see `ops`."""
+    def pull(self, channel: str, later: bool, when: str, on_host: Form | None) -> torch.Tensor | None:
+        """The value, or None while it is not there. `later`: as it is after this step; `when`: see `ops`; `on_host`: its shape
+        and dtype, where one trainer of each host pulls it for all."""
         ...
 
     def start(self, channel: str, tensor: torch.Tensor) -> None: ...
@@ -173,7 +176,10 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
         case ops.wait_on_host:
             return (yield from _until(node, args[1], lambda: port.finish_on_host(args[1])))
         case _:
-            return (yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), pulled_when(node))))
+            form = (args[2], args[3]) if argument(node, "on_host") else None
+            return (
+                yield from _until(node, args[1], lambda: port.pull(args[1], bool(args[0]), pulled_when(node), form))
+            )
 
 
 def pulled_when(pull: Node) -> str:

@@ -31,6 +31,15 @@ class Lane:
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         return self._outlet.sum_on_host(tensor, note)
 
+    def is_first_on_host(self) -> bool:
+        return self._outlet.is_first_on_host()
+
+    def give_on_host(self, tensor: torch.Tensor, note: str) -> None:
+        self._outlet.give_on_host(tensor, note)
+
+    def take_on_host(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
+        return self._outlet.take_on_host(shape, dtype, note)
+
     def leave_host(self) -> None:
         self._outlet.leave_host()
 

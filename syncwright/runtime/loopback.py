@@ -14,9 +14,9 @@ from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
-from syncwright.runtime.host_sums import HostSums, Sum
 from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.messages import Address, Kind, Message
+from syncwright.runtime.on_host import Copies, Sum, Sums
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
 from syncwright.runtime.session import Session, Training
@@ -160,7 +160,8 @@ class Loopback:
             return
         job, more = prepared.job, (self.session.ticking(prepared.job), self.session.records())
         self.servers = [JointServer(job, p.rank, None, *more) for p in job.servers]
-        self.network.on_hosts = HostSums(job.plan.hosts)
+        self.network.on_hosts = Sums(job.plan.hosts)
+        self.network.copies = Copies(job.plan.hosts)
         outlets = [self.network.transport(rank) for rank in range(self.trainers)]
         self.session.open(prepared.job, outlets, part.examples or 1.0, self)
 
@@ -221,7 +222,7 @@ class Network:
         self.trainers = trainers
         self.queue: deque[tuple[Address, Address, Message]] = deque()
         self.sent = 0
-        self.on_hosts = HostSums(())
+        self.on_hosts, self.copies = Sums(()), Copies(())
         self._rounds: dict[tuple[str, int], dict[int, Given]] = {}
         self._joined: dict[tuple[str, int], int] = {}
 
@@ -294,9 +295,20 @@ class LoopbackTransport:
         self.network.sent += 1
         return self.network.on_hosts.give(note, self.me.rank, tensor)
 
+    def is_first_on_host(self) -> bool:
+        return self.network.copies.is_first(self.me.rank)
+
+    def give_on_host(self, tensor: torch.Tensor, note: str) -> None:
+        self.network.sent += 1
+        self.network.copies.give(self.me.rank, tensor)
+
+    def take_on_host(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
+        return self.network.copies.take(self.me.rank)
+
     def leave_host(self) -> None:
         self.network.sent += 1
         self.network.on_hosts.leave(self.me.rank)
+        self.network.copies.leave(self.me.rank)
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.gather(note, self.me.rank, whole, part)

@@ -64,6 +64,7 @@ class Slot:
     def __init__(self, buffers: Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
         self.buffers = buffers
         self.turn = 0
+        self.written = [0, 0]
 
 
 class HostGroup:

@@ -196,8 +196,22 @@ class SocketTransport:
         self.flush()
         return self._collectives.sum_on_host(tensor, note)
 
+    def is_first_on_host(self) -> bool:
+        """Whether this trainer gives the next value to the others of its host."""
+        return self._collectives.is_first_on_host()
+
+    def give_on_host(self, tensor: torch.Tensor, note: str) -> None:
+        """Gives the next value to the other trainers of this host."""
+        self.flush()
+        self._collectives.give_on_host(tensor, note)
+
+    def take_on_host(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
+        """Waits for the next value of the first trainer of this host; None where that is this one, as those before have left."""
+        self.flush()
+        return self._collectives.take_on_host(shape, dtype, note)
+
     def leave_host(self) -> None:
-        """Takes part in no further sum of this host."""
+        """Takes part in nothing more that trainers of this host do together."""
         self._collectives.leave_host()
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:

@@ -55,8 +55,21 @@ class Outlet(Protocol):
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
         ...
 
+    def is_first_on_host(self) -> bool:
+        """Whether it is this trainer that gives the next value to the others of its host. It may become so when one leaves."""
+        ...
+
+    def give_on_host(self, tensor: torch.Tensor, note: str) -> None:
+        """Gives the next value to the other trainers of this host."""
+        ...
+
+    def take_on_host(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
+        """The next value that the first trainer of this host gives. None while it is not there, or where it comes no more, as
+        this trainer has become the first. A transport between processes waits here for one or the other."""
+        ...
+
     def leave_host(self) -> None:
-        """Takes part in no further sum of this host: the others go on without this trainer."""
+        """Takes part in nothing more that trainers of this host do together: the others go on without this one."""
         ...
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:

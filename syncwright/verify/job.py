@@ -14,6 +14,7 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.job import Job, ServerPart
 from syncwright.program import Program, Role, Variable
+from syncwright.schema import argument
 from syncwright.text import quote, type_text, variable_type_text
 from syncwright.verify.causes import (
     BadWait,
@@ -174,6 +175,17 @@ def _check_sequences(job: Job) -> None:
             place, here, there = _difference(sent[phase], sent[first])
             about = f"{phase}: communication {place}"
             raise OtherSequence(about, here, f"{there} as in {first}", "send the same, in the same order")
+    copied = {phase: list(map(_channel, _copies(program))) for phase, program in job.trainer.items()}
+    for phase in others:
+        if copied[phase] != copied[first]:
+            found, expected = (", ".join(map(quote, names)) or "none" for names in (copied[phase], copied[first]))
+            remedy = "pull the same together, in the same order"
+            raise OtherSequence(f"{phase}: pulls for a whole host", found, f"{expected} as in {first}", remedy)
+
+
+def _copies(program: Program) -> list[Node]:
+    """Pulls whose value the first trainer of a host gives to the others."""
+    return [node for node in _calls(program, ops.pull) if argument(node, "on_host")]
 
 
 def _check_writers(job: Job) -> None:

@@ -11,7 +11,7 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
-from syncwright.plan import LocalSteps, Plan, Sharing, merges_on_host
+from syncwright.plan import LocalSteps, ParameterServer, Plan, Sharing
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
 from syncwright.split import grad_variable
@@ -76,8 +76,8 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a
     gathering of rows sends them, with their ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows
-    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step. What is merged on hosts
-    is counted for who pushes it."""
+    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step. What is merged or
+    copied on hosts is counted for who pushes and pulls it."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
@@ -165,8 +165,10 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
         few = len(sharing.sizes) <= _MANY_PIECES
         unit = "shards" if sharing.shards else "rows"
         name += f", {unit} {'+'.join(map(str, sharing.sizes))}" if few else f", {len(sharing.sizes)} pieces"
-    if merges_on_host(sharing.sync):
-        name += ", merged on hosts"
+    if isinstance(sharing.sync, ParameterServer):
+        joined = {"merged": sharing.sync.merge_on_host, "copied": sharing.sync.copy_on_host}
+        words = " and ".join(word for word, is_so in joined.items() if is_so)
+        name += f", {words} on hosts" if words else ""
     return name, _owner(sharing)
 
 

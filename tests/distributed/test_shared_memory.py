@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed import HashStore
 
 from syncwright.errors import JobError
 from syncwright.runtime.deadlines import Wait
+from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.shared_memory import MOST_SIZES, HostGroup
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 1, 2, 7, 7, 3]
@@ -69,6 +71,33 @@ def test_who_has_left_is_not_waited_for_and_the_next_is_first() -> None:
         6: [(64.0, False)] * 3,
         7: [],
     }
+
+
+def test_values_are_given_by_the_first_who_is_there() -> None:
+    """Of 40 numbers the first trainer gives 7 and leaves, the second the next 13; slow and fast ones take the same values."""
+    store, ends, sizes = HashStore(), {4: 7, 5: 20, 6: 40}, (3, 5)
+
+    def values(rank: int) -> list[list[float]]:
+        given = (rank, range(4, 7), store, lambda: Wait(20.0), lambda: None, lambda doing, error, late: JobError(doing))
+        group, found = HostCopies(*given), []
+        for number in range(ends[rank]):
+            size = sizes[number % 2]
+            value = None if group.is_first else group.take([size], torch.float32, f"of {size}")
+            if value is None:
+                value = torch.full((size,), 100.0 * rank + number)
+                group.give(value, f"of {size}")
+            if rank == 5:
+                time.sleep(0.002)
+            found.append(value.tolist())
+        group.leave()
+        group.close()
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        found = dict(zip(ends, pool.map(values, ends), strict=True))
+    givers = [4] * 7 + [5] * 13 + [6] * 20
+    expected = [[100.0 * giver + number] * sizes[number % 2] for number, giver in enumerate(givers)]
+    assert found == {rank: expected[:end] for rank, end in ends.items()}
 
 
 def test_who_is_gone_without_a_word_is_missed() -> None:

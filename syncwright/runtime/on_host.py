@@ -1,4 +1,4 @@
-"""Sums over the trainers of each host, where all trainers live in one process."""
+"""What trainers of each host do together, where all trainers live in one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sum:
         return self.rank == min(self.round.parts)
 
 
-class HostSums:
+class Sums:
     """Changes with every part. `hosts`: how many trainers each host has, in the order of their numbers."""
 
     def __init__(self, hosts: Sequence[int]):
@@ -73,3 +73,55 @@ class HostSums:
         done = [key for key, meeting in self._rounds.items() if rank in meeting.missing and meeting.strike(rank)]
         for key in done:
             del self._rounds[key]
+
+
+class Copies:
+    """Values that the first trainer of each host gives to the others, in order. Changes with each.
+
+    hosts  how many trainers each has, in the order of their numbers
+    """
+
+    def __init__(self, hosts: Sequence[int]):
+        numbers = [host for host, count in enumerate(hosts) for _ in range(count)]
+        self._host = dict(enumerate(numbers))
+        self._had = dict.fromkeys(self._host, 0)
+        self._left: set[int] = set()
+        self._values: dict[tuple[int, int], torch.Tensor] = {}
+
+    def is_first(self, rank: int) -> bool:
+        """Whether a trainer's next value is its own to give."""
+        return self._key(rank) not in self._values and rank == min(self._there(rank))
+
+    def give(self, rank: int, tensor: torch.Tensor) -> None:
+        """A trainer's next value, which it gives to the others of its host."""
+        self._values[self._key(rank)] = tensor
+        self._count(rank)
+
+    def take(self, rank: int) -> torch.Tensor | None:
+        """A trainer's next value, None while it has not been given."""
+        value = self._values.get(self._key(rank))
+        if value is not None:
+            self._count(rank)
+        return value
+
+    def leave(self, rank: int) -> None:
+        """A trainer gives and takes nothing more."""
+        self._left.add(rank)
+        self._forget(self._host[rank])
+
+    def _key(self, rank: int) -> tuple[int, int]:
+        return self._host[rank], self._had[rank]
+
+    def _there(self, rank: int) -> list[int]:
+        return [other for other, host in self._host.items() if host == self._host[rank] and other not in self._left]
+
+    def _count(self, rank: int) -> None:
+        self._had[rank] += 1
+        self._forget(self._host[rank])
+
+    def _forget(self, host: int) -> None:
+        """What all who are there have taken."""
+        slowest = min(
+            (n for rank, n in self._had.items() if self._host[rank] == host and rank not in self._left), default=0
+        )
+        self._values = {key: value for key, value in self._values.items() if key[0] != host or key[1] >= slowest}
