@@ -10,15 +10,19 @@ import pytest
 import torch
 from test_asynchronous import gives, mean_step, value
 from test_merge_on_host import batch, captured, clipped_step, layers, start
+from torch import nn
 
 import syncwright
-from syncwright import ParameterServer, Rules
+from syncwright import ParameterServer, Program, Rules, ops
 from syncwright.errors import PlanError
 from syncwright.lower import communications, lower
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Even
 from syncwright.planning import make_plan
 from syncwright.runtime.on_host import Copies
 from syncwright.runtime.replay import Replay
+from syncwright.runtime.segments import Segment, cut
+from syncwright.schema import argument
 from syncwright.text import parse, to_text
 from syncwright.verify import causes, verify_job
 
@@ -127,7 +131,7 @@ def test_settings_that_cannot_be_together(settings: dict, why: str) -> None:
 
 
 def test_of_tables_it_is_refused() -> None:
-    table = torch.nn.Embedding(9, 2)
+    table = nn.Embedding(9, 2)
     optimizer = torch.optim.SGD(table.parameters(), 0.1)
     given = {"plan": Rules(COPIED), "trainers": 2, "servers": 1}
     job = syncwright.loopback(mean_step, table, optimizer, **given)  # type: ignore[arg-type]
@@ -153,6 +157,42 @@ def test_every_program_of_a_trainer_copies_the_same() -> None:
     wrong = parse(to_text(job.trainer["idle"]).replace(', "step", True)', ")"))
     with pytest.raises(causes.OtherSequence, match="idle: pulls for a whole host: found none"):
         verify_job(replace(job, trainer={**job.trainer, "idle": wrong}))
+
+
+def two_phases(model: nn.Module, optimizers: tuple, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The second part is read when gradients of the first are on their way."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    model[0](x).square().mean().backward()  # type: ignore[index, operator]
+    loss = (model[2](torch.tanh(x @ torch.ones(3, 4, dtype=x.dtype))) - y).square().mean()  # type: ignore[index, operator]
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss
+
+
+def joint(program: Program) -> list[tuple[object, str]]:
+    """What trainers of a host do together: each waits there for the others, the first time."""
+    wanted = [n for n in communications(program) if n.target is ops.sum_on_host or argument(n, "on_host")]
+    return [(node.target, str(node.args[1])) for node in wanted]
+
+
+@pytest.mark.parametrize("passes", [PIPELINE, COMPILED], ids=["interpreted", "compiled"])
+def test_trainers_of_a_host_do_all_in_one_order(passes: tuple) -> None:
+    """Also one that is compiled, and one without examples."""
+    model, _ = layers()
+    optimizers = tuple(torch.optim.SGD(model[k].parameters(), 0.1) for k in (0, 2))  # type: ignore[index]
+    program = syncwright.capture(two_phases, model, optimizers, *batch(0))
+    plan = make_plan(Rules(replace(JOINT, bucket_mb=0.0)), program, 4, 2, (2, 2))
+    job = lower(program, plan, passes=passes)
+    order = joint(job.trainer["step"])
+    sums, copies = ([name for target, name in order if target is each] for each in (ops.sum_on_host, ops.pull))
+    assert len(sums) == 5
+    assert len(copies) == 4
+    assert order.index((ops.pull, "2.weight")) > order.index((ops.sum_on_host, "0.weight.grad on host"))
+    assert joint(job.trainer["idle"]) == order
+    items = [item for item in cut(job.trainer["step"]).items if not isinstance(item, Segment)]
+    assert [(n.target, n.args[1]) for n in items if (n.target, n.args[1]) in order] == order
 
 
 def test_values_of_one_process_are_given_in_order() -> None:

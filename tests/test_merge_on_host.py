@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import StepLR
 
 import syncwright
 from syncwright import LocalSteps, ParameterServer, Rules
+from syncwright.checking import check_plan
 from syncwright.cluster import Cluster
 from syncwright.errors import BatchError, ClusterError, PlanError
 from syncwright.lower import communications, lower
 from syncwright.plan import Even, Plan, check
 from syncwright.planning import make_plan
+from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.membership import membership
 from syncwright.runtime.messages import Push
@@ -126,6 +128,16 @@ def one_device(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(9, 3, generator=generator).double(), torch.randn(9, 2, generator=generator).double()
+
+
+@pytest.mark.parametrize("more", [{}, {"copy_on_host": True}], ids=["merged", "and copied"])
+def test_verify_finds_one_device(more: dict) -> None:
+    model, optimizer = layers()
+    plan = make_plan(Rules(replace(ON_HOST, **more)), captured(), 4, 2, HOSTS)
+    first = FirstStep(clipped_step, model, optimizer, {}, plan, None, batch(0))
+    found = check_plan(first, captured(), plan, steps=3)
+    assert found.differences
+    assert not found.beyond
 
 
 @pytest.mark.parametrize("hosts", [(2, 2), (3, 1), (4,)], ids=str)

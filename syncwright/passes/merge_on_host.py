@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.passes.insert import WEIGHT, behind, first_call, read_share, read_weight
+from syncwright.passes.insert import WEIGHT, behind, read_share, read_weight
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role
 from syncwright.schema import argument
@@ -41,8 +41,8 @@ def merge_on_host(program: Program, plan: Plan) -> Program:
         return program
     known = Inference(mode_of(program.graph))
     program, weight = read_weight(program)
-    sums = _Weights.begun(program, weight, plan.trainers, known)
     started = [_started(push, weight, plan.trainers, known) for push in pushes]
+    sums = _Weights.begun(min(started), weight, plan.trainers, known)
     for push, start, following in zip(pushes, started, [*started[1:], None], strict=True):
         _finish(push, start, following, sums, known)
     return program
@@ -62,9 +62,10 @@ class _Weights:
     total: Node | None = None
 
     @classmethod
-    def begun(cls, program: Program, weight: Node, trainers: int, known: Inference) -> _Weights:
-        graph = program.graph
-        with graph.inserting_before(first_call(graph)):
+    def begun(cls, first: Node, weight: Node, trainers: int, known: Inference) -> _Weights:
+        """Begins in front of the first other sum: what is pulled for a whole host stands before, as a rule."""
+        graph = first.graph
+        with graph.inserting_before(first):
             own = known.call(graph, aten.scalar_tensor.default, weight, dtype=torch.float64)
             return cls(known.call(graph, ops.sum_on_host, own, f"{WEIGHT} on host"), trainers, known)
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.program import Program
 from syncwright.regions import turn
+from syncwright.schema import argument
 from syncwright.shapes import is_host
 
 aten = torch.ops.aten
@@ -65,7 +66,8 @@ def cut(program: Program) -> Cut:
     before  %a = mm, %b = mm, push(%a), %c = mm, %w = wait(%r), %d = sub(%p, %w)
     after   [%a, %b, %c], push(%a), %w = wait(%r), [%d]
 
-    Sends keep their order, and no wait moves forward: whoever waits has sent all that stands before it.
+    Sends keep their order, and no wait moves forward: whoever waits has sent all that stands before it. Nor does
+    a pull for a whole host: its trainers do what they do together in one order, compiled or not.
     """
     return _Cutter(program).run()
 
@@ -117,6 +119,7 @@ class _Cutter:
 
     def _receive(self, node: Node) -> None:
         fresh = node.target is ops.pull_rows or (node.target is ops.pull and not node.args[0])
+        fresh = fresh and not (self.sends and argument(node, "on_host"))
         if not fresh or len(self.open.nodes) >= self.enough:
             self._close()
         self.items.append(node)
