@@ -164,7 +164,7 @@ def two_phases(model: nn.Module, optimizers: tuple, x: torch.Tensor, y: torch.Te
     for optimizer in optimizers:
         optimizer.zero_grad()
     model[0](x).square().mean().backward()  # type: ignore[index, operator]
-    loss = (model[2](torch.tanh(x @ torch.ones(3, 4, dtype=x.dtype))) - y).square().mean()  # type: ignore[index, operator]
+    loss = (model[1](torch.tanh(x @ torch.ones(3, 4, dtype=x.dtype))) - y).square().mean()  # type: ignore[index, operator]
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -180,19 +180,49 @@ def joint(program: Program) -> list[tuple[object, str]]:
 @pytest.mark.parametrize("passes", [PIPELINE, COMPILED], ids=["interpreted", "compiled"])
 def test_trainers_of_a_host_do_all_in_one_order(passes: tuple) -> None:
     """Also one that is compiled, and one without examples."""
-    model, _ = layers()
-    optimizers = tuple(torch.optim.SGD(model[k].parameters(), 0.1) for k in (0, 2))  # type: ignore[index]
+    model = nn.ModuleList([nn.Linear(3, 4, bias=False), nn.Linear(4, 2)]).double()
+    optimizers = tuple(torch.optim.SGD(each.parameters(), 0.1) for each in model)
     program = syncwright.capture(two_phases, model, optimizers, *batch(0))
     plan = make_plan(Rules(replace(JOINT, bucket_mb=0.0)), program, 4, 2, (2, 2))
     job = lower(program, plan, passes=passes)
     order = joint(job.trainer["step"])
     sums, copies = ([name for target, name in order if target is each] for each in (ops.sum_on_host, ops.pull))
-    assert len(sums) == 5
-    assert len(copies) == 4
-    assert order.index((ops.pull, "2.weight")) > order.index((ops.sum_on_host, "0.weight.grad on host"))
+    assert len(sums) == 4
+    assert len(copies) == 3
+    assert order.index((ops.pull, "1.weight")) > order.index((ops.sum_on_host, "0.weight.grad on host"))
     assert joint(job.trainer["idle"]) == order
     items = [item for item in cut(job.trainer["step"]).items if not isinstance(item, Segment)]
     assert [(n.target, n.args[1]) for n in items if (n.target, n.args[1]) in order] == order
+
+
+BESIDE_A_SUM = """program
+
+input  "x": f32[2]
+output "y": f32[2]
+
+%v_x: f32[2] = read "x"
+
+%a: f32[2] = aten.mul.Tensor(%v_x, %v_x)
+%s: f32[2] = syncwright.sum_on_host.default(%a, "a on host")
+%b: f32[2] = aten.add.Tensor(%v_x, %a)
+%p: f32[2] = syncwright.pull.default([], "w", [2], f32, "step", True)
+%c: f32[2] = aten.add.Tensor(%b, %p)
+%t: f32[2] = syncwright.wait_on_host.default(%s, "a on host")
+%d: f32[2] = aten.add.Tensor(%c, %t)
+
+write "y" = %d
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [(BESIDE_A_SUM, [["a", "b"], "s", "p"]), (BESIDE_A_SUM.replace(', "step", True', ""), ["p", ["a", "b", "c"], "s"])],
+    ids=["for a host", "for itself"],
+)
+def test_a_compiled_pull_for_a_host_does_not_overtake_a_sum(text: str, order: list) -> None:
+    items = cut(parse(text)).items
+    found = [[n.name for n in item.nodes] if isinstance(item, Segment) else item.name for item in items]
+    assert found[: len(order)] == order
 
 
 def test_values_of_one_process_are_given_in_order() -> None:
