@@ -92,7 +92,7 @@ def transfers(setting: Setting) -> dict[str, Contestant]:
         bare("zmq-ipc", "raw_zmq", {"transport": "ipc"}, setting),
         bare("zmq-tcp", "raw_zmq", {"transport": "tcp"}, setting),
         bare("gloo", "raw_gloo", {}, setting),
-        ours("syncwright", setting, compile=False),
+        ours("syncwright", setting, compile="auto"),
         rpc("torch-rpc", setting),
         ray("ray", setting),
         tensorflow("tensorflow-ps", setting),
