@@ -76,6 +76,17 @@ def test_what_somebody_still_has_is_not_overwritten() -> None:
     assert (view == 2).all(), "a view keeps it"
 
 
+def test_who_has_a_tensor_twice_has_it_until_the_second_is_gone() -> None:
+    """An asynchronous trainer pulls a value again that nothing has changed since."""
+    server, trainers = met(T0)
+    value = torch.zeros(COUNT)
+    first, second = (handed(server, T0, trainers[T0], value) for _ in range(2))
+    del first
+    later = [handed(server, T0, trainers[T0], torch.ones(COUNT)) for _ in range(3)]
+    assert (second == 0).all()
+    assert all((each == 1).all() for each in later)
+
+
 def test_a_tensor_that_has_changed_is_copied_anew() -> None:
     server, trainers = met(T0, T1)
     sent = torch.zeros(COUNT)

@@ -151,10 +151,13 @@ class Memory:
         return Offer(os.getpid(), self._file, os.fstat(self._file).st_ino, SPACE_NBYTES)
 
     def write(self, tensor: torch.Tensor, column: int) -> Place | None:
-        """Where the tensor lies now, for one more receiver; None where there is no room."""
+        """Where the tensor lies now, for one more receiver; None where there is no room.
+
+        Who still has it gets it in another block: a mark tells of one reader, and not of one that has it twice.
+        """
         block = self._written.get(id(tensor))
         known = block is not None and block.source is not None and block.source() is tensor
-        if block is None or not known or block.version != tensor._version:
+        if block is None or not known or block.version != tensor._version or self._marks[block.number, column]:
             block = self._free(_rounded(tensor.nbytes))
             if block is None:
                 return None
