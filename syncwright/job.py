@@ -196,6 +196,22 @@ class Job:
         return next((span.job for span in self.spans if step < span.until), self)
 
     @property
+    def below(self) -> dict[str, Variable]:
+        """The tables, and state per row, that servers keep as rows of others: each with its place there."""
+        return {
+            p.name: p for parts in self.joined.values() for p in parts if p.selection and p.selection.along == "rows"
+        }
+
+    @property
+    def addressed(self) -> dict[str, Variable]:
+        """What lives on a server, by the names by which trainers give and ask for it outside of steps: of tables that are joined
+        each, as if it were kept alone."""
+        below = self.below
+        wholes = {part.whole for part in below.values()}
+        alone = {name: variable for name, variable in self.held.items() if name not in wholes}
+        return alone | {name: replace(part, selection=None) for name, part in below.items()}
+
+    @property
     def held(self) -> dict[str, Variable]:
         """Every variable, or piece of one, that lives on a server."""
         return {v.name: v for part in self.servers for v in part.holds}
@@ -213,23 +229,27 @@ class Job:
 
     @property
     def by_rows(self) -> set[str]:
-        """What lives on a server and is pulled by the numbers of its rows: tables, or pieces of them, and state per row."""
+        """What lives on a server and is pulled by the numbers of its rows: tables, or pieces of them, and state per row. Of
+        joined tables also each by its own name."""
         tables = {piece for table in self.tables.values() for piece, _ in table.pieces}
         tables |= {self.casts[name][0] for name in tables if name in self.casts}
         held = self.held
         own = {name: held[name] for name in tables if name in held and held[name].unbounded is None}
-        return own.keys() | {
+        found = own.keys() | {
             v.name
             for v in held.values()
             if v.of in own and v.shape[:1] == own[v.of].shape[:1] and v.part == own[v.of].part
         }
+        return found | {name for name, part in self.below.items() if part.whole in found}
 
     @property
     def arriving(self) -> set[str]:
-        """What lives on a server and is updated as contributions come: trainers ask for it as it is now."""
+        """What lives on a server and is updated as contributions come: trainers ask for it as it is now. Of joined tables
+        also each by its own name."""
         taken = {name for name, channel in self.channels.items() if channel.take}
         programs = [p for part in self.servers for p in part.programs if taken.intersection(p.reads)]
-        return {name for program in programs for name in program.writes} & self.held.keys()
+        found = {name for program in programs for name in program.writes} & self.held.keys()
+        return found | {name for name, part in self.below.items() if part.whole in found}
 
     @property
     def staged(self) -> set[str]:

@@ -18,7 +18,7 @@ from syncwright.errors import LoweringError
 from syncwright.exchanges import OuterStep, outer_steps
 from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
-from syncwright.job import Exchange, Job, ServerPart, Span
+from syncwright.job import Exchange, Job, ServerPart, Span, Table
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
@@ -28,6 +28,7 @@ from syncwright.passes.share_globals import parts_of
 from syncwright.plan import AllGather, Local, LocalSteps, ParameterServer, Plan, Replicated, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
+from syncwright.selection import Selection
 from syncwright.split import grad_variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_updates
@@ -115,7 +116,16 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     channels = {
         name: replace(each, ticks=(each.variable.whole or name) in gradients) for name, each in roles.channels.items()
     }
-    return Job(plan, phases, roles.servers, channels, roles.owners, local, digest, roles.casts, roles.tables, joined)
+    job = Job(plan, phases, roles.servers, channels, roles.owners, local, digest, roles.casts, roles.tables, joined)
+    return _with_below(job)
+
+
+def _with_below(job: Job) -> Job:
+    """Trainers may ask for tables that are joined, and for their state per row, each by its own name."""
+    below = {name: (part, job.owners[str(part.whole)]) for name, part in job.below.items()}
+    owners = {name: owner for name, (_, owner) in below.items()}
+    alone = {n: Table(n, ((n, Selection(n, server=owner)),)) for n, (p, owner) in below.items() if p.role is Role.PARAM}
+    return replace(job, owners={**job.owners, **owners}, tables={**job.tables, **alone})
 
 
 @contextmanager

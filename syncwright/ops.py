@@ -8,6 +8,10 @@ Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
                                            many as are given (see `distinct`); then for each tensor of ids the places of its ids
                                            among them. `padding` from 0 on: this id comes first, in one more place, whether it
                                            is given or not
+    join_ids(ids, rows, names)             the ids of several tables, of so many rows each, in the table in which one's rows
+                                           are below another's; one table's behind another's, flat. `IndexError` for an id
+                                           that its table does not have, by the tables' names
+    join_offsets(offsets, ids)             where bags begin among the ids that join_ids gives
     take_rows(x, ids)                      these rows of x
     add_rows(x, places, rows)              `rows` rows of zeros, to which rows of x are added, one for each place, in order
     dense_rows(x, ids, rows, skip)         `rows` rows of zeros, to which each row of x but the first `skip` is added where its
@@ -40,8 +44,9 @@ In the program of a trainer:
     all_reduce(x, channel)                 starts the sum of x over all trainers
     wait(x, channel)                       its result
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
-    wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, sorted, and for each the sum of its rows, added in
-                                           the order of trainers; "mean_by_touch": over the trainers that have it
+    wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
+                                           each the sum of its rows, added in the order of trainers; "mean_by_touch": over the
+                                           trainers that have it
     sum_on_host(x, channel)                starts the sum of x over the trainers of each host that are there
     wait_on_host(x, channel)               its result on the first of them; on the others x as it was
     push(x, channel, weight)               sends x to the owner of `channel`; a token (an empty tensor) that orders. With a
@@ -55,13 +60,15 @@ In the program of a trainer:
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 NAMESPACE = "syncwright"
-MOST_MARKS = 1 << 22
+MOST_MARKS = 1 << 24
 """Ids below this are made distinct by marks, four bytes each, in a sixth of the time that sorting takes."""
 
 _scratch = threading.local()
@@ -92,6 +99,8 @@ def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 _library.define("unique(Tensor[] ids, int padding) -> Tensor[]")
+_library.define("join_ids(Tensor[] ids, int[] rows, str[] names) -> Tensor")
+_library.define("join_offsets(Tensor[] offsets, Tensor[] ids) -> Tensor")
 _library.define("take_rows(Tensor x, Tensor ids) -> Tensor")
 _library.define("add_rows(Tensor x, Tensor places, SymInt rows) -> Tensor")
 _library.define("dense_rows(Tensor x, Tensor ids, SymInt rows, int skip=0) -> Tensor")
@@ -164,6 +173,16 @@ def _unique_shapes(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
     return [ids[0].new_empty([places], dtype=torch.int64), *[torch.empty_like(each) for each in ids]]
 
 
+@torch.library.register_fake(f"{NAMESPACE}::join_ids", lib=_library)
+def _join_ids_shape(ids: list[torch.Tensor], rows: list[int], names: list[str]) -> torch.Tensor:
+    return ids[0].new_empty([sum(each.numel() for each in ids)])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::join_offsets", lib=_library)
+def _join_offsets_shape(offsets: list[torch.Tensor], ids: list[torch.Tensor]) -> torch.Tensor:
+    return offsets[0].new_empty([sum(each.numel() for each in offsets)])
+
+
 @torch.library.register_fake(f"{NAMESPACE}::take_rows", lib=_library)
 def _take_rows_shape(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x.new_empty([ids.shape[0], *x.shape[1:]])
@@ -224,6 +243,40 @@ def _pull_rows(
     return torch.empty(shape, dtype=dtype)
 
 
+def _join_ids(ids: list[torch.Tensor], rows: list[int], names: list[str]) -> torch.Tensor:
+    flat = torch.cat([each.reshape(-1) for each in ids])
+    sizes = tuple(each.numel() for each in ids)
+    length, first = _stretched(tuple(rows), sizes, flat.dtype, flat.device)
+    wrong = (flat < 0).logical_or_(flat >= length)
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax())
+        table = int(np.searchsorted(np.cumsum(sizes), at, side="right"))
+        raise IndexError(
+            f"'{names[table]}' is looked up by id {int(flat[at])}; expected ids from 0 to {rows[table] - 1}. Give the table more "
+            "rows, or map the batch's ids into them."
+        )
+    return flat.add_(first)
+
+
+@functools.lru_cache(maxsize=4)
+def _stretched(
+    rows: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each id of each table how many rows the table has, and where these begin."""
+    each, counts = torch.tensor(rows), torch.tensor(sizes)
+    found = each.repeat_interleave(counts), (each.cumsum(0) - each).repeat_interleave(counts)
+    return found[0].to(device, dtype), found[1].to(device, dtype)
+
+
+def _join_offsets(offsets: list[torch.Tensor], ids: list[torch.Tensor]) -> torch.Tensor:
+    first = 0
+    found = []
+    for each, of in zip(offsets, ids, strict=True):
+        found.append(each.reshape(-1) + first)
+        first += of.numel()
+    return torch.cat(found)
+
+
 def _unique(ids: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
     flat = torch.cat([each.reshape(-1) for each in ids]) if len(ids) > 1 else ids[0].reshape(-1)
     first = int(padding >= 0)
@@ -249,15 +302,25 @@ def _has_marks(ids: torch.Tensor) -> bool:
     return int(low) >= 0 and int(high) < MOST_MARKS
 
 
+def marks_for(ids: Sequence[torch.Tensor]) -> np.ndarray | None:
+    """A number of 32 bits for each id up to the largest, this thread's, in which anything may stand from 0 on; None where there
+    are none so many."""
+    return _marks() if all(not len(each) or _has_marks(each) for each in ids) else None
+
+
+def _marks() -> np.ndarray:
+    if not hasattr(_scratch, "marks"):
+        _scratch.marks = np.zeros(MOST_MARKS, np.int32)  # takes memory where it is written
+    return _scratch.marks
+
+
 def _by_marks(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `torch.unique` with `return_inverse`, in the order in which ids come last: nothing is sorted.
 
     [7, 3, 7] gives [3, 7] and [1, 0, 1].
     """
     given = ids.numpy()
-    if not hasattr(_scratch, "marks"):
-        _scratch.marks = np.empty(MOST_MARKS, np.int32)  # takes memory where it is written
-    marks, order = _scratch.marks, np.arange(len(given), dtype=np.int32)
+    marks, order = _marks(), np.arange(len(given), dtype=np.int32)
     marks[given] = order
     last = marks[given]
     chosen = last == order
@@ -296,6 +359,8 @@ def _put_rows(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.T
 _library.impl("own_rows", _own_rows, "CompositeExplicitAutograd")
 _library.impl("put_rows", _put_rows, "CompositeExplicitAutograd")
 _library.impl("unique", _unique, "CompositeExplicitAutograd")
+_library.impl("join_ids", _join_ids, "CompositeExplicitAutograd")
+_library.impl("join_offsets", _join_offsets, "CompositeExplicitAutograd")
 _library.impl("take_rows", _take_rows, "CompositeExplicitAutograd")
 _library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
 _library.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
@@ -313,6 +378,8 @@ pull_value = torch.ops.syncwright.pull.value
 send = torch.ops.syncwright.send.default
 gather = torch.ops.syncwright.gather.default
 unique = torch.ops.syncwright.unique.default
+join_ids = torch.ops.syncwright.join_ids.default
+join_offsets = torch.ops.syncwright.join_offsets.default
 take_rows = torch.ops.syncwright.take_rows.default
 add_rows = torch.ops.syncwright.add_rows.default
 dense_rows = torch.ops.syncwright.dense_rows.default

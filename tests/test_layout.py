@@ -136,6 +136,7 @@ passes          one rewrite of the whole program per file
     clip_per_trainer
     compact_lookups
     note_lookups
+    join_tables
     join_served
     serve_parameters
     compensate
@@ -153,6 +154,7 @@ meeting_steps   what trainers that train alone do when they meet, written as a u
 exchanges       such steps, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
+    heap
     messages
     deadlines
     transport
@@ -162,6 +164,7 @@ runtime         what runs a job
     heartbeat
     shared_memory
     host_copies
+    gathers
     collectives
     wire
     bundles
@@ -177,12 +180,12 @@ runtime         what runs a job
     announce
     launch
     watching
+    rows
     executor
     records
     inductor
     segments
     compiled
-    rows
     merging
     slots
     places
@@ -192,6 +195,7 @@ runtime         what runs a job
     ticking
     table_server
     interpreter
+    below
     server
     joint_server
     row_client
@@ -217,7 +221,6 @@ runtime         what runs a job
     replay
     intercept
     serving
-    heap
     hosting
     joined
     trainer

@@ -15,6 +15,7 @@ PLANS = {
     "syncwright": "{default: {parameter_server: {mode: async}}}",
     "syncwright-sync": "parameter_server",
     "syncwright-parallax": "parallax",
+    "syncwright-gathered": "{default: all_reduce, variables: [{'tables.*': all_gather}]}",
     "syncwright-all-reduce": "all_reduce",
 }
 

@@ -12,6 +12,7 @@ from syncwright.passes.copy_on_host import copy_on_host
 from syncwright.passes.flatten import flatten
 from syncwright.passes.gather_rows import gather_rows
 from syncwright.passes.join_served import join_served
+from syncwright.passes.join_tables import join_tables
 from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.serve_parameters import serve_parameters
@@ -19,7 +20,7 @@ from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
 _PLACING = (
-    *(clip_per_trainer, compact_lookups, note_lookups, join_served),
+    *(clip_per_trainer, join_tables, compact_lookups, note_lookups, join_served),
     *(serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
 _SENDING = (gather_rows, average_gradients, average_values, bucket)
@@ -27,5 +28,5 @@ _SENDING = (gather_rows, average_gradients, average_values, bucket)
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)
 
-JOINING = ("bucket", "join_served")
+JOINING = ("bucket", "join_served", "join_tables")
 """Passes without which every variable's communication stands alone, as a table of variables shows it."""

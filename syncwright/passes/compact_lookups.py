@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import is_random
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks
-from syncwright.passes.insert import before_first_use, behind
+from syncwright.passes.insert import before_first_use, behind, made_of, move_before
 from syncwright.plan import AllGather, ParameterServer, Plan, Sharing
 from syncwright.program import Program, Role
 from syncwright.schema import argument, put_argument
@@ -146,12 +146,7 @@ def _compact(program: Program, table: _Table, known: Inference) -> set[Node]:
 
 def _hoist(table: _Table, ids: list[Node]) -> None:
     """Moves what ids are made of in front of the first lookup, so that all rows of a step are asked for together."""
-    first, wanted, stack = table.calls[0], set(), list(ids)
-    while stack:
-        node = stack.pop()
-        if node.op == "call_function" and node not in wanted:
-            wanted.add(node)
-            stack.extend(node.all_input_nodes)
+    wanted = made_of(ids)
     unmovable = next((node for node in sorted(wanted) if node in table.calls or is_random(node)), None)
     if unmovable is not None:
         raise LoweringError(
@@ -159,8 +154,7 @@ def _hoist(table: _Table, ids: list[Node]) -> None:
             "random draw; expected ids that are known before the first lookup, so that all rows of a step can be asked for "
             "together. Share the variable by: all_reduce."
         )
-    for node in sorted(wanted):
-        first.prepend(node)
+    move_before(table.calls[0], wanted)
 
 
 def _rewrite(table: _Table, unique: Node, place: dict[Node, Node], size: object, known: Inference) -> None:

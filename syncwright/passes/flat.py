@@ -1,9 +1,11 @@
-"""Parameters laid out one behind another in one flat tensor, each part at a multiple of 64 bytes, and their one update."""
+"""Parameters laid out one behind another in one tensor, and their one update: flat, or the rows of tables of one width."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -37,6 +39,37 @@ def laid_out(run: list[Member]) -> tuple[list[int], int]:
     return offsets, at
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parameters of a run lie in the variable that stands for all of them.
+
+    along    "elements": laid out flat, each at a multiple of 64 bytes; "rows": as they are, of one width
+    offsets  where each begins
+    shape    of all together
+    """
+
+    along: Literal["elements", "rows"]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def part(self, variable: Variable, of: str, offset: int) -> Selection:
+        """Which part another variable is of the one that stands for it; of a number all."""
+        size = variable.numel if self.along == "elements" else variable.shape[0] if variable.shape else 0
+        return Selection(of, self.along, offset, offset + size) if variable.shape else Selection(of)
+
+
+def flat_layout(run: list[Member]) -> Layout:
+    """One behind another, with gaps, in one dimension."""
+    offsets, numel = laid_out(run)
+    return Layout("elements", tuple(offsets), (numel,))
+
+
+def row_layout(run: list[Member]) -> Layout:
+    """Tables of rows of one form, one below another."""
+    rows = [member.parameter.shape[0] for member in run]
+    return Layout("rows", tuple(accumulate(rows[:-1], initial=0)), (sum(rows), *run[0].parameter.shape[1:]))
+
+
 def view_of(program: Program, flat: Node, offset: int, variable: Variable, known: Inference) -> Node:
     rows = known.call(program.graph, aten.slice.Tensor, flat, 0, offset, offset + variable.numel)
     return known.call(program.graph, aten.view.default, rows, list(variable.shape))
@@ -55,16 +88,23 @@ def zeros(program: Program, numel: int, dtype: torch.dtype) -> Node:
 
 
 def join_updates(
-    program: Program, run: list[Member], name: str, gradient: Mapping[Node, Node], known: Inference
+    program: Program,
+    run: list[Member],
+    name: str,
+    gradient: Mapping[Node, Node],
+    known: Inference,
+    layout: Layout | None = None,
 ) -> Program:
-    """One update of a flat variable for those of a run, which become parts of it.
+    """One update of one variable for those of a run, which become parts of it.
 
     gradient  by the first member's own gradient, that of all of them
+    layout    where they lie in it, where that is not flat. Of "rows", what reads the first parameter beside its update then
+              reads all of them; nothing may read the others
     """
-    offsets, numel = laid_out(run)
-    program, reads = _flat_variables(program, run, name, offsets, numel, known)
+    layout = layout or flat_layout(run)
+    program, reads = _flat_variables(program, run, name, layout, known)
     made = _copy_update(program, run[0], gradient, reads)
-    return _write_flat(program, run, name, made, offsets, known)
+    return _write_flat(program, run, name, made, layout, known)
 
 
 def _copy_update(
@@ -97,24 +137,27 @@ def _copy_update(
 
 
 def _flat_variables(
-    program: Program, run: list[Member], name: str, offsets: list[int], numel: int, known: Inference
+    program: Program, run: list[Member], name: str, layout: Layout, known: Inference
 ) -> tuple[Program, dict[str, Node]]:
     """Placeholders of the flat parameter and state; reads of the members become views of them."""
     graph, mode = program.graph, mode_of(program.graph)
     placeholders, variables, reads = program.placeholders, dict(program.variables), {}
     for key, variable in {"": run[0].parameter, **run[0].state}.items():
-        shape = (numel,) if variable.shape or variable.role is Role.PARAM else ()
-        of = None if variable.role is Role.PARAM else name
-        flat = Variable(f"{name}{key}", variable.role, shape, variable.dtype, of=of)
+        shape = layout.shape if variable.shape or variable.role is Role.PARAM else ()
+        of, sparse = (None, variable.sparse) if variable.role is Role.PARAM else (name, False)
+        flat = Variable(f"{name}{key}", variable.role, shape, variable.dtype, of=of, sparse=sparse)
         with graph.inserting_before(first_call(graph)):
             reads[key] = new_placeholder(graph, flat, fake(mode, shape, variable.dtype))
         if not shape and variable.name in placeholders:
             placeholders[variable.name].replace_all_uses_with(reads[key])
         variables[flat.name] = flat
     program = replace(program, variables=variables)
-    for member, offset in zip(run, offsets, strict=True):
+    for member, offset in zip(run, layout.offsets, strict=True):
         old = placeholders[member.parameter.name]
-        if any(u not in member.nodes for u in old.users):
+        if layout.along == "rows":
+            for user in [u for u in old.users if u not in member.nodes]:
+                user.replace_input_with(old, reads[""])
+        elif any(u not in member.nodes for u in old.users):
             with graph.inserting_before(first_call(graph)):
                 view = view_of(program, reads[""], offset, member.parameter, known)
             for user in [u for u in old.users if u not in member.nodes]:
@@ -127,16 +170,16 @@ def _write_flat(
     run: list[Member],
     name: str,
     made: Mapping[Node, Node],
-    offsets: list[int],
+    layout: Layout,
     known: Inference,
 ) -> Program:
     results, variables = program.results, dict(program.variables)
     before, first = program.results, run[0]
     for key, variable in {"": first.parameter, **first.state}.items():
         target, old = f"{name}{key}", before.get(variable.name)
-        for member, offset in zip(run, offsets, strict=True):
+        for member, offset in zip(run, layout.offsets, strict=True):
             part = member.parameter if key == "" else member.state[key]
-            variables[part.name] = replace(part, selection=_selection(part, target, offset))
+            variables[part.name] = replace(part, selection=layout.part(part, target, offset))
             results.pop(part.name, None)
             if part.shape and part.name in before and old is not None:
                 _redirect(program, part, member, before[part.name], _Slice(made[old], offset), known)
@@ -144,11 +187,6 @@ def _write_flat(
             results[target] = made.get(old, old)
     set_results(program, results)
     return replace(program, variables=variables)
-
-
-def _selection(part: Variable, of: str, offset: int) -> Selection:
-    """Which part of a flat variable another is; of a number all."""
-    return Selection(of, "elements", offset, offset + part.numel) if part.shape else Selection(of)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,23 @@ def before_first_use(users: Iterable[Node]) -> AbstractContextManager:
     return first.graph.inserting_before(first)
 
 
+def made_of(nodes: Iterable[Node]) -> set[Node]:
+    """The calls that values are computed by, their own among them."""
+    found, stack = set[Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def move_before(first: Node, nodes: Iterable[Node]) -> None:
+    """Moves calls in front of one, in their order; those that stand there already stay."""
+    for node in sorted(node for node in nodes if node > first):
+        first.prepend(node)
+
+
 def first_call(graph: Graph) -> Node:
     return next(n for n in graph.nodes if n.op != "placeholder")
 

@@ -12,10 +12,11 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.passes.alike import Member, members
 from syncwright.passes.flat import flat_parts, join_updates, laid_out, padded, view_of
-from syncwright.plan import ParameterServer, Plan, Sharing
+from syncwright.plan import AllGather, ParameterServer, Plan, Sharing
 from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
 
+_JOINED = ParameterServer | AllGather
 aten = torch.ops.aten
 MB = 2**20
 
@@ -46,17 +47,17 @@ def join_served(program: Program, plan: Plan) -> Program:
 
 
 def as_joined(program: Program, plan: Plan) -> Plan:
-    """The plan of a program of which `join_served` has joined parameters: each is shared as its parts are."""
+    """The plan of a program of which passes have joined parameters: each is shared as its parts are."""
     parts = {part.name: whole for whole, members in flat_parts(program).items() for part in members}
-    if not any(isinstance(s.sync, ParameterServer) and s.variable in parts for s in plan.sharings):
+    if not any(isinstance(s.sync, _JOINED) and s.variable in parts for s in plan.sharings):
         return plan
     found: dict[str, Sharing] = {}
     for sharing in plan.sharings:
         name = parts.get(sharing.variable, sharing.variable)
-        if name == sharing.variable or not isinstance(sharing.sync, ParameterServer):
+        if name == sharing.variable or not isinstance(sharing.sync, _JOINED):
             found[sharing.variable] = sharing
         else:
-            found.setdefault(name, replace(sharing, variable=name, sizes=program.variables[name].shape))
+            found.setdefault(name, replace(sharing, variable=name, sizes=program.variables[name].shape[:1]))
     return replace(plan, sharings=tuple(found.values()))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -323,8 +322,7 @@ class Client:
         """Gives all trainers rows of a gradient, of distinct ids."""
         self.transport.progress(self.step, f"gather {channel}")
         if channel not in self._gatherings:
-            gather = partial(self.transport.all_gather, note=channel)
-            self._gatherings[channel] = Gathering(self.job.plan.trainers, gather)
+            self._gatherings[channel] = Gathering(channel, self.transport.gather)
         self._gatherings[channel].start(ids, rows)
 
     def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:

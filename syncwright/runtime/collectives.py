@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,12 +13,13 @@ import torch.distributed as dist
 
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError
 from syncwright.runtime.deadlines import Deadlines, Wait
+from syncwright.runtime.gathers import CopiedGathered, HostGathered, Pieces
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
 from syncwright.runtime.shared_memory import HostGroup, can_share, is_available
-from syncwright.runtime.transport import HostWork, Work
+from syncwright.runtime.transport import Gathered, HostWork, Work
 
 SLICE_SECONDS = 1.0
 """How long a wait sleeps before it looks whether somebody is lost (and lets Ctrl-C through)."""
@@ -137,6 +139,13 @@ class Collectives:
             return Done()
         work = dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
         return self._started(work, whole, f"the gathering of {note}")
+
+    def gather(self, nbytes: int, pieces: Pieces, note: str) -> Gathered:
+        """See `Outlet.gather`."""
+        self.join()
+        if self._host is not None and pieces[0][1].device.type == "cpu":
+            return HostGathered(self._host, nbytes, pieces, note)
+        return CopiedGathered(self._rendezvous.place.trainers, nbytes, pieces, partial(self.all_gather, note=note))
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""

@@ -53,6 +53,7 @@ class CompiledExecutor:
         self._frees = _frees(program, self._cut, self._items)
         self._parts = _Parts(self._cut.parts)
         self._writing = writes_in_place(program)
+        self._leads_to = [_leads_to(item) for item in self._items]
 
     @property
     def overwritten(self) -> Collection[str]:
@@ -61,8 +62,10 @@ class CompiledExecutor:
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """See `Executor.run`."""
-        env: dict[Node, object] = {node: values[name] for name, node in self._placeholders.items()}
-        for item, frees in zip(self._items, self._frees, strict=True):
+        env = _Values(self._cut.views, {node: values[name] for name, node in self._placeholders.items()})
+        for item, frees, leads_to in zip(self._items, self._frees, self._leads_to, strict=True):
+            if leads_to and port is not None and all(port.ahead(name) is not None for name in leads_to):
+                continue
             if isinstance(item, Compiled):
                 given = [env[node] if node in env else self._parts.of(node, env) for node in item.inputs]
                 for index, carrier in item.hosts:
@@ -70,19 +73,16 @@ class CompiledExecutor:
                 env.update(zip(item.outputs, item.function(*given), strict=True))
                 del given
             elif item.target in ops.PORTED:
-                env[item] = yield from communicate(item, self._look(env), port)
+                env[item] = yield from communicate(item, env, port)
             else:
-                look = self._look(env)
-                args, kwargs = substitute((item.args, item.kwargs), look.__getitem__)
+                args, kwargs = (
+                    substitute(each, env.__getitem__) if each else each for each in (item.args, item.kwargs)
+                )
                 env[item] = (put_rows_ if item in self._writing else item.target)(*args, **kwargs)  # type: ignore[operator]
-                del look, args, kwargs
+                del args, kwargs
             for dead in frees:
-                del env[dead]
-        look = self._look(env)
-        return {name: look[self._in_place.get(name, node)] for name, node in self._results.items()}
-
-    def _look(self, env: dict[Node, object]) -> Mapping[Node, object]:
-        return _Views(env, self._cut.views)
+                env.pop(dead, None)
+        return {name: env[self._in_place.get(name, node)] for name, node in self._results.items()}
 
     def _prepare(self, item: Segment | Node, at: int) -> Compiled | Node:
         if isinstance(item, Node):
@@ -95,16 +95,22 @@ class CompiledExecutor:
         return _Builder(self._cut, item, written).build(outputs)
 
 
-class _Views(dict):
-    """Values by node; a view is made when it is asked for."""
+def _leads_to(item: Compiled | Node) -> tuple[str, ...]:
+    """The nodes that make ids distinct, where a segment is run for these alone: it is left out where they were computed ahead."""
+    if not isinstance(item, Compiled):
+        return ()
+    users = {user for node in item.outputs for user in node.users}
+    return tuple(sorted(user.name for user in users)) if all(user.target is ops.unique for user in users) else ()
 
-    def __init__(self, env: Mapping[Node, object], views: Collection[Node]):
-        super().__init__()
-        self._env, self._views = env, views
 
-    def __getitem__(self, node: Node) -> object:
-        if node in self._env:
-            return self._env[node]
+class _Values(dict):
+    """Values by node; a view is made whenever it is asked for, and not kept."""
+
+    def __init__(self, views: Collection[Node], values: Mapping[Node, object]):
+        super().__init__(values)
+        self._views = views
+
+    def __missing__(self, node: Node) -> object:
         assert node in self._views, f"{node.name} has been computed"
         args = substitute(node.args, self.__getitem__)
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
@@ -120,7 +126,7 @@ class _Parts:
     def of(self, node: Node, env: Mapping[Node, object]) -> torch.Tensor:
         base = env[self._bases[node]]
         if node not in self._made or self._made[node][0] is not base:
-            self._made[node] = base, cast(torch.Tensor, _Views(env, self._bases)[node])
+            self._made[node] = base, cast(torch.Tensor, _Values(self._bases, env)[node])
         return self._made[node][1]
 
 

@@ -89,7 +89,7 @@ class Evaluations:
 
     def for_batch(self, fn: Callable, batch: tuple, rows: int, job: Job | None) -> Evaluated:
         """`fn` for batches like this one, pulling what servers hold. Raises `CaptureError`, `BatchError`."""
-        held, tables, joined = ({}, {}, {}) if job is None else (job.held, job.tables, job.joined)
+        held, tables, joined = ({}, {}, {}) if job is None else (job.addressed, job.tables, job.joined)
         remote = () if job is None else job.unbounded
         given = Given.of(batch, self._binding, (_identity(fn), *held))
         found = self._kept.find(given)
@@ -162,7 +162,7 @@ def _pull_joined(program: Program, held: Mapping[str, Variable], joined: Joined,
     for name, parts in joined.items():
         read = [(p, program.placeholders[p.name]) for p in parts if p.name in program.placeholders]
         users = [user for _, node in read for user in node.users]
-        if not users:
+        if not users or name not in held:
             continue
         with before_first_use(users):
             form = held[name]

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.program import Program
+from syncwright.runtime.rows import write_rows
 from syncwright.schema import argument
 from syncwright.shapes import substitute
 
@@ -139,11 +140,13 @@ def writes_in_place(program: Program) -> set[Node]:
 
 def put_rows_(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`ops.put_rows`, into x itself."""
-    return x.index_copy_(0, ids, rows)
+    return write_rows(x, ids, rows)
 
 
 def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
-    """Runs one communication node."""
+    """Runs one communication node. What was computed ahead needs no arguments."""
+    if node.target is ops.unique and port is not None and (found := port.ahead(node.name)) is not None:
+        return found
     args = substitute(node.args, env.__getitem__)
     match node.target:
         case ops.push:
@@ -151,8 +154,7 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             yield from _until(node, args[1], lambda: port.push(args[1], args[0], weight) or None)
             return torch.empty(0)
         case ops.unique:
-            found = port.ahead(node.name) if port is not None else None
-            return ops.unique(*args) if found is None else found
+            return ops.unique(*args)
         case ops.push_rows:
             yield from _until(
                 node, args[1], lambda: port.push_rows(args[1], args[0], args[2], *args[3:4] or (0,)) or None

@@ -9,13 +9,21 @@ import torch
 from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import JobError
 from syncwright.program import Variable
+from syncwright.runtime.heap import memory_for
 
 
 def laid_flat(flat: Variable, parts: Sequence[Variable], values: Mapping[str, object]) -> torch.Tensor:
     """The parts' values in new memory, each where it belongs; zeros between them."""
     first = values[parts[0].name]
     assert isinstance(first, torch.Tensor), "flat variables are tensors"
-    joined = torch.zeros(flat.shape, dtype=flat.dtype, device=first.device)
+    on_host = first.device.type == "cpu"
+    joined = (
+        memory_for(flat.shape, flat.dtype)
+        if on_host
+        else torch.empty(flat.shape, dtype=flat.dtype, device=first.device)
+    )
+    if sum(part.numel for part in parts) < flat.numel:
+        joined.zero_()
     for part in parts:
         value = values[part.name]
         value = real(value) if isinstance(value, Deferred) else value
@@ -31,7 +39,7 @@ def equal(parts: Sequence[Variable], values: Mapping[str, object]) -> object:
         raise JobError(
             f"'{apart[0]}' is {values[apart[0]]}, '{first.name}' is {values[first.name]}; one update for both of them needs "
             "them equal. Expected parameters of one optimizer to have made the same number of steps. Leave the passes "
-            "flatten and join_served out: they join updates."
+            "flatten, join_served and join_tables out: they join updates."
         )
     return values[first.name]
 

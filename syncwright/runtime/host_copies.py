@@ -22,7 +22,7 @@ class HostCopies(HostGroup):
 
     def give(self, tensor: torch.Tensor, note: str) -> None:
         """Writes the next value where the others read it; waits until they have read the one before the last."""
-        slot = self._slot(tensor, note)
+        slot = self._slot(tensor.numel(), tensor.dtype, note)
         wait = self._begin()
         for peer in self._peers.values():
             while self._heard[peer.rank] < slot.written[slot.turn % 2] and peer.rank not in self._left:
@@ -34,7 +34,7 @@ class HostCopies(HostGroup):
     def take(self, shape: list[int], dtype: torch.dtype, note: str) -> torch.Tensor | None:
         """Waits for the next value; None where it is this trainer's to give, as all before it have left."""
         value = torch.empty(shape, dtype=dtype)
-        slot = self._slot(value, note)
+        slot = self._slot(value.numel(), dtype, note)
         wait = self._begin()
         while (giver := self._giver()) != self.rank:
             if self._heard[giver] > self._begun:

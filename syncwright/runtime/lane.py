@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from syncwright.runtime.messages import Address, Message
-from syncwright.runtime.transport import HostWork, Outlet, Work
+from syncwright.runtime.transport import Gathered, HostWork, Outlet, Work
 
 
 class Lane:
@@ -45,6 +47,9 @@ class Lane:
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         return self._outlet.all_gather(whole, part, note)
+
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
+        return self._outlet.gather(nbytes, pieces, note)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         self._outlet.broadcast(tensor, note)

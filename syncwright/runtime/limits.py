@@ -126,6 +126,7 @@ def limits_of(job: Job, me: Address) -> Limits:
         return Limits({})
     forms = limit_of(job, me)
     held = {variable.name for variable in job.servers[me.rank].holds}
+    given = held | {name for name, part in job.below.items() if part.whole in held}
     exporters = {
         name: frozenset({Address(Kind.SERVER, part.rank)})
         for part in job.servers
@@ -136,7 +137,7 @@ def limits_of(job: Job, me: Address) -> Limits:
         forms,
         pushed={name: frozenset(c.travelling) for name, c in job.channels.items() if c.server == me.rank},
         pulled=frozenset(name for name, owner in job.owners.items() if owner == me.rank),
-        given=exporters | {name: frozenset({FIRST}) for name in held},
+        given=exporters | {name: frozenset({FIRST}) for name in given},
         serves=True,
         exchanges=exchanges,
         tables=frozenset(unbounded & held),
@@ -145,7 +146,7 @@ def limits_of(job: Job, me: Address) -> Limits:
 
 def limit_of(job: Job, me: Address) -> Limit:
     """For a server what is pushed to it, asked of it and given to it; for a trainer what it pulls."""
-    pulled = {name: _form(variable) for name, variable in job.held.items()}
+    pulled = {name: _form(variable) for name, variable in (job.held | job.addressed).items()}
     pulled |= {name: form for part in job.servers for name, form in _computed(part).items() if name not in pulled}
     pulled |= {name: _form(job.channels[name].variable) for name in job.owners if name in job.channels}
     pulled |= {name: (job.held[of].shape, dtype) for name, (of, dtype) in job.casts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.gathers import CopiedGathered, Pieces
 from syncwright.runtime.joint_server import JointServer
 from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.on_host import Copies, Sum, Sums
@@ -21,6 +23,7 @@ from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
 from syncwright.runtime.session import Session, Training
 from syncwright.runtime.ticking import check_scheduler
+from syncwright.runtime.transport import Gathered
 from syncwright.tables import Saved
 
 __all__ = ["Loopback", "loopback"]
@@ -312,6 +315,9 @@ class LoopbackTransport:
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.gather(note, self.me.rank, whole, part)
+
+    def gather(self, nbytes: int, pieces: Pieces, note: str) -> Gathered:
+        return CopiedGathered(self.network.trainers, nbytes, pieces, partial(self.all_gather, note=note))
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Nothing to send: all trainers have read the same objects of the user's."""

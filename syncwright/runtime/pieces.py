@@ -26,7 +26,7 @@ def give(client: Client, values: Mapping[str, object], version: int, records: Re
     What servers can make themselves does not travel: one number everywhere, and what `records` has of what was deferred.
     """
     by_id = client.job.by_id
-    for name, variable in [pair for pair in client.job.held.items() if pair[0] not in by_id]:
+    for name, variable in [pair for pair in client.job.addressed.items() if pair[0] not in by_id]:
         value = _kept(client.job, variable, values)
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         begin = records.start_of(variable, values.get(variable.whole or name), tensor)

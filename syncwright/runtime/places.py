@@ -34,6 +34,25 @@ class Span:
         return f"of [{self.start}, {self.stop})"
 
 
+@dataclass(frozen=True, slots=True)
+class Below:
+    """The rows of a table that lie below those of others: so many, and where the first of them stands."""
+
+    first: int
+    rows: int
+
+    def has(self, ids: torch.Tensor) -> bool:
+        """See `Span`."""
+        return Span(0, self.rows).has(ids)
+
+    def local(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Span`."""
+        return ids + self.first
+
+    def __str__(self) -> str:
+        return str(Span(0, self.rows))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class InShards:
     """Of a known vocabulary the rows of these ids, ascending: those of some virtual shards."""
@@ -84,7 +103,7 @@ class AnyIds:
         return f"of virtual shards [{self.start}, {self.stop}) of {self.shards}"
 
 
-Places = Span | InShards | AnyIds
+Places = Span | Below | InShards | AnyIds
 
 
 def places_of(variable: Variable, whole: int) -> Places:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from types import MappingProxyType
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from syncwright.capture.state import Binding
@@ -21,6 +20,7 @@ from syncwright.plan import Hashed, Plan
 from syncwright.plan.sync import served_by
 from syncwright.program import Variable
 from syncwright.runtime.executor import Blocked
+from syncwright.runtime.heap import memory_for
 from syncwright.runtime.messages import Start
 
 
@@ -30,11 +30,13 @@ class Records:
     def __init__(self, values: Mapping[str, object] = MappingProxyType({})) -> None:
         self._records = {name: record_of(value) for name, value in values.items() if isinstance(value, Deferred)}
 
-    def start(self, variable: Variable, start: Start) -> torch.Tensor:
-        """What a variable, or a piece of one, begins with. Raises `Disagreement` where its record is not trainer 0's."""
+    def start(self, variable: Variable, start: Start, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """What a variable, or a piece of one, begins with, in memory of its own or `memory`. Raises `Disagreement` where its
+        record is not trainer 0's."""
         whole = variable.whole or variable.name
+        memory = memory_for(variable.shape, variable.dtype) if memory is None else memory
         if not start.record:
-            return _memory(variable).fill_(start.number)
+            return memory.fill_(start.number)
         record = self._records.get(whole)
         if record is None or digest(record) != start.record:
             raise Disagreement(
@@ -44,7 +46,7 @@ class Records:
             )
         first = variable.part[0] if variable.part is not None else 0
         row = variable.numel // max(1, variable.shape[0]) if variable.shape else 1
-        return Replay(record).fill(_memory(variable), first * row)
+        return Replay(record).fill(memory, first * row)
 
     def start_of(self, variable: Variable, whole: object, value: torch.Tensor) -> tuple[str, float] | None:
         """What a server makes its part of a variable from: the digest of the whole's record, as it was when the job began, or a
@@ -71,7 +73,6 @@ ENDED = (
     "for them before close(): trainer.sync(deferred=True), or trainer.rows('{name}')."
 )
 log = logging.getLogger("syncwright")
-ALIGNMENT = 64
 
 
 def check_made(binding: Binding, plan: Plan) -> None:
@@ -97,7 +98,7 @@ def apart(binding: Binding, job: Job) -> set[str]:
     """What servers keep, or have pieces of, of deferred parameters and their state: it stays there unless it is asked for."""
     deferred = {name for name, slots in binding.modules.items() if isinstance(slots[0].get(), Deferred)}
     found = set()
-    for name, variable in job.held.items():
+    for name, variable in job.addressed.items():
         whole = variable.whole or variable.name
         known = binding.variables.get(whole)
         if whole in deferred or (known is not None and known.of in deferred):
@@ -108,7 +109,7 @@ def apart(binding: Binding, job: Job) -> set[str]:
 def leave_to_servers(binding: Binding, job: Job, why: str) -> None:
     """The user's deferred tensors that servers keep forget how they began: what servers have is what counts."""
     values = binding.values()
-    for whole in {variable.whole or name for name, variable in job.held.items()}:
+    for whole in {variable.whole or name for name, variable in job.addressed.items()}:
         value = values.get(whole)
         if isinstance(value, Deferred):
             put_away(value, why.format(name=whole))
@@ -130,7 +131,8 @@ def check_whole(binding: Binding, job: Job) -> None:
     """Raises `DeferredError` where a state would leave out what servers keep of deferred parameters."""
     left = apart(binding, job)
     if left:
-        nbytes = sum(job.held[name].nbytes for name in left)
+        held = job.addressed
+        nbytes = sum(held[name].nbytes for name in left)
         raise DeferredError(
             f"state_dict: {_wholes(job, left)} (of deferred parameters) are kept by servers and take {nbytes / 1e6:,.0f} MB. "
             "Expected to be told to bring them here. Give state_dict(deferred=True), on trainers that have the memory, or take "
@@ -155,7 +157,7 @@ def rows_on_servers(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """What servers keep of a variable, so many rows at a time, each with the number of the first; what is not pulled by
     rows comes a piece at a time. Raises `RequestError` where servers keep no such variable, or not its rows in order."""
-    held, by_rows = job.held, job.by_rows
+    held, by_rows = job.addressed, job.by_rows
     joined = {part.name: flat for flat, parts in job.joined.items() for part in parts}
     pieces = [v for v in held.values() if name == (v.whole or v.name) or joined.get(name) == v.name]
     if not pieces:
@@ -191,15 +193,9 @@ def _check_order(job: Job, name: str, pieces: Sequence[Variable]) -> None:
         )
 
 
-def _memory(variable: Variable) -> torch.Tensor:
-    """For a server's own: by numpy, which asks for huge pages, so that random rows of a large table cost fewer page walks."""
-    flat = torch.from_numpy(np.empty(variable.nbytes + ALIGNMENT, np.uint8))
-    begin = -flat.data_ptr() % ALIGNMENT
-    return flat[begin : begin + variable.nbytes].view(variable.dtype).view(variable.shape)
-
-
 def _wholes(job: Job, names: Collection[str]) -> str:
-    return ", ".join(sorted({job.held[name].whole or name for name in names}))
+    held = job.addressed
+    return ", ".join(sorted({held[name].whole or name for name in names}))
 
 
 def _short(record: Record | None) -> str:

@@ -14,7 +14,7 @@ from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.passes.flat import flat_parts
 from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
-from syncwright.plan import ParameterServer, Sync
+from syncwright.plan import ParameterServer
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime import replica_tables as tables
 from syncwright.runtime.client import Client, When
@@ -57,7 +57,7 @@ class Replica:
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
         self.step_count = self.trained = 0
         self.nominal = 1.0
-        self._replicated = job.replicated
+        self._replicated, self._ahead = job.replicated, _tables_ahead(job)
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
@@ -125,7 +125,7 @@ class Replica:
     @property
     def looks_ahead(self) -> bool:
         """Whether rows are asked for ahead where the next batch is known."""
-        return any(s.rows == "touched" and _prefetches(s.sync) for s in self.job.plan.sharings)
+        return bool(self._ahead)
 
     def _look_ahead(self, prepared: Prepared, batch: tuple, following: tuple | None) -> None:
         """Uses what was found out about this batch while the last step ran, and asks for rows of the next."""
@@ -142,8 +142,7 @@ class Replica:
     def _asked(self, prepared: Prepared, batch: tuple, step: int) -> Found:
         """Asks for the rows that a batch looks up, as of a step, of the tables of which that is done."""
         found = prepared.index.run(_inputs(prepared, batch))
-        ahead = {s.variable for s in self.job.plan.sharings if s.rows == "touched" and _prefetches(s.sync)}
-        for lookup in [each for each in prepared.index.lookups if self.job.tables[each.channel].of in ahead]:
+        for lookup in [each for each in prepared.index.lookups if self.job.tables[each.channel].of in self._ahead]:
             self.client.ask_rows(lookup.channel, found[lookup.unique][0], step)
         return found
 
@@ -256,7 +255,8 @@ class Replica:
         self.client.leave(self.step_count)
 
     def _finish_steps(self, without: Collection[str]) -> Generator[Blocked, None, Served]:
-        arriving = self.job.arriving - set(without)
+        held = self.job.addressed
+        arriving = self.job.arriving & held.keys() - set(without)
         if not arriving:
             found = yield from self._collected("now", without)
             held = yield from self._tables(self._ask_tables(without), "state")
@@ -268,7 +268,7 @@ class Replica:
             self.client.fetch(name, fresh, "end")
         rest = yield from self._collected("now", without=arriving.union(without))
         self.client.leave(self.step_count)
-        rest |= yield from self._collected("end", without=self.job.held.keys() - arriving, fresh=fresh)
+        rest |= yield from self._collected("end", without=held.keys() - arriving, fresh=fresh)
         return {**rest, **(yield from self._tables(turns, UNTIL_ALL_LEFT))}
 
     def _ask_tables(self, without: Collection[str], at_end: bool = False) -> dict[str, dict[str, int]]:
@@ -307,7 +307,7 @@ class Replica:
         found: list[tuple[Variable, torch.Tensor]] = []
         by_id = self.job.by_id
         fresh = self.client.fresh() if fresh is None else fresh
-        for name, variable in self.job.held.items():
+        for name, variable in self.job.addressed.items():
             if name in without or name in by_id:
                 continue
             version = fresh if name in self.job.arriving else self.step_count
@@ -338,8 +338,11 @@ class Replica:
                 value.copy_(part.view(value.shape))
 
 
-def _prefetches(sync: Sync) -> bool:
-    return isinstance(sync, ParameterServer) and sync.prefetch
+def _tables_ahead(job: Job) -> set[str]:
+    """The tables of which rows are asked for ahead; of joined ones also what they are rows of."""
+    sharings = [s for s in job.plan.sharings if s.rows == "touched"]
+    found = {s.variable for s in sharings if isinstance(s.sync, ParameterServer) and s.sync.prefetch}
+    return found | {str(part.whole) for name, part in job.below.items() if name in found}
 
 
 def _added(program: Program) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from syncwright.job import Channel, Job
 from syncwright.runtime.messages import Message, PullRows, Push, Rows
-from syncwright.runtime.places import AnyIds, Places, places_of
+from syncwright.runtime.places import AnyIds, Below, Places, places_of
 from syncwright.runtime.rows import RowGradient, Settled, bits, where
 from syncwright.runtime.served_table import Column
 from syncwright.runtime.slots import Asked, Slot, as_tensor
@@ -114,4 +114,7 @@ def _places_here(job: Job, rank: int) -> dict[str, Places]:
     length: Counter[str] = Counter()
     for variable in job.held.values():
         length[variable.whole or variable.name] += variable.shape[0] if variable.shape else 0
-    return {name: places_of(held[name], length[held[name].whole or name]) for name in names}
+    below = {
+        n: Below(part.part[0], part.shape[0]) for n, part in job.below.items() if part.part and part.whole in names
+    }
+    return {name: places_of(held[name], length[held[name].whole or name]) for name in names} | below

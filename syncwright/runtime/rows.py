@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from syncwright import ops
 from syncwright.job import Channel
 from syncwright.program import Program, Role, Variable
 
@@ -24,6 +25,10 @@ class Parted:
     new: torch.Tensor
     again: torch.Tensor
     places: torch.Tensor
+
+    def to(self, device: torch.device) -> Parted:
+        """On another device."""
+        return Parted(self.new.to(device), self.again.to(device), self.places.to(device))
 
 
 Parting = Callable[[Sequence[torch.Tensor]], list[Parted]]
@@ -51,8 +56,9 @@ class Standing:
     Takes four bytes a row, in pages that take memory once they are touched: what is merged is found without sorting.
     """
 
-    def __init__(self, rows: int):
-        self._at = np.zeros(rows, np.int32)
+    def __init__(self, rows: int | np.ndarray):
+        """`rows`: how many, or memory of 32 bits for each: what stands in it does not matter."""
+        self._at = np.zeros(rows, np.int32) if isinstance(rows, int) else rows
 
     def parted(self, ids: Sequence[torch.Tensor]) -> list[Parted]:
         """Lists of different ids, each parted into what no list before it has, and what one has.
@@ -71,6 +77,14 @@ class Standing:
             count += len(fresh)
             found.append(Parted(*map(torch.from_numpy, (new, again, at[again].astype(np.int64)))))
         return found
+
+
+def standing_anywhere(ids: Sequence[torch.Tensor]) -> list[Parted]:
+    """Like `Standing.parted`, of any ids on any device; by marks where there are such (see `ops.marks_for`)."""
+    if ids[0].device.type != "cpu":
+        return [part.to(ids[0].device) for part in by_sorting([each.cpu() for each in ids])]
+    marks = ops.marks_for(ids)
+    return by_sorting(ids) if marks is None else Standing(marks).parted(ids)
 
 
 def by_sorting(ids: Sequence[torch.Tensor]) -> list[Parted]:
@@ -92,8 +106,8 @@ def merge_rows(
     if len(touching) == 1:
         return RowGradient(touching[0].ids, touching[0].rows.to(dtype))
     parts = list(zip(touching, parted([each.ids for each in touching]), strict=True))
-    ids = torch.cat([_some(each.ids, part.new) for each, part in parts])
-    total = torch.cat([_some(each.rows, part.new) for each, part in parts]).to(dtype)
+    ids = torch.cat([some(each.ids, part.new) for each, part in parts])
+    total = torch.cat([some(each.rows, part.new) for each, part in parts]).to(dtype)
     for each, part in parts:
         total.index_add_(0, part.places, each.rows.index_select(0, part.again).to(dtype))
     if channel.merge == "mean_by_touch":
@@ -104,7 +118,8 @@ def merge_rows(
     return RowGradient(ids, total)
 
 
-def _some(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def some(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of different places; of all, in their order, themselves."""
     return rows if len(places) == len(rows) else rows.index_select(0, places)
 
 

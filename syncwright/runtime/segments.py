@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.dead import is_random
 from syncwright.program import Program
 from syncwright.regions import turn
 from syncwright.schema import argument
@@ -90,8 +91,10 @@ class _Cutter:
         for node in self.nodes:
             if node is self.turn and len(self.open.nodes) >= LONG_FORWARD:
                 self._close()
-            if node in self.views or node in self.placed:
+            if node in self.views or node in self.placed or _is_constant(node):
                 continue
+            for constant in [each for each in node.all_input_nodes if _is_constant(each) and each not in self.placed]:
+                self._place(constant)
             if node.target in ops.SENDS:
                 self._send(node)
             elif node.target in ops.COMMUNICATION:
@@ -100,6 +103,8 @@ class _Cutter:
                 self._alone(node)
             else:
                 self._place(node)
+        for node in [each for each in self.nodes if _is_constant(each) and each not in self.placed]:
+            self._place(node)
         self._close()
         return Cut(tuple(self.items), frozenset(self.views), _parts(self.views))
 
@@ -138,6 +143,12 @@ class _Cutter:
         self.items.extend(self.sends)
         self.open, self.sends = Segment(), []
         self.inside = set()
+
+
+def _is_constant(node: Node) -> bool:
+    """Made of nothing, to the same value every time (`arange`): it is made where it is first read."""
+    plain = node.op == "call_function" and not node.all_input_nodes and not is_random(node)
+    return plain and node.target not in ops.COMMUNICATION and isinstance(node.meta["val"], torch.Tensor)
 
 
 def _is_heavy(node: Node) -> bool:

@@ -14,7 +14,8 @@ import torch
 
 from syncwright.errors import Disagreement
 from syncwright.job import Channel, Job
-from syncwright.program import Program, Role
+from syncwright.program import Program, Role, Variable
+from syncwright.runtime.below import Below
 from syncwright.runtime.devices import HOST, device_for, devices_of, moved, taken_to
 from syncwright.runtime.interpreter import Compute, Interpreter
 from syncwright.runtime.merging import Attendance, Contribution, Counting, counting
@@ -98,6 +99,7 @@ class Server:
         }
         self._pulled: dict[tuple[str, int], object] = {}
         self._holds = {v.name: v for v in part.holds}
+        self._below = Below(job, rank, records)
         self.overwritten = self._prepared()
         in_place = {v for n in self._counting if self._channel(n).rows == "touched" for v in self._written(n)}
         self._rows, self._tables = RowServer(job, rank, in_place | self.overwritten), TableServer(job, rank)
@@ -189,6 +191,11 @@ class Server:
         match message.header:
             case Hello(digest=digest):
                 self._check_digest(sender, digest)
+            case Value(channel=channel, version=version) | Start(channel=channel, version=version) if (
+                channel in self._below
+            ):
+                given = self._below.give(message)
+                return [] if given is None else self._take_value(sender, self._below.whole(channel), version, given)
             case Value(channel=channel, version=version):
                 return self._take_value(sender, channel, version, message.tensor)
             case Start(channel=channel, version=version) as start:
@@ -247,9 +254,13 @@ class Server:
                 ):
                     return "it has other rows than were asked for"
                 return counted.refusal(sender.rank, push)
+            case PullRows(channel=channel, step=step) if channel in self._below and step >= 0:
+                return (
+                    f"in steps, rows of '{channel[:80]}' are asked for as those of '{self._below.whole(channel)[:80]}'"
+                )
             case PullRows(channel=channel):
-                return self._rows.refusal(self._source(channel), message.tensor)
-            case Start(channel=channel) if sender != FIRST or channel not in self._holds:
+                return self._rows.refusal(self._uncast(channel), message.tensor)
+            case Start(channel=channel) if sender != FIRST or self._form(channel) is None:
                 return (
                     f"trainer 0 says what this server begins with, of what it keeps, which '{channel[:80]}' may not be"
                 )
@@ -259,13 +270,13 @@ class Server:
                 self._source(channel) in self._tables.columns
             ):
                 return f"of '{channel[:80]}' rows travel, by their ids"
-            case Value(channel=channel) if message.tensor is None or (channel, "") not in self._slots:
+            case Value(channel=channel) if message.tensor is None or (self._source(channel), "") not in self._slots:
                 return f"this server keeps no '{channel[:80]}'"
-            case Value(channel=channel) if server is self._slots[channel, ""].held:
+            case Value(channel=channel) if server is self._slots[self._source(channel), ""].held:
                 return "the start values come from trainer 0, values on their way from servers"
             case Value() | Resume() if not server and sender != FIRST:
                 return "trainer 0 sets values"
-            case Value(channel=channel) if not server and message.tensor.shape != self._holds[channel].shape:  # type: ignore[union-attr]
+            case Value(channel=channel) if not server and message.tensor.shape != self._form(channel).shape:  # type: ignore[union-attr]
                 return f"'{channel[:80]}' has another shape"
             case Pull(channel=channel) if (self._source(channel), "") not in self._slots:
                 return f"this server has no '{channel[:80]}'"
@@ -414,9 +425,17 @@ class Server:
         assert isinstance(gradient, RowGradient), "it was found so"
         return self._compute(running.program, {**inputs, name: gradient.dense(shape[0])})
 
-    def _source(self, channel: str) -> str:
+    def _form(self, channel: str) -> Variable | None:
+        """What is kept here under this name, or as a part of something else."""
+        return self._below.form(channel) if channel in self._below else self._holds.get(channel)
+
+    def _uncast(self, channel: str) -> str:
         """The variable that stands behind what trainers pull in another dtype."""
         return self.job.casts[channel][0] if channel in self.job.casts else channel
+
+    def _source(self, channel: str) -> str:
+        """The variable that is kept here of which trainers pull something: it, a part of it, or it in another dtype."""
+        return self._below.whole(channel) if channel in self._below else self._uncast(channel)
 
     def _take_pull(self, sender: Address, pull: Pull | Order) -> list[Outgoing]:
         if pull.when == "end" and self._attendance.live:
@@ -490,6 +509,7 @@ class Server:
         if isinstance(pull, Asked):
             return self._rows.reply(trainer, pull, value if isinstance(value, Column) else as_tensor(value))
         value = as_tensor(value)
+        value = self._below.rows(pull.channel, value) if pull.channel in self._below else value
         cast, value = self.job.casts.get(pull.channel), value.clone() if name in self._rows.in_place else value
         return Message(Value(pull.channel, pull.version), value if cast is None else value.to(cast[1]))
 

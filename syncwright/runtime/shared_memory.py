@@ -1,4 +1,4 @@
-"""Sums among trainers of one host through shared memory: each writes its part once and reads the others'.
+"""Sums and gathers among trainers of one host through shared memory: each writes its part once and reads the others'.
 
 Measured beside Gloo on loopback (2 trainers, 9.5 MB): 1.8 ms against 8.2 ms. Sums are made in the order of trainers, so
 every trainer gets the same bits for any number of them.
@@ -111,15 +111,24 @@ class HostGroup:
             with suppress(OSError):  # who is gone waits for nobody
                 peer.signals.send(LEFT)
 
-    def _begun_with(self, tensor: torch.Tensor, note: str) -> tuple[HostGroup, Slot, int, int, torch.Tensor, str]:
-        slot = self._slot(tensor, note)
+    def begin_with(
+        self, count: int, dtype: torch.dtype, note: str, write: Callable[[torch.Tensor], object]
+    ) -> tuple[Slot, int, int]:
+        """Writes this trainer's part of so many elements, and tells the others; where all parts will be, and which turn it is
+        (see `wait`). They may be read until the next turn of this name has begun."""
+        slot = self._slot(count, dtype, note)
         parity = slot.turn % 2
         slot.turn += 1
-        slot.buffers[self.rank][parity].copy_(tensor.reshape(-1))
+        write(slot.buffers[self.rank][parity])
         self._begun += 1
         for peer in self._peers.values():
             self._signal(peer, note)
-        return self, slot, parity, self._begun, tensor, note
+        return slot, parity, self._begun
+
+    def _begun_with(self, tensor: torch.Tensor, note: str) -> tuple[HostGroup, Slot, int, int, torch.Tensor, str]:
+        flat = tensor.reshape(-1)
+        begun = self.begin_with(flat.numel(), flat.dtype, note, lambda own: own.copy_(flat))
+        return self, *begun, tensor, note
 
     def wait(self, begun: int, note: str) -> list[int]:
         """Returns when every peer has begun as many reductions as we had when this one began, or has left before; the numbers of
@@ -168,29 +177,28 @@ class HostGroup:
             except JobError as fault:
                 raise fault from error
 
-    def _slot(self, tensor: torch.Tensor, note: str) -> Slot:
-        sizes = self._slots.setdefault((note, tensor.dtype), OrderedDict())
-        count = tensor.numel()
+    def _slot(self, count: int, dtype: torch.dtype, note: str) -> Slot:
+        sizes = self._slots.setdefault((note, dtype), OrderedDict())
         if count not in sizes:
-            sizes[count] = self._exchange(tensor, note)
+            sizes[count] = self._exchange(count, dtype, note)
         sizes.move_to_end(count)
         if len(sizes) > MOST_SIZES:
             sizes.popitem(last=False)
         return sizes[count]
 
-    def _exchange(self, tensor: torch.Tensor, note: str) -> Slot:
+    def _exchange(self, count: int, dtype: torch.dtype, note: str) -> Slot:
         """Makes this trainer's buffers and swaps them with the peers': all come here in the same order."""
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = count * dtype.itemsize
         mine = os.memfd_create("syncwright")
         os.ftruncate(mine, max(2 * nbytes, 1))
-        buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {self.rank: _mapped(mine, nbytes, tensor.dtype)}
+        buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {self.rank: _mapped(mine, nbytes, dtype)}
         for peer in self._peers.values():
             self._send_memory(peer, nbytes, mine, note)
         os.close(mine)
         for peer in self._peers.values():
             theirs = self._receive_memory(peer, nbytes, note)
             if theirs is not None:
-                buffers[peer.rank] = _mapped(theirs, nbytes, tensor.dtype)
+                buffers[peer.rank] = _mapped(theirs, nbytes, dtype)
                 os.close(theirs)
         return Slot(buffers)
 

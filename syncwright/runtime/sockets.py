@@ -26,7 +26,7 @@ from syncwright.runtime.metrics import Metrics
 from syncwright.runtime.parcels import Parcels, is_available
 from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
 from syncwright.runtime.traffic import MALFORMED, Traffic
-from syncwright.runtime.transport import HostWork, Work
+from syncwright.runtime.transport import Gathered, HostWork, Work
 from syncwright.runtime.wire import CHUNK_NBYTES, WireError, encode
 
 SLICE_SECONDS = 0.5
@@ -218,6 +218,11 @@ class SocketTransport:
         """Starts the gathering of every trainer's `part` into `whole`."""
         self.flush()
         return self._collectives.all_gather(whole, part, note)
+
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
+        """See `Outlet.gather`."""
+        self.flush()
+        return self._collectives.gather(nbytes, pieces, note)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +19,15 @@ class Work(Protocol):
 
         A transport between processes waits here and then says True, or raises `PeerLost` or `DeadlineExceeded`.
         """
+        ...
+
+
+class Gathered(Work, Protocol):
+    """Bytes of every trainer, under way to all."""
+
+    @property
+    def parts(self) -> Sequence[torch.Tensor]:
+        """Once it is done: each trainer's bytes, in order. To be read before another gathering of that name is started."""
         ...
 
 
@@ -74,6 +84,11 @@ class Outlet(Protocol):
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
         """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+        ...
+
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
+        """Starts to give all trainers so many bytes of each: contiguous tensors, each with the place of its first byte, from a
+        multiple of its dtype's size on. What lies between them means nothing. Trainers only."""
         ...
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:

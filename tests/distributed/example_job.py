@@ -196,13 +196,17 @@ def main(folder: Path) -> None:
 
 
 def asking(trainer: syncwright.Trainer) -> list[tuple[str, int]]:
-    """Fills with the channel of each request for rows of a later step, and by how many steps it is later."""
+    """Fills with the table of each request for rows of a later step, each of those that are joined, and by how many steps it is
+    later."""
     seen: list[tuple[str, int]] = []
     client = trainer._session.replicas[0].client
     ask_rows = client.ask_rows
+    parts: dict[str, list[str]] = {}
+    for name, part in client.job.below.items():
+        parts.setdefault(str(part.whole), []).append(name)
 
     def noted(channel: str, ids: Tensor, step: int) -> object:
-        seen.append((channel, step - trainer._session.step_count))
+        seen.extend((name, step - trainer._session.step_count) for name in parts.get(channel, [channel]))
         return ask_rows(channel, ids, step)
 
     client.ask_rows = noted  # type: ignore[method-assign, assignment]
