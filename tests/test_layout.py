@@ -51,6 +51,7 @@ selection       a part of a variable, and who owns it
 tree            trees of values, such as batches
 place           where each node of a whole program runs
 program         Program, Variable, Role
+items           rows of tensors, read and written as bytes
 ops             communication, as operators of a graph
 schema          a node's arguments by name
 dead            dead nodes

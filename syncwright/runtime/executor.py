@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
+from syncwright.items import write_rows
 from syncwright.program import Program
-from syncwright.runtime.rows import write_rows
 from syncwright.schema import argument
 from syncwright.shapes import substitute
 

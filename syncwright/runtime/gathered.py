@@ -10,7 +10,7 @@ import torch
 
 from syncwright.runtime.gathers import Pieces
 from syncwright.runtime.merging import HALVES
-from syncwright.runtime.rows import Parted, some, standing_anywhere
+from syncwright.runtime.rows import some, standing_anywhere
 from syncwright.runtime.transport import Gathered
 
 Gather = Callable[[int, Pieces, str], Gathered]
@@ -102,17 +102,15 @@ def merged(given: Sequence[tuple[torch.Tensor, torch.Tensor]], merge: str) -> li
     """
     dtype = given[0][1].dtype
     wide = torch.float32 if merge == "mean_by_touch" and dtype in HALVES else dtype
-    parts: list[tuple[Parted, torch.Tensor]] = list(
-        zip(standing_anywhere([ids for ids, _ in given]), [rows for _, rows in given], strict=True)
-    )
-    ids = torch.cat([some(each, part.new) for (each, _), (part, _) in zip(given, parts, strict=True)])
-    total = torch.cat([some(rows, part.new) for part, rows in parts]).to(wide)
-    for part, rows in parts:
+    parts = standing_anywhere([ids for ids, _ in given])
+    ids = some([(each, part.new) for (each, _), part in zip(given, parts, strict=True)])
+    total = some([(rows, part.new) for (_, rows), part in zip(given, parts, strict=True)]).to(wide)
+    for (_, rows), part in zip(given, parts, strict=True):
         if len(part.again):
             total.index_add_(0, part.places, rows.index_select(0, part.again).to(wide))
     if merge == "mean_by_touch":
         counts = torch.ones(len(ids), dtype=wide, device=total.device)
-        for part, _ in parts:
+        for part in parts:
             counts[part.places] += 1
         total = total / counts.view(-1, *[1] * (total.dim() - 1))
     return [ids, total.to(dtype)]

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from syncwright import ops
+from syncwright.items import write_rows
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
-from syncwright.runtime.rows import from_bits, where, write_rows
+from syncwright.runtime.rows import from_bits, where
 from syncwright.tables.mixing import shard_of
 
 Send = Callable[[int, Message], None]

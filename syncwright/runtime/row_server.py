@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from syncwright.items import read_rows
 from syncwright.job import Channel, Job
 from syncwright.runtime.messages import Message, PullRows, Push, Rows
 from syncwright.runtime.places import AnyIds, Below, Places, places_of
@@ -95,7 +96,7 @@ class RowServer:
         return rows if cast is None else rows.to(cast[1])
 
     def _rows_of(self, table: torch.Tensor, ids: torch.Tensor, pull: PullRows) -> torch.Tensor:
-        rows, cast = table.index_select(0, ids), self.job.casts.get(pull.channel)
+        rows, cast = read_rows(table, ids), self.job.casts.get(pull.channel)
         return rows if cast is None else rows.to(cast[1])
 
 

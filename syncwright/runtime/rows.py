@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from syncwright import ops
+from syncwright.items import read_rows, write_rows
 from syncwright.job import Channel
 from syncwright.program import Program, Role, Variable
 
@@ -66,16 +67,20 @@ class Standing:
         [5, 2] and [2, 7] give [5, 2] and nothing, [7] and [2], which stands at 1.
         """
         known = np.empty(sum(map(len, ids)), np.int64)
-        count, found = 0, []
-        for each in (given.numpy() for given in ids):
-            at = self._at[each]
-            seen = (at < count) & (known[np.minimum(at, max(count - 1, 0))] == each)
-            new, again = np.flatnonzero(~seen), np.flatnonzero(seen)
-            fresh = each[new]
-            known[count : count + len(fresh)] = fresh
-            self._at[fresh] = np.arange(count, count + len(fresh), dtype=np.int32)
-            count += len(fresh)
-            found.append(Parted(*map(torch.from_numpy, (new, again, at[again].astype(np.int64)))))
+        count, found, none = 0, [], np.empty(0, np.int64)
+        for number, each in enumerate((given.numpy() for given in ids), start=1):
+            new, again, places = np.arange(len(each)), none, none
+            if count:
+                at = self._at[each]
+                seen = (at < count) & (known[np.minimum(at, count - 1)] == each)
+                new, again = np.flatnonzero(~seen), np.flatnonzero(seen)
+                places = at[again].astype(np.int64)
+            if number < len(ids):  # nobody asks for where the last list's stand
+                fresh = each[new]
+                known[count : count + len(fresh)] = fresh
+                self._at[fresh] = np.arange(count, count + len(fresh), dtype=np.int32)
+            count += len(new)
+            found.append(Parted(*map(torch.from_numpy, (new, again, places))))
         return found
 
 
@@ -106,8 +111,8 @@ def merge_rows(
     if len(touching) == 1:
         return RowGradient(touching[0].ids, touching[0].rows.to(dtype))
     parts = list(zip(touching, parted([each.ids for each in touching]), strict=True))
-    ids = torch.cat([some(each.ids, part.new) for each, part in parts])
-    total = torch.cat([some(each.rows, part.new) for each, part in parts]).to(dtype)
+    ids = some([(each.ids, part.new) for each, part in parts])
+    total = some([(each.rows, part.new) for each, part in parts]).to(dtype)
     for each, part in parts:
         total.index_add_(0, part.places, each.rows.index_select(0, part.again).to(dtype))
     if channel.merge == "mean_by_touch":
@@ -118,9 +123,19 @@ def merge_rows(
     return RowGradient(ids, total)
 
 
-def some(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Of different places; of all, in their order, themselves."""
-    return rows if len(places) == len(rows) else rows.index_select(0, places)
+def some(given: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Of several tensors of one form each the rows of some places (different ones, in order), one behind another."""
+    first = given[0][0]
+    whole = first.new_empty((sum(len(places) for _, places in given), *first.shape[1:]))
+    at = 0
+    for rows, places in given:
+        part = whole[at : at + len(places)]
+        if len(places) == len(rows):
+            part.copy_(rows)
+        else:
+            torch.index_select(rows, 0, places, out=part)
+        at += len(places)
+    return whole
 
 
 def update_touched(compute: Compute, program: Program, inputs: Mapping[str, object]) -> dict[str, object]:
@@ -137,7 +152,7 @@ def update_touched(compute: Compute, program: Program, inputs: Mapping[str, obje
             given[name] = value.rows
         elif isinstance(value, torch.Tensor) and has_rows(program.variables[name]):
             kept[name] = value
-            given[name] = value.index_select(0, ids)
+            given[name] = read_rows(value, ids)
         else:
             given[name] = value
     results = dict(compute(program, given))
@@ -146,20 +161,6 @@ def update_touched(compute: Compute, program: Program, inputs: Mapping[str, obje
         assert isinstance(rows, torch.Tensor), "rows are tensors"
         results[name] = write_rows(kept[name], ids, rows)
     return results
-
-
-def write_rows(table: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Writes rows in place, each as one item: in a third of the time that `index_copy_` takes."""
-    nbytes = rows[0].nbytes if len(rows) else 0
-    if not nbytes or table.device.type != "cpu" or not (table.is_contiguous() and rows.is_contiguous()):
-        return table.index_copy_(0, ids, rows)
-    item = np.dtype((np.void, nbytes))
-    _bytes_of(table).view(item)[ids.numpy()] = _bytes_of(rows).view(item)
-    return table
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
 class Settled:
