@@ -9,5 +9,8 @@ from syncwright.runtime.launch import launch
 pytestmark = pytest.mark.processes
 
 
-def test_many_gathers_under_way_come_out_right_in_twenty_rounds():
+@pytest.mark.parametrize("shared", ["1", "0"])
+def test_many_gathers_under_way_come_out_right_in_twenty_rounds(shared: str, monkeypatch: pytest.MonkeyPatch):
+    """In memory that trainers share, and over sockets."""
+    monkeypatch.setenv("SYNCWRIGHT_SHARED_MEMORY", shared)
     assert launch(str(Path(__file__).parent / "gathering.py"), [], trainers=2, servers=0) == 0
