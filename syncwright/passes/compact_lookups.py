@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import is_random
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks
-from syncwright.passes.insert import before_first_use, behind, made_of, move_before
+from syncwright.passes.insert import before_first_use, behind, item, made_of, move_before
 from syncwright.plan import AllGather, ParameterServer, Plan, Sharing
 from syncwright.program import Program, Role
 from syncwright.schema import argument, put_argument
@@ -133,7 +132,7 @@ def _compact(program: Program, table: _Table, known: Inference) -> set[Node]:
     made = [found]
     for index in range(len(ids) + 1):
         with graph.inserting_after(made[-1]):
-            made.append(_item(graph, found, index))
+            made.append(item(found, index))
     unique, *places = made[1:]
     size: object = unique.meta["val"].shape[0]
     if any(variable.dynamic for variable in program.of_role(Role.INPUT)):
@@ -186,12 +185,6 @@ def _add_in_order(node: Node) -> None:
         given, indices, size = (argument(node, name) for name in ("grad_output", "indices", "num_weights"))
         node.args, node.kwargs = (given, indices, size), {}  # type: ignore[assignment]
         node.target = ops.add_rows
-
-
-def _item(graph: Graph, found: Node, index: int) -> Node:
-    node = graph.call_function(operator.getitem, (found, index))
-    node.meta["val"] = found.meta["val"][index]
-    return node
 
 
 def _node(value: object) -> Node:

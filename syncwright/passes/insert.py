@@ -34,6 +34,13 @@ def before_first_use(users: Iterable[Node]) -> AbstractContextManager:
     return first.graph.inserting_before(first)
 
 
+def item(found: Node, index: int) -> Node:
+    """One of several values that a node gives, at the graph's insertion point."""
+    node = found.graph.call_function(operator.getitem, (found, index))
+    node.meta["val"] = found.meta["val"][index]
+    return node
+
+
 def made_of(nodes: Iterable[Node]) -> set[Node]:
     """The calls that values are computed by, their own among them."""
     found, stack = set[Node](), list(nodes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import is_random, remove_dead
 from syncwright.passes.alike import Member, members
 from syncwright.passes.flat import join_updates, row_layout
-from syncwright.passes.insert import made_of, move_before
+from syncwright.passes.insert import item, made_of, move_before
 from syncwright.plan import AllGather, ParameterServer, Plan, Sharing
 from syncwright.program import Program, Role
 from syncwright.schema import argument, put_argument
@@ -230,10 +229,10 @@ def _part(run: list[_Table], read: Node, dynamic: bool, known: Inference) -> Non
         return found
 
     flat = [known.call(graph, aten.reshape.default, table.of_outputs, [-1]) for table in run]
-    out = read if run[0].offsets is None else _item(read, 0)
+    out = read if run[0].offsets is None else item(read, 0)
     parts = known.call(graph, aten.split_with_sizes.default, out, [size(node, 0) for node in flat])
     for index, table in enumerate(run):
-        part, sizes = _item(parts, index), table.of_outputs
+        part, sizes = item(parts, index), table.of_outputs
         if sizes.meta["val"].dim() != 1:
             shape = [size(sizes, axis) for axis in range(sizes.meta["val"].dim())]
             part = known.call(graph, aten.view.default, part, [*shape, *out.meta["val"].shape[1:]])
@@ -257,12 +256,6 @@ def _one_gradient(run: list[_Table], read: Node, ids: Node, rows: int, known: In
             put_argument(made, "offsets", argument(read, "offsets"))
         for index, each in enumerate(("offset2bag", "bag_size", "maximum_indices"), start=1):
             with graph.inserting_after(read):
-                put_argument(made, each, _item(read, index))
+                put_argument(made, each, item(read, index))
     known.infer(made)
     return made
-
-
-def _item(found: Node, index: int) -> Node:
-    node = found.graph.call_function(operator.getitem, (found, index))
-    node.meta["val"] = found.meta["val"][index]
-    return node
