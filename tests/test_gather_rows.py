@@ -312,7 +312,7 @@ def test_gathering_is_right_for_any_numbers_of_rows(steps, merge, shape) -> None
         if merge == "mean_by_touch":
             expected = expected / touched.clamp(min=1).view(-1, *[1] * len(shape))
         for ids, rows in found:  # type: ignore[misc]
-            assert sorted(ids.tolist()) == sorted(set().union(*sets))
+            assert ids.tolist() == list(dict.fromkeys(id for each in sets for id in sorted(each)))
             assert torch.allclose(rows, expected[ids])
             assert torch.equal(rows, found[0][1])  # type: ignore[index]
 

@@ -20,8 +20,8 @@ print(keep_freed_memory())
 def touched():
     torch.ones({NBYTES} // 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touched()
-before = touched()
+for _ in range({TURNS}):  # the heap may grow by a block or two at first, as its holes happen to lie
+    before = touched()
 for _ in range({TURNS}):
     last = touched()
 print(last - before)
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 def test_pages_are_touched_once() -> None:
     kept, faults = run()
     assert kept == "True"
-    assert int(faults) < 3 * NBYTES // PAGE, "a block or two, and not one in each of 20 turns"
+    assert int(faults) < NBYTES // PAGE, "less than one block's pages, in 20 turns"
     assert run(SYNCWRIGHT_KEEP_MEMORY="0")[0] == "False"
 
 

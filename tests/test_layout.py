@@ -156,6 +156,7 @@ exchanges       such steps, captured
 lower           Program and Plan to a Job
 runtime         what runs a job
     heap
+    large_pages
     messages
     deadlines
     transport

@@ -8,7 +8,7 @@ import torch
 
 from syncwright.job import Job
 from syncwright.program import Variable
-from syncwright.runtime.heap import memory_for
+from syncwright.runtime.large_pages import memory_for
 from syncwright.runtime.messages import Message, Start, Value
 from syncwright.runtime.records import Records
 

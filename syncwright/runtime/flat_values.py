@@ -9,7 +9,7 @@ import torch
 from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import JobError
 from syncwright.program import Variable
-from syncwright.runtime.heap import memory_for
+from syncwright.runtime.large_pages import memory_for
 
 
 def laid_flat(flat: Variable, parts: Sequence[Variable], values: Mapping[str, object]) -> torch.Tensor:

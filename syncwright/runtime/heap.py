@@ -1,19 +1,13 @@
-"""The process's memory: what a step frees is there for the next one, and large tensors lie in large pages."""
+"""The C library's heap: memory that a step frees is there for the next one."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
-from collections.abc import Sequence
-from math import prod
-
-import numpy as np
-import torch
 
 LARGEST_NBYTES = 128 << 20
 """Of one allocation that comes from the heap and goes back to it."""
-ALIGNMENT_NBYTES = 64
 KEPT_NBYTES = 512 << 20
 """So much may lie free at the heap's end before it goes back to the system."""
 
@@ -33,12 +27,3 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(_MMAP_THRESHOLD, LARGEST_NBYTES) and library.mallopt(_TRIM_THRESHOLD, KEPT_NBYTES))
-
-
-def memory_for(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """For a role's own, on the host: by numpy, which asks for huge pages, so that random rows of a large table cost fewer page
-    walks. Anything may stand in it."""
-    nbytes = prod(shape) * dtype.itemsize
-    flat = torch.from_numpy(np.empty(nbytes + ALIGNMENT_NBYTES, np.uint8))
-    begin = -flat.data_ptr() % ALIGNMENT_NBYTES
-    return flat[begin : begin + nbytes].view(dtype).view(tuple(shape))

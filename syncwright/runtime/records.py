@@ -20,7 +20,7 @@ from syncwright.plan import Hashed, Plan
 from syncwright.plan.sync import served_by
 from syncwright.program import Variable
 from syncwright.runtime.executor import Blocked
-from syncwright.runtime.heap import memory_for
+from syncwright.runtime.large_pages import memory_for
 from syncwright.runtime.messages import Start
 
 
