@@ -4,7 +4,7 @@ from syncwright import nn as nn
 from syncwright import optim as optim
 from syncwright.capture import capture
 from syncwright.deferred import deferred
-from syncwright.plan import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules
+from syncwright.plan import AllGather, AllReduce, Local, LocalSteps, ParameterServer, Plan, Rules, Shard
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime.loopback import loopback
 from syncwright.runtime.trainer import Trainer, distribute
@@ -19,6 +19,7 @@ __all__ = [
     "Program",
     "Role",
     "Rules",
+    "Shard",
     "Trainer",
     "Variable",
     "capture",

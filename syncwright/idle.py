@@ -62,11 +62,11 @@ def _silence(program: Program) -> tuple[Program, set[Node]]:
     known = Inference(mode_of(program.graph))
     for node in list(program.graph.nodes):
         if node.target in ops.SENDS:
-            source = node.args[0]
-            if source in tainted:
+            sources = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+            for source in [each for each in sources if each in tainted]:
                 with program.graph.inserting_before(node):
                     program, nothing = _nothing(program, source, tainted, known)  # type: ignore[arg-type]
-                node.args = (nothing, *node.args[1:])
+                node.replace_input_with(source, nothing)  # type: ignore[arg-type]
             if node.target in ops.STARTS_ROWS:
                 with program.graph.inserting_before(node):
                     none = known.call(program.graph, aten.full.default, [0], 0, dtype=torch.int64)

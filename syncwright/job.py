@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from syncwright import ops
-from syncwright.plan import LocalSteps, ParameterServer, Plan, Replicated, served_by
+from syncwright.plan import Collective, LocalSteps, ParameterServer, Plan, served_by
 from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
@@ -286,7 +286,7 @@ class Job:
         """Whether the others can go on without a trainer that is lost: where servers alone join them."""
         plans = [self.plan, *(span.job.plan for span in self.spans)]
         syncs = [s.sync for plan in plans for s in plan.sharings]
-        replicated = [s for s in syncs if isinstance(s, Replicated | LocalSteps) and served_by(s) is None]
+        replicated = [s for s in syncs if isinstance(s, Collective | LocalSteps) and served_by(s) is None]
         return any(served_by(sync) is not None for sync in syncs) and not replicated and not self.joins_hosts
 
     @property

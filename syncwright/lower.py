@@ -25,7 +25,7 @@ from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.flat import flat_parts
 from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
-from syncwright.plan import AllGather, Local, LocalSteps, ParameterServer, Plan, Replicated, plan_at, starts_of
+from syncwright.plan import AllGather, Collective, Local, LocalSteps, ParameterServer, Plan, plan_at, starts_of
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.selection import Selection
@@ -178,7 +178,7 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
         _check_arriving(join, plan)
     kinds = updates.kinds()
     for sharing in plan.sharings:
-        shared = isinstance(sharing.sync, Replicated) and plan.trainers > 1
+        shared = isinstance(sharing.sync, Collective) and plan.trainers > 1
         if shared and kinds.get(sharing.variable) == "foreign":
             raise LoweringError(
                 f"the update of '{sharing.variable}' reads the batch or the forward, or draws random numbers, so the "

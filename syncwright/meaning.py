@@ -93,7 +93,8 @@ class _Reader:
     def _of(self, node: Node) -> Meaning:
         if node in self.marks:
             name = str(node.args[1])
-            return Rows(name) if self.program.variables[name].lazy else Cut(name)
+            variable = self.program.variables.get(name)  # none where trainers keep parts of it
+            return Rows(name) if variable is not None and variable.lazy else Cut(name)
         if node.op == "placeholder":
             return self._of_variable(node)
         if is_random(node):
@@ -117,9 +118,11 @@ class _Reader:
             case Role.HYPER:
                 return Free()
             case Role.PARAM:
-                return Cut(variable.name)
+                return Cut(variable.name) if variable.own is None else Whole(variable.own.of)
             case Role.STATE:
-                owner = self.program.variables[str(variable.of)]
+                owner = self.program.variables.get(str(variable.of))
+                if owner is None or variable.own is not None:
+                    return Whole(str(variable.of)) if variable.shape else Scalar(str(variable.of))
                 if not variable.shape and owner.shape:
                     return Scalar(owner.name)
                 if variable.shape == owner.shape:

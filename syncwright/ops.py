@@ -43,6 +43,11 @@ In the program of a trainer:
 
     all_reduce(x, channel)                 starts the sum of x over all trainers
     wait(x, channel)                       its result
+    reduce_scatter(xs, channel, trainers)  starts the sums of several tensors over all trainers. Of each, laid out flat and cut
+                                           into parts of one size with zeros behind its end, a trainer gets its own part
+    wait_own(x, channel)                   its result: these parts, one behind another
+    gather_parts(xs, channel, trainers)    starts to give all trainers the parts of several tensors that each has
+    wait_whole(x, channel, sizes)          its result: of each so many elements, flat
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
                                            each the sum of its rows, added in the order of trainers; "mean_by_touch": over the
@@ -79,6 +84,10 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
+_library.define("reduce_scatter(Tensor[] xs, str channel, int trainers) -> Tensor")
+_library.define("wait_own(Tensor x, str channel) -> Tensor")
+_library.define("gather_parts(Tensor[] xs, str channel, int trainers) -> Tensor")
+_library.define("wait_whole(Tensor x, str channel, int[] sizes) -> Tensor[]")
 _library.define("sum_on_host(Tensor x, str channel) -> Tensor")
 _library.define("wait_on_host(Tensor x, str channel) -> Tensor")
 _library.define("push(Tensor x, str channel, Tensor? weight=None) -> Tensor")
@@ -122,9 +131,25 @@ _library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtyp
 torch.library.register_fake(f"{NAMESPACE}::gradient", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::all_reduce", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::wait", _same, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::wait_own", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sum_on_host", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::wait_on_host", _same, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::send", _same, lib=_library)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::reduce_scatter", lib=_library)
+def _reduce_scatter(xs: list[torch.Tensor], channel: str, trainers: int) -> torch.Tensor:
+    return xs[0].new_empty([sum(-(-x.numel() // trainers) for x in xs)])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_parts", lib=_library)
+def _gather_parts(xs: list[torch.Tensor], channel: str, trainers: int) -> torch.Tensor:
+    return xs[0].new_empty([0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::wait_whole", lib=_library)
+def _wait_whole(x: torch.Tensor, channel: str, sizes: list[int]) -> list[torch.Tensor]:
+    return [x.new_empty([size]) for size in sizes]
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push.merged", lib=_library)
@@ -371,6 +396,10 @@ _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 gradient = torch.ops.syncwright.gradient.default
 all_reduce = torch.ops.syncwright.all_reduce.default
 wait = torch.ops.syncwright.wait.default
+reduce_scatter = torch.ops.syncwright.reduce_scatter.default
+wait_own = torch.ops.syncwright.wait_own.default
+gather_parts = torch.ops.syncwright.gather_parts.default
+wait_whole = torch.ops.syncwright.wait_whole.default
 sum_on_host = torch.ops.syncwright.sum_on_host.default
 wait_on_host = torch.ops.syncwright.wait_on_host.default
 push = torch.ops.syncwright.push.default
@@ -394,8 +423,8 @@ pull_rows_value = torch.ops.syncwright.pull.rows
 push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
-SENDS = frozenset({all_reduce, gather_rows, sum_on_host, push, push_rows})
-WAITS = frozenset({wait, wait_rows, wait_on_host})
+SENDS = frozenset({all_reduce, reduce_scatter, gather_parts, gather_rows, sum_on_host, push, push_rows})
+WAITS = frozenset({wait, wait_own, wait_whole, wait_rows, wait_on_host})
 COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from syncwright.selection import Selection
+from syncwright.selection import Own, Selection
 from syncwright.tables.settings import Settings
 
 Along = Literal["", "batch", "unknown"]
@@ -48,6 +48,7 @@ class Variable:
     along      "batch": an OUTPUT with a value per example along axis 0; "unknown": it may be one
     dynamic    axes of an INPUT along which a program takes any size; `shape` has the example's there
     initial    what all of a STATE that a pass has added begins with; None where the user's objects hold it
+    own        of a part that each trainer keeps of a variable, its own: of which
     unbounded  of a PARAM that is a table of any 64-bit ids, trained, and of its GRAD: what it does with them; its length
                means nothing
     """
@@ -66,6 +67,7 @@ class Variable:
     dynamic: tuple[int, ...] = field(default=(), repr=False)
     initial: float | None = field(default=None, repr=False)
     unbounded: Settings | None = field(default=None, repr=False)
+    own: Own | None = field(default=None, repr=False)
 
     @property
     def whole(self) -> str | None:

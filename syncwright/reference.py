@@ -12,7 +12,7 @@ import torch
 
 from syncwright.capture.state import Binding
 from syncwright.deferred.tensor import real
-from syncwright.plan import ParameterServer, Plan, Replicated
+from syncwright.plan import Collective, ParameterServer, Plan
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.replica import count_examples, random_stream
 from syncwright.runtime.sharding import part_of
@@ -152,7 +152,7 @@ class _Reduction:
         self._binding, self._trainers, self._weights = binding, plan.trainers, weights
         sharings = {s.variable: s.sync for s in plan.sharings}
         self._summed = {
-            n for n, s in sharings.items() if isinstance(s, Replicated | ParameterServer) and s.reduce == "sum"
+            n for n, s in sharings.items() if isinstance(s, Collective | ParameterServer) and s.reduce == "sum"
         }
         self._averaged = [name for name, policy in plan.buffers if policy == "mean"]
         self._of_one = [name for name, policy in plan.buffers if policy != "mean"]

@@ -1,8 +1,9 @@
-"""Selection: a part of a variable, and the role that owns it."""
+"""Selection: a part of a variable, and the role that owns it. Own: the part of it that each trainer keeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from syncwright.tables.mixing import count_in
@@ -47,3 +48,35 @@ class Selection:
                 return (self.stop - self.start,)
             case "shards":
                 return (count_in(whole[0], self.shards, self.start, self.stop), *whole[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Of the variable `of`, laid out flat and cut into parts of one size, each trainer's own; zeros stand behind its end.
+
+    (3, 3) among 2 trainers: elements [0, 5) and [5, 9), and a zero.
+    """
+
+    of: str
+    shape: tuple[int, ...]
+    trainers: int
+
+    @property
+    def numel(self) -> int:
+        """Of the whole."""
+        return prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """Elements of a part, with the zeros."""
+        return -(-self.numel // self.trainers)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some trainer's part has zeros behind the variable's end."""
+        return self.count * self.trainers > self.numel
+
+    def bounds(self, trainer: int) -> tuple[int, int]:
+        """Which elements a trainer's part has; none where the variable has fewer than trainers before it keep."""
+        start = min(trainer * self.count, self.numel)
+        return start, min(start + self.count, self.numel)

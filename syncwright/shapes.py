@@ -87,7 +87,7 @@ def infer(node: Node, mode: FakeTensorMode) -> None:
 
 _LIKE_FIRST = frozenset(
     {
-        *(ops.gradient, ops.all_reduce, ops.wait, ops.sum_on_host, ops.wait_on_host),
+        *(ops.gradient, ops.all_reduce, ops.wait, ops.wait_own, ops.sum_on_host, ops.wait_on_host),
         *(ops.push_merged, ops.pull_value, ops.send),
     }
 )

@@ -21,6 +21,7 @@ PUBLIC = [
     "Program",
     "Role",
     "Rules",
+    "Shard",
     "Trainer",
     "Variable",
     "capture",
@@ -124,6 +125,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     refusals
     stepping
     unbounded
+    foreach
     trace
     normalize
     examples
@@ -145,8 +147,11 @@ passes          one rewrite of the whole program per file
     merge_on_host
     copy_on_host
     average
+    shard_parameters
+    gather_parameters
     gather_rows
     bucket
+    bucket_parts
     flatten
     tidy
 global_batch    lookups that only the whole batch can tell
@@ -167,6 +172,7 @@ runtime         what runs a job
     shared_memory
     host_copies
     gathers
+    scatters
     collectives
     wire
     bundles
@@ -202,6 +208,7 @@ runtime         what runs a job
     joint_server
     row_client
     gathered
+    own_parts
     table_client
     client
     lane

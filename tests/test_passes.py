@@ -21,9 +21,11 @@ from syncwright.passes.flat import flat_parts
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role
 from syncwright.runtime.flat_values import laid_flat
+from syncwright.runtime.own_parts import own_part
 from syncwright.text import parse, to_text
 from syncwright.verify import verify, verify_after
 from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
+from tests.together import cut_values, real_part, run_together
 
 PASSES: dict[str, Callable[[Program, Plan], Program]] = {each.__name__: each for each in passes.COMPILED}
 CASES = sorted(path.parent for name in PASSES for path in (GOLDEN / name).glob("*/before.txt"))
@@ -67,6 +69,9 @@ def test_a_pass_does_nothing_for_one_device(name):
 
 def check_same_results(before: Program, after: Program, plan: Plan) -> None:
     """Where all trainers have one batch, a step computes what one device computes, to the bit; so do servers' parts."""
+    if any(variable.own is not None for variable in after.variables.values()):
+        check_same_parts(before, after, plan)
+        return
     values = some_values(before)
     written, run = run_mirrored(before, values, plan.trainers, known_pulls(before))
     truth = truth_of(before, plan, values, written, run)
@@ -84,6 +89,31 @@ def check_same_results(before: Program, after: Program, plan: Plan) -> None:
     owned = {s.variable for s in plan.sharings if s.owners}
     assert {before.variables[name].of or name for name in gone} <= owned, "only what servers own is written elsewhere"
     check_pushed_gradients(before, plan, run.seen, new_run.sent)
+
+
+def check_same_parts(before: Program, after: Program, plan: Plan) -> None:
+    """The same, where trainers keep parts of their own: each has its part of what one device computes."""
+    own = {v.name: v.own for v in after.variables.values() if v.own is not None}
+    known = {v.name for v in before.variables.values() if v.own is not None}
+    values = {**some_values(after), **some_values(before)}
+    if known:
+        given = [{**values, "trainer.rank": trainer} for trainer in range(plan.trainers)]
+        written = [packed(after, each) for each in run_together(before, given)]
+        given = [{**each, **packed(after, each)} for each in given]
+    else:
+        given = cut_values(after, values, plan.trainers)
+        written = [run_mirrored(before, values, plan.trainers, {})[0]] * plan.trainers
+    joined = any(str(n.args[1]).startswith("global.") for n in after.graph.nodes if n.target is ops.gather_parts)
+    for trainer, (found, expected) in enumerate(zip(run_together(after, given), written, strict=True)):
+        assert known or {own[name].of if name in own else name for name in found} == set(expected)
+        for name, value in found.items():
+            other = expected[name] if name in expected else own_part(expected[own[name].of], own[name], trainer)
+            if name in own:
+                value, other = real_part(value, own[name], trainer), real_part(other, own[name], trainer)
+            if joined:  # a norm of norms is the norm but for rounding
+                torch.testing.assert_close(value, other)
+            else:
+                assert bits(value) == bits(other), name
 
 
 def packed(program: Program, values: dict) -> dict:

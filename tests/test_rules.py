@@ -143,19 +143,19 @@ MISTAKES = [
     ),
     (
         "default: all-reduce",
-        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, all_gather, parameter_server, "
+        "rules, line 1, at default: found 'all-reduce', expected one of local, all_reduce, all_gather, shard, parameter_server, "
         "local_steps. "
         "Did you mean 'all_reduce'?",
     ),
     (
         "default: no",
         "rules, line 1, at default: found false (unquoted on, off, yes and no are truth values in YAML), "
-        "expected one of local, all_reduce, all_gather, parameter_server, local_steps. Write one of them.",
+        "expected one of local, all_reduce, all_gather, shard, parameter_server, local_steps. Write one of them.",
     ),
     (
         "default: {all_reduce: {}, local: {}}",
         "rules, line 1, at default: found a mapping with the keys 'all_reduce', 'local', expected one of "
-        "local, all_reduce, all_gather, parameter_server, local_steps. Write one of them.",
+        "local, all_reduce, all_gather, shard, parameter_server, local_steps. Write one of them.",
     ),
     (
         'default: local\nvariables:\n  - "a": {all_reduce: {bucket: 3}}',
@@ -247,12 +247,12 @@ MISTAKES = [
     (
         "default: local\nvariables: a",
         "rules, line 2, at variables: found 'a', expected a list of lines, each a pattern and one of local, "
-        'all_reduce, all_gather, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
+        'all_reduce, all_gather, shard, parameter_server, local_steps. Write a line such as - "embed.*": parameter_server.',
     ),
     (
         "default: local\nvariables:\n  - {a: local, b: local}",
         "rules, line 3, at variables[0]: found a mapping with the keys 'a', 'b', expected one pattern and "
-        'one of local, all_reduce, all_gather, parameter_server, local_steps. Write a line such as - "embed.*": '
+        'one of local, all_reduce, all_gather, shard, parameter_server, local_steps. Write a line such as - "embed.*": '
         "parameter_server.",
     ),
     (

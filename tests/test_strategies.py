@@ -55,6 +55,9 @@ def test_the_registry_lists_the_fixed_strategies():
         "staged",
         "replicated_served",
         "parallax",
+        "zero1",
+        "zero2",
+        "zero3",
         "local_sgd",
         "diloco",
         "geo",
@@ -157,7 +160,7 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
             {},
             "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
             "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, replicated_served, "
-            "parallax, local_sgd, diloco, geo. Did you mean 'all_reduce'?",
+            "parallax, zero1, zero2, zero3, local_sgd, diloco, geo. Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",

@@ -16,7 +16,7 @@ from torch.fx import Graph
 
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Server, place_of, put
 from syncwright.program import Guard, Program, Role, Variable, new_placeholder
-from syncwright.selection import Selection
+from syncwright.selection import Own, Selection
 from syncwright.tables import CountFilter, Settings
 from syncwright.text import TextError, diff, parse, to_text
 
@@ -155,6 +155,7 @@ def test_every_field_of_a_variable_is_written():
             "dynamic": (0,),
             "initial": 0.5,
             "unbounded": Settings(4, admission=CountFilter(3)),
+            "own": Own("r", (3, 2), 2),
         },
     )
     for field in dataclasses.fields(Variable):

@@ -198,7 +198,7 @@ class Step:
         return loss
 
     def update(self, model: nn.Module, optimizer: OptimizerTree, sizes: Mapping[str, tuple[int, ...]] = _WHOLE) -> None:
-        """`sizes`: of the pieces from which a variable's norm is put together."""
+        """`sizes`: of the pieces from which a variable's norm is put together, in rows, or in elements with zeros behind them."""
         if self.clip is not None and sizes:
             norms = [
                 _norm_of(p.grad, sizes.get(name, ())) for name, p in model.named_parameters() if p.grad is not None
@@ -214,6 +214,8 @@ class Step:
 def _norm_of(gradient: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     if len(sizes) < 2:
         return torch.linalg.vector_norm(gradient)
+    if sum(sizes) != len(gradient):
+        gradient = nn.functional.pad(gradient.reshape(-1), (0, sum(sizes) - gradient.numel()))
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in gradient.split(sizes)]))
 
 

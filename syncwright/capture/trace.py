@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from syncwright.capture import private
 from syncwright.capture.draws import Draws
+from syncwright.capture.foreach import each_by_itself
 from syncwright.capture.functional import NotCovered, without_writes
 from syncwright.capture.lines import current_line
 from syncwright.capture.means import Lines, partial_means
@@ -266,4 +267,4 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
     return legit.default(x, weight, bias, mean, variance, training, momentum, eps)
 
 
-_PURE = {torch.ops.aten.native_batch_norm.default: _batch_norm}
+_PURE = {torch.ops.aten.native_batch_norm.default: _batch_norm, **each_by_itself()}

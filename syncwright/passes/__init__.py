@@ -5,6 +5,7 @@ A pass is one public function `name(program, plan) -> Program`, alone in its fil
 
 from syncwright.passes.average import average_gradients, average_values
 from syncwright.passes.bucket import bucket
+from syncwright.passes.bucket_parts import bucket_parts
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
@@ -16,17 +17,18 @@ from syncwright.passes.join_tables import join_tables
 from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.serve_parameters import serve_parameters
+from syncwright.passes.shard_parameters import shard_parameters
 from syncwright.passes.share_globals import share_globals
 from syncwright.passes.tidy import tidy
 
 _PLACING = (
-    *(clip_per_trainer, join_tables, compact_lookups, note_lookups, join_served),
+    *(clip_per_trainer, join_tables, compact_lookups, note_lookups, shard_parameters, join_served),
     *(serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
-_SENDING = (gather_rows, average_gradients, average_values, bucket)
+_SENDING = (gather_rows, average_gradients, average_values, bucket, bucket_parts)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)
 
-JOINING = ("bucket", "join_served", "join_tables")
+JOINING = ("bucket", "bucket_parts", "join_served", "join_tables")
 """Passes without which every variable's communication stands alone, as a table of variables shows it."""

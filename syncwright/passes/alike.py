@@ -49,17 +49,19 @@ def members(program: Program) -> list[Member]:
     for node, owner in owners.items():
         own.setdefault(str(owner), []).append(node)
     found = []
+    parts = _parts(program)
     for name, mark in marks.items():
+        parameter = parts.get(name) or program.variables[name]
         packed = _reduced(mark)
         gradient = _divided(packed)
         nodes = _update_nodes(own.get(name, ()), mark, gradient)
         if (
-            name in results
-            and not is_served(results[name])
-            and program.variables[name].shape
-            and _is_elementwise(nodes, gradient, program.variables[name])
+            parameter.name in results
+            and not is_served(results[parameter.name])
+            and parameter.shape
+            and _is_elementwise(nodes, gradient, parameter)
         ):
-            facts = _Facts(program.variables[name], state.get(name, []), placeholders, results)
+            facts = _Facts(parameter, state.get(name, []), placeholders, results)
             member = _member(facts, gradient, packed, nodes)
             found += [member] if member is not None else []
     return sorted(found, key=lambda m: m.packed)
@@ -102,26 +104,43 @@ def _update_nodes(own: Sequence[Node], mark: Node, gradient: Node) -> tuple[Node
 
 def _owners(program: Program) -> dict[Node, str | None]:
     """For every node that only one parameter's update uses, that parameter; in graph order."""
-    variables, results = program.variables, program.results
+    variables, results, parts = program.variables, program.results, _parts(program)
     owners: dict[Node, str | None] = {}
     for name, node in results.items():
         variable = variables[name]
-        owner = name if variable.role is Role.PARAM else variable.of if variable.role is Role.STATE else None
+        owner = (
+            _whole_name(variable)
+            if variable.role is Role.PARAM
+            else variable.of
+            if variable.role is Role.STATE
+            else None
+        )
+        if name in parts:  # gathered of what its update has made
+            owner = None
         owners[node] = owner if owners.get(node, owner) == owner else None
     for node in reversed(program.graph.nodes):
         if node.op != "call_function":
             continue
-        mine = {owners.get(u) for u in node.users if u.op != "output"}
+        mine = {owners.get(u) for u in node.users if u.op != "output" and u.target is not ops.gather_parts}
         mine |= {owners[node]} if node in owners else set()
         owners[node] = mine.pop() if len(mine) == 1 else None
     return {n: owners[n] for n in program.graph.nodes if owners.get(n) is not None and n.op == "call_function"}
+
+
+def _parts(program: Program) -> dict[str, Variable]:
+    """The parameters of which each trainer updates its own part."""
+    return {v.own.of: v for v in program.of_role(Role.PARAM) if v.own is not None}
+
+
+def _whole_name(variable: Variable) -> str:
+    return variable.name if variable.own is None else variable.own.of
 
 
 def _reduced(mark: Node) -> Node:
     """Where the gradient that is complete at `mark` is, after its reduction."""
     node = mark
     while True:
-        if node.target is ops.wait:
+        if node.target in (ops.wait, ops.wait_own):
             return _unpacked(node, mark)
         step = [u for u in node.users if u.target in _WAY]
         if len(step) != 1:
@@ -129,12 +148,28 @@ def _reduced(mark: Node) -> Node:
         node = step[0]
 
 
-_WAY = frozenset({aten.mul.Tensor, aten.reshape.default, aten.cat.default, ops.all_reduce, ops.wait})
+_WAY = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.reshape.default,
+        aten.cat.default,
+        ops.all_reduce,
+        ops.reduce_scatter,
+        ops.wait,
+        ops.wait_own,
+    }
+)
 
 
 def _unpacked(wait: Node, mark: Node) -> Node:
-    """The part of a waited bucket that is this gradient's: by its place in the `cat`."""
+    """The part of a waited bucket that is this gradient's: by its place in the `cat`, or among those that are scattered."""
     joined = wait.args[0].args[0]  # type: ignore[union-attr]
+    if wait.target is ops.wait_own:
+        if len(joined) == 1:  # type: ignore[arg-type]
+            return wait
+        place = next(i for i, n in enumerate(joined) if mark in _sources(n))  # type: ignore[arg-type]
+        (split,) = wait.users
+        return next(u for u in split.users if u.args[1] == place)
     if joined.target is not aten.cat.default:  # type: ignore[union-attr]
         return wait
     place = next(i for i, n in enumerate(joined.args[0]) if mark in _sources(n))  # type: ignore[arg-type, union-attr]
@@ -171,7 +206,7 @@ class _Facts:
 
 def _member(facts: _Facts, gradient: Node, packed: Node, nodes: tuple[Node, ...]) -> Member | None:
     parameter, results = facts.parameter, facts.results
-    state = {v.name[len(parameter.name) :]: v for v in facts.state}
+    state = {_whole_name(v)[len(_whole_name(parameter)) :]: v for v in facts.state}
     places = {facts.placeholders[v.name]: key for key, v in state.items() if v.name in facts.placeholders}
     if any(v.shape not in ((), parameter.shape) for v in state.values()):
         return None
@@ -219,7 +254,7 @@ def _is_next(one: Member, other: Member) -> bool:
 
 def _place(member: Member) -> int:
     """Where a gradient lies in its bucket."""
-    return member.packed.args[0].args[1]  # type: ignore[union-attr, return-value]
+    return pick_of(member.packed).args[1]  # type: ignore[union-attr, return-value]
 
 
 def _divisor(member: Member) -> object:
@@ -228,6 +263,11 @@ def _divisor(member: Member) -> object:
 
 def bucket_of(gradient: Node) -> Node | None:
     """The split that a gradient is a part of; None where it is on its own."""
-    if gradient.target is aten.view.default and gradient.args[0].target is getitem:  # type: ignore[union-attr]
-        return gradient.args[0].args[0]  # type: ignore[union-attr]
-    return None
+    pick = pick_of(gradient)
+    return None if pick is None else pick.args[0]  # type: ignore[return-value]
+
+
+def pick_of(gradient: Node) -> Node | None:
+    """Where a gradient, or a trainer's own part of it, is taken out of a bucket; None where it is on its own."""
+    pick = gradient.args[0] if gradient.target is aten.view.default else gradient
+    return pick if isinstance(pick, Node) and pick.target is getitem else None

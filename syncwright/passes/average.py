@@ -21,7 +21,7 @@ from syncwright.passes.insert import (
     read_weight,
 )
 from syncwright.place import Server, put
-from syncwright.plan import AllReduce, ParameterServer, Plan, Replicated
+from syncwright.plan import AllReduce, Collective, ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 
@@ -76,14 +76,14 @@ def average_values(program: Program, plan: Plan) -> Program:
 def communicates(plan: Plan) -> bool:
     """Whether trainers keep step with each other: where all updates are asynchronous there is no step to average over."""
     return any(
-        isinstance(s.sync, Replicated) or (isinstance(s.sync, ParameterServer) and s.sync.in_step)
+        isinstance(s.sync, Collective) or (isinstance(s.sync, ParameterServer) and s.sync.in_step)
         for s in plan.sharings
     )
 
 
 def by_collective(plan: Plan) -> bool:
     """Whether values travel by all-reduce, as gradients do among trainers; else through the reducer."""
-    return any(isinstance(s.sync, Replicated) for s in plan.sharings)
+    return any(isinstance(s.sync, Collective) for s in plan.sharings)
 
 
 def is_local(variable: Variable) -> bool:

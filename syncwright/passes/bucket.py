@@ -88,7 +88,17 @@ def _group(members: list[Member]) -> list[list[Member]]:
         else:
             current = [*riders, member]
             groups.append(current)
-    groups.extend(riding.values())
+    return groups + [group for left in riding.values() for group in _in_time(left)]
+
+
+def _in_time(members: list[Member]) -> list[list[Member]]:
+    """Values that no gradient takes along: each starts before any of its group is waited for."""
+    groups: list[list[Member]] = []
+    for member in members:
+        if groups and all(member.start < other.wait for other in groups[-1]):
+            groups[-1].append(member)
+        else:
+            groups.append([member])
     return groups
 
 

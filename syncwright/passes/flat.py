@@ -64,6 +64,12 @@ def flat_layout(run: list[Member]) -> Layout:
     return Layout("elements", tuple(offsets), (numel,))
 
 
+def own_layout(run: list[Member]) -> Layout:
+    """Trainers' own parts, one behind another, without gaps."""
+    counts = [member.parameter.numel for member in run]
+    return Layout("elements", tuple(accumulate(counts[:-1], initial=0)), (sum(counts),))
+
+
 def row_layout(run: list[Member]) -> Layout:
     """Tables of rows of one form, one below another."""
     rows = [member.parameter.shape[0] for member in run]

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from syncwright.dead import remove_dead
-from syncwright.passes.alike import Member, bucket_of, members, runs
-from syncwright.passes.flat import ALIGNMENT_NBYTES, join_updates, laid_out, padded, view_of, zeros
+from syncwright.passes.alike import Member, bucket_of, members, pick_of, runs
+from syncwright.passes.flat import ALIGNMENT_NBYTES, join_updates, laid_out, own_layout, padded, view_of, zeros
 from syncwright.plan import Plan
 from syncwright.program import Program
 from syncwright.shapes import Inference, call, mode_of
@@ -38,9 +38,31 @@ def flatten(program: Program, plan: Plan) -> Program:
 
 
 def _join(program: Program, run: list[Member], name: str, known: Inference) -> Program:
+    if run[0].parameter.own is not None:
+        return _join_own(program, run, name, known)
     offsets, numel = laid_out(run)
     flat_gradient, own = _flat_gradient(program, run, offsets, numel, known)
     return join_updates(program, run, name, {own: flat_gradient}, known)
+
+
+def _join_own(program: Program, run: list[Member], name: str, known: Inference) -> Program:
+    """Parts of trainers' own lie as close together as their gradients do: these are a stretch of what came."""
+    graph, layout, split = program.graph, own_layout(run), bucket_of(run[0].packed)
+    if split is None:
+        with graph.inserting_after(max(m.gradient for m in run)):
+            flat = known.call(graph, aten.cat.default, [m.gradient for m in run])
+        return join_updates(program, run, name, {run[0].gradient: flat}, known, layout)
+    wait, widths = split.args[:2]
+    first = pick_of(run[0].packed).args[1]  # type: ignore[union-attr]
+    start = sum(widths[:first])  # type: ignore[arg-type, index]
+    with graph.inserting_before(min(m.gradient for m in run)):
+        flat = known.call(graph, aten.slice.Tensor, wait, 0, start, start + layout.shape[0])
+        if run[0].gradient is not run[0].packed:
+            flat = known.call(graph, aten.div.Tensor, flat, run[0].gradient.args[1])
+        views = [view_of(program, flat, at, m.parameter, known) for m, at in zip(run, layout.offsets, strict=True)]
+    for member, view in zip(run, views, strict=True):
+        member.gradient.replace_all_uses_with(view)
+    return join_updates(program, run, name, {views[0]: flat}, known, layout)
 
 
 def _is_together(run: list[Member]) -> bool:

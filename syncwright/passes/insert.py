@@ -16,6 +16,7 @@ WEIGHT = "batch.weight"
 TOTAL = "batch.total"
 """The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
 FIRST = "trainer.first"
+RANK = "trainer.rank"
 KEPT = "kept"
 """In the meta of trainer 0's contribution to a buffer: the buffer whose old value it is where trainer 0 runs no step."""
 
@@ -80,6 +81,11 @@ def read_weight(program: Program) -> tuple[Program, Node]:
 def read_first(program: Program) -> tuple[Program, Node]:
     """1 on the first trainer, 0 on the others."""
     return read_variable(program, Variable(FIRST, Role.HYPER, (), torch.int64), int)
+
+
+def read_rank(program: Program) -> tuple[Program, Node]:
+    """This trainer's number."""
+    return read_variable(program, Variable(RANK, Role.HYPER, (), torch.int64), int)
 
 
 def read_share(weight: Node, trainers: int) -> Node:

@@ -57,9 +57,14 @@ def _gather(send: Node, parts: int, known: Inference) -> None:
     graph, place = send.graph, place_of(send)
     with graph.inserting_before(send):
         gathered = known.call(graph, ops.gather, source, channel, parts)
-        target, *args = _COMBINE[source.target](source)  # type: ignore[index, union-attr]
-        combined = known.call(graph, target, gathered, *args)
+        whole = combined(source, gathered, known)  # type: ignore[arg-type]
     put(gathered, place)
-    put(combined, place)
-    send.replace_all_uses_with(combined)
+    put(whole, place)
+    send.replace_all_uses_with(whole)
     graph.erase_node(send)
+
+
+def combined(reduction: Node, parts: Node, known: Inference) -> Node:
+    """What a reduction gives for all of a value, from what it gives for its parts, at the insertion point."""
+    target, *args = _COMBINE[reduction.target](reduction)  # type: ignore[index]
+    return known.call(reduction.graph, target, parts, *args)

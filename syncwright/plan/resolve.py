@@ -23,10 +23,12 @@ from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
 from syncwright.plan.sync import (
     AllGather,
+    AllReduce,
+    Collective,
     Local,
     LocalSteps,
     ParameterServer,
-    Replicated,
+    Shard,
     Sync,
     joins_hosts,
     served_by,
@@ -108,7 +110,7 @@ def _buffers(
     """The policy of each buffer that the step writes: only trainers that keep step have something to average."""
     served = [sync for sync in syncs if isinstance(sync, ParameterServer)]
     arriving = [*(s for s in served if not s.in_step), *(s for s in syncs if isinstance(s, LocalSteps) and s.is_geo)]
-    if not arriving or any(isinstance(sync, Replicated) for sync in syncs) or any(sync.in_step for sync in served):
+    if not arriving or any(isinstance(sync, Collective) for sync in syncs) or any(sync.in_step for sync in served):
         return tuple((buffer.name, _buffer_policy(rules, buffer)) for buffer in written)
     for buffer in written:
         policy = _last_match(rules.buffers, buffer, "local")
@@ -126,6 +128,8 @@ def _cut(
 ) -> tuple[Sync, tuple[int, ...]]:
     """The sharing that is carried out, and the sizes of its pieces; what was changed is added to `notes`."""
     served = served_by(sync)
+    if isinstance(sync, Shard):
+        sync = _sharded(rules, variable, sync, update, notes)
     if served is None:
         return sync, (axis_length(variable.shape),)
     if servers == 0:
@@ -161,6 +165,20 @@ def _cut(
     why = "its update needs the whole tensor" if update == "whole" else f"its update is {update}, not elementwise"
     notes.append(f"{variable.name} is kept whole: {'rows of it do not travel' if whole else why}")
     return replace(served, partition=Whole()), (axis_length(variable.shape),)
+
+
+def _sharded(rules: Rules, variable: Variable, sync: Shard, update: Update | None, notes: list[str]) -> Sync:
+    """Even parts, of what can be cut anywhere; anything else is all-reduced, where the rules allow it."""
+    if update == "elementwise" and variable.shape:
+        return sync
+    why = "one number cannot be cut" if not variable.shape else f"its update is {update}, not elementwise"
+    if variable.shape and rules.uncuttable == "refuse":
+        raise PlanError(
+            f"{rules.source}: variable {variable.name!r}: found shard, expected another way: {why}. Add a line for "
+            f"{variable.name!r}, such as all_reduce, or say `uncuttable: keep_whole`."
+        )
+    notes.append(f"{variable.name} is all-reduced: {why}")
+    return AllReduce(sync.bucket_mb, sync.reduce)
 
 
 _NOT_OF_ROWS = {

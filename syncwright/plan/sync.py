@@ -164,6 +164,39 @@ _APART = (
 _ALL_REDUCE = AllReduce()
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Trainers cut the variable evenly among them, each updates its own part (ZeRO, Rajbhandari et al., SC 2020).
+
+    A variable is laid out flat and cut into as many parts of one size as there are trainers, with zeros behind its last
+    element. Gradients are reduce-scattered where they are complete: each trainer gets the mean of its own part.
+
+    stage      1, 2: every trainer keeps the whole parameter, and its own part of the optimizer's state; updated parts are
+               gathered after the update. 3: of the parameter too it keeps its own part; the whole is gathered where forward
+               reads it, and again where backward does
+    bucket_mb  megabytes (2**20 bytes) of variables that one collective joins; 0: one collective per variable
+    prefetch   stage 3: so many buckets are gathered ahead of the one that is read
+    keep       stage 3: what forward has gathered is kept until backward has read it, and not gathered again
+    reduce     "mean": weighted by examples; "sum": for losses that are sums
+
+    Raises PlanError for settings that mean nothing together.
+    """
+
+    stage: Literal[1, 2, 3] = 3
+    bucket_mb: Amount = 25.0
+    prefetch: Index = field(default=1, metadata=RARE)
+    keep: bool = field(default=False, metadata=RARE)
+    reduce: Literal["mean", "sum"] = field(default="mean", metadata=RARE)
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanError)
+        if self.keep and self.stage != 3:
+            raise PlanError(
+                f"Shard: found keep: true with stage: {self.stage}, but every trainer keeps the whole parameter then. Say "
+                "stage: 3 as well, or leave keep out."
+            )
+
+
 def _check_device(name: str) -> None:
     """Whether a machine may have such a device; its server looks whether it is there."""
     try:
@@ -233,10 +266,10 @@ _NOT_OF_STEPS = {
 }
 """Settings that servers of exchanges do not have, and why, where it is not the same for all."""
 
-Replicated = AllReduce | AllGather
-"""Every trainer keeps a replica and updates it with what all have given in this step."""
+Collective = AllReduce | AllGather | Shard
+"""Trainers keep the variable, and update it with what all have given in this step, by collectives."""
 
-Sync = Local | AllReduce | AllGather | ParameterServer | LocalSteps
+Sync = Local | AllReduce | AllGather | Shard | ParameterServer | LocalSteps
 
 
 def served_by(sync: Sync) -> ParameterServer | None:

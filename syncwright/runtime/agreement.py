@@ -10,7 +10,7 @@ import torch
 
 from syncwright.errors import Disagreement
 from syncwright.passes.average import communicates
-from syncwright.plan import Plan, Replicated
+from syncwright.plan import Collective, Plan
 from syncwright.program import Program, Role
 from syncwright.update import followed
 
@@ -18,7 +18,7 @@ from syncwright.update import followed
 def replicated(program: Program, plan: Plan, values: Iterable[str]) -> list[str]:
     """Which of a trainer's `values` are to be equal on all trainers: what is all-reduced or gathered, with its state and what
     follows it, and other buffers that are not local."""
-    shared = {s.variable for s in plan.sharings if isinstance(s.sync, Replicated)}
+    shared = {s.variable for s in plan.sharings if isinstance(s.sync, Collective)}
     buffers, follows = dict(plan.buffers), followed(program)
     found = []
     for variable in [program.variables[name] for name in values if name in program.variables]:

@@ -37,6 +37,7 @@ from syncwright.runtime.messages import (
     Tick,
     Value,
 )
+from syncwright.runtime.own_parts import OwnParts
 from syncwright.runtime.parcels import LARGEST_NBYTES
 from syncwright.runtime.rendezvous import cannot_go_on
 from syncwright.runtime.row_client import NEVER, RowClient
@@ -67,6 +68,7 @@ class Client:
         self._gatherings: dict[str, Gathering] = {}
         self._left: dict[Key, int] = {}
         self._notes = _notes(job)
+        self._parts = OwnParts(transport, self._notes)
         self._fixed, self._base, self._settings = job.fixed, 0, 1
         self._now = job.arriving | {name for name, (of, _) in job.casts.items() if of in job.arriving}
         self._waiting: dict[str, list[tuple[float, torch.Tensor]]] = {}
@@ -318,6 +320,22 @@ class Client:
         del self._works[channel]
         return tensor
 
+    def start_parts(self, channel: str, tensors: Sequence[torch.Tensor]) -> None:
+        self.transport.progress(self.step, f"reduce-scatter {channel}")
+        self._parts.reduce(channel, tensors)
+
+    def finish_own(self, channel: str) -> torch.Tensor | None:
+        self.transport.progress(self.step, f"wait {channel}")
+        return self._parts.own(channel)
+
+    def start_whole(self, channel: str, parts: Sequence[torch.Tensor]) -> None:
+        self.transport.progress(self.step, f"gather {channel}")
+        self._parts.gather(channel, parts)
+
+    def finish_whole(self, channel: str, sizes: Sequence[int]) -> list[torch.Tensor] | None:
+        self.transport.progress(self.step, f"wait {channel}")
+        return self._parts.whole(channel, sizes)
+
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Gives all trainers rows of a gradient, of distinct ids."""
         self.transport.progress(self.step, f"gather {channel}")
@@ -404,7 +422,8 @@ class Client:
 def _notes(job: Job) -> dict[str, str]:
     """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
     programs = [each.trainer["step"] for each in (*(span.job for span in job.spans), job)]
-    nodes = [n for program in programs for n in program.graph.find_nodes(op="call_function", target=ops.all_reduce)]
+    joined = (ops.all_reduce, ops.reduce_scatter, ops.gather_parts)
+    nodes = [n for p in programs for op in joined for n in p.graph.find_nodes(op="call_function", target=op)]
     inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
     return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}
 

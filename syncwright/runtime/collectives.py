@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, pairwise
@@ -18,8 +18,9 @@ from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
+from syncwright.runtime.scatters import CopiedScattered, HostScattered
 from syncwright.runtime.shared_memory import HostGroup, can_share, is_available
-from syncwright.runtime.transport import Gathered, HostWork, Work
+from syncwright.runtime.transport import Gathered, HostWork, Scattered, Work
 
 SLICE_SECONDS = 1.0
 """How long a wait sleeps before it looks whether somebody is lost (and lets Ctrl-C through)."""
@@ -84,6 +85,18 @@ class Collectives:
         if self._host is not None and tensor.device.type == "cpu":
             return self._host.all_reduce(tensor, note)
         return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+        """See `Outlet.reduce_scatter`."""
+        self.join()
+        if self._host is not None and tensors[0].device.type == "cpu":
+            return HostScattered(self._host, tensors, note)
+
+        def scatter(own: torch.Tensor, whole: torch.Tensor) -> Work:
+            work = dist.reduce_scatter_tensor(own, whole, async_op=True)
+            return self._started(work, own, f"the reduce-scatter of {note}")
+
+        return CopiedScattered(self._rendezvous.place.trainers, tensors, scatter)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""

@@ -20,11 +20,14 @@ from syncwright.capture.state import Binding
 from syncwright.dead import remove_dead
 from syncwright.errors import BatchError
 from syncwright.job import Job
+from syncwright.passes.bucket_parts import bucket_parts
 from syncwright.passes.compact_lookups import compacted
+from syncwright.passes.gather_parameters import gather_parameters
 from syncwright.passes.insert import before_first_use
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.runtime.executor import Blocked, Port
 from syncwright.runtime.kept import Given, Kept
+from syncwright.runtime.own_parts import apart_from
 from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Warming
 from syncwright.runtime.sharding import bounds
 from syncwright.shapes import Inference, mode_of
@@ -44,12 +47,18 @@ class Evaluated:
     def __init__(self, fn: Callable, captured: Captured, warming: Warming, rows: int):
         self.fn, self._captured, self._warming = fn, captured, warming
         self._inputs = [v.name for v in captured.program.of_role(Role.INPUT)]
+        self._gathers = any(node.target is ops.gather_parts for node in warming.program.graph.nodes)
         self._check_rows(rows)
 
     @property
     def program(self) -> Program:
         """What was captured."""
         return self._captured.program
+
+    @property
+    def gathers(self) -> bool:
+        """Whether all trainers take part, also those that have no example."""
+        return self._gathers
 
     @property
     def structure(self) -> pytree.TreeSpec:
@@ -94,15 +103,19 @@ class Evaluations:
         given = Given.of(batch, self._binding, (_identity(fn), *held))
         found = self._kept.find(given)
         if found is None:
-            found = self._captured(fn, batch, rows, (held, tables, joined), remote)
+            found = self._captured(fn, batch, rows, (held, tables, joined), remote, job)
             self._kept.keep(given.key(found.program), found)
         return found
 
-    def _captured(self, fn: Callable, batch: tuple, rows: int, served: Served, remote: Collection[str]) -> Evaluated:
+    def _captured(
+        self, fn: Callable, batch: tuple, rows: int, served: Served, remote: Collection[str], job: Job | None
+    ) -> Evaluated:
         with self._busy("capturing an evaluation"):
             step = _without_gradients(fn)
             captured = capture_step(step, self._binding, self._optimizer, batch, remote=remote)
             program = pulling(captured.program, captured.outputs, *served)
+            if job is not None:
+                program = bucket_parts(gather_parameters(program, apart_from(job.trainer["step"])), job.plan)
             verify(program)
         interpreted = INTERPRETED_FIRST if len(self._kept) else 0
         warming = Warming(program, self._compiles(), interpreted, "an evaluation", self._busy)

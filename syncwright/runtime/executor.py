@@ -57,6 +57,18 @@ class Port(Protocol):
         """The sum, or None while it is not there."""
         ...
 
+    def start_parts(self, channel: str, tensors: list[torch.Tensor]) -> None: ...
+
+    def finish_own(self, channel: str) -> torch.Tensor | None:
+        """This trainer's parts of the sums, or None while they are not there."""
+        ...
+
+    def start_whole(self, channel: str, parts: list[torch.Tensor]) -> None: ...
+
+    def finish_whole(self, channel: str, sizes: list[int]) -> list[torch.Tensor] | None:
+        """All trainers' parts put together, or None while they are not there."""
+        ...
+
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None: ...
 
     def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
@@ -168,6 +180,16 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             start = port.start if node.target is ops.all_reduce else port.start_on_host
             start(args[1], given.contiguous())
             return args[0]
+        case ops.reduce_scatter:
+            port.start_parts(args[1], args[0])
+            return torch.empty(0)
+        case ops.wait_own:
+            return (yield from _until(node, args[1], lambda: port.finish_own(args[1])))
+        case ops.gather_parts:
+            port.start_whole(args[1], args[0])
+            return torch.empty(0)
+        case ops.wait_whole:
+            return (yield from _until(node, args[1], lambda: port.finish_whole(args[1], args[2])))
         case ops.gather_rows:
             port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
             return args[0]

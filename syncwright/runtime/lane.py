@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from syncwright.runtime.messages import Address, Message
-from syncwright.runtime.transport import Gathered, HostWork, Outlet, Work
+from syncwright.runtime.transport import Gathered, HostWork, Outlet, Scattered, Work
 
 
 class Lane:
@@ -29,6 +29,9 @@ class Lane:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         return self._outlet.all_reduce(tensor, note)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+        return self._outlet.reduce_scatter(tensors, note)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         return self._outlet.sum_on_host(tensor, note)

@@ -21,9 +21,10 @@ from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.on_host import Copies, Sum, Sums
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.replica import Examples, Part, Replica, check_not_empty, random_stream
+from syncwright.runtime.scatters import CopiedScattered
 from syncwright.runtime.session import Session, Training
 from syncwright.runtime.ticking import check_scheduler
-from syncwright.runtime.transport import Gathered
+from syncwright.runtime.transport import Gathered, Scattered
 from syncwright.tables import Saved
 
 __all__ = ["Loopback", "loopback"]
@@ -241,6 +242,10 @@ class Network:
         """Trainer `rank`'s n-th gathering called `note` meets everybody's n-th."""
         return self._join(note, rank, (whole, part), _stack)
 
+    def scatter(self, note: str, rank: int, own: torch.Tensor, whole: torch.Tensor) -> LoopbackWork:
+        """Trainer `rank`'s n-th reduction to parts called `note` meets everybody's n-th."""
+        return self._join(note, rank, (own, whole), _scatter)
+
     def _join(self, note: str, rank: int, mine: Given, meet: Callable[[list[Given]], None]) -> LoopbackWork:
         self.sent += 1
         turn = self._joined.get((note, rank), 0)
@@ -269,6 +274,14 @@ def _stack(given: list[Given]) -> None:
         whole.copy_(torch.stack([part for _, part in given]).reshape(whole.shape))
 
 
+def _scatter(given: list[Given]) -> None:
+    total = given[0][1].clone()
+    for _, part in given[1:]:
+        total += part
+    for (own, _), part in zip(given, total.chunk(len(given)), strict=True):
+        own.copy_(part)
+
+
 class LoopbackWork:
     """A collective that is done when all trainers have joined."""
 
@@ -293,6 +306,9 @@ class LoopbackTransport:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
         return self.network.join(note, self.me.rank, tensor)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+        return CopiedScattered(self.network.trainers, tensors, partial(self.network.scatter, note, self.me.rank))
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> Sum:
         self.network.sent += 1

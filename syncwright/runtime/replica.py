@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from syncwright.capture.state import Binding
-from syncwright.deferred.tensor import real
+from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.passes.flat import flat_parts
-from syncwright.passes.insert import FIRST, TOTAL, WEIGHT
+from syncwright.passes.insert import FIRST, RANK, TOTAL, WEIGHT
 from syncwright.plan import ParameterServer
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime import replica_tables as tables
@@ -26,6 +26,7 @@ from syncwright.runtime.lookahead import Found, is_alike, is_same
 from syncwright.runtime.merging import no_examples
 from syncwright.runtime.messages import Act, Address, Message
 from syncwright.runtime.outer import Outer
+from syncwright.runtime.own_parts import apart_from, own_part, variables_of
 from syncwright.runtime.pieces import UNTIL_ALL_LEFT, begun, give, joined
 from syncwright.runtime.programs import Prepared
 from syncwright.runtime.records import NO_RECORDS, Records
@@ -61,13 +62,19 @@ class Replica:
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
-        served = job.served | binding.table_buffers(job.unbounded)
-        self.values: dict[str, object] = {
-            name: real(value) for name, value in binding.values().items() if name not in served
-        }
-        self.values |= _added(job.trainer["step"])
+        self._own = variables_of(job.trainer["step"].variables)
+        self._elsewhere = job.served | binding.table_buffers(job.unbounded)
+        self._elsewhere |= {v.own.of for v in apart_from(job.trainer["step"]) if v.own is not None}
+        self.values: dict[str, object] = self._begun()
         lanes = [Lane(client.transport, number) for number, _ in enumerate(job.exchanges, start=1)]
         self.outers = [Outer(each, lane) for each, lane in zip(job.exchanges, lanes, strict=True)]
+
+    def _begun(self) -> dict[str, object]:
+        """What this trainer keeps, as the user's objects have it; state that they do not hold, as it begins."""
+        given = self.binding.values()
+        kept = {name: real(value) for name, value in given.items() if name not in self._elsewhere}
+        own = {name: own_part(given[own.of], own, self.rank) for name, own in self._own.items() if own.of in given}
+        return {**kept, **own, **_added(self.job.trainer["step"])}
 
     @property
     def shared(self) -> dict[str, object]:
@@ -96,7 +103,7 @@ class Replica:
         self.client.begin(self.step_count, weight, hypers, prepared.uses[phase], after=prepared.after)
         self._look_ahead(prepared, part.batch, following)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
-        values |= {WEIGHT: weight, FIRST: int(self.rank == 0)}
+        values |= {WEIGHT: weight, FIRST: int(self.rank == 0), RANK: self.rank}
         results = yield from executor.run(values, self.client)
         if phase == "idle" and TOTAL in results and results[TOTAL] == 0:
             raise no_examples(self.step_count)
@@ -173,11 +180,15 @@ class Replica:
             else:
                 self.values[name] = value
 
-    def evaluate(self, evaluated: Evaluated, batch: tuple) -> Generator[Blocked, None, list[torch.Tensor]]:
-        """What a function gives for this trainer's part of a batch, from the values of the steps done."""
+    def evaluate(
+        self, evaluated: Evaluated, batch: tuple, wanted: bool = True
+    ) -> Generator[Blocked, None, list[torch.Tensor]]:
+        """What a function gives for this trainer's part of a batch, from the values of the steps done. Where it is not `wanted`,
+        as none of the examples is this trainer's, it only takes part."""
         self.client.begin(self.step_count, 1.0, {}, training=False)
         values = {**self.shared, **self.binding.hyper_values()}
-        return (yield from evaluated.run(values, batch, self.client))
+        found = yield from evaluated.run(values, batch, self.client)
+        return found if wanted else evaluated.nothing()
 
     def _adopt(self, prepared: Prepared) -> None:
         """Lays variables out as the program has them: those that a flat one stands for become views of it."""
@@ -214,9 +225,7 @@ class Replica:
         State that passes have added begins anew: the user's objects do not hold it. So do meetings of trainers that train
         alone, but for the outer optimizer's state: as many steps as between two of them go before the next.
         """
-        values = self.binding.values()
-        self.values = {n: real(v) for n, v in values.items() if n in self.values}
-        self.values |= _added(self.job.trainer["step"])
+        self.values = self._begun()
         self._layout = None
         for outer in self.outers:
             outer.forget(outer_state)
@@ -324,18 +333,43 @@ class Replica:
             tables.give(self.client, self.binding, name, version)
         give(self.client, values, version, records)
 
+    def gathered(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+        """What trainers keep in parts, whole, under the user's names. All trainers take part, each variable at a time."""
+        found: dict[str, torch.Tensor] = {}
+        for name, own in self._own.items():
+            part = self.values[name]
+            assert isinstance(part, torch.Tensor), "parts are tensors"
+            if own.of in self.values:
+                continue  # every trainer has the parameter whole
+            self.client.start_whole(own.of, [part])
+            while (whole := self.client.finish_whole(own.of, [own.numel])) is None:
+                yield Blocked("state", own.of)
+            found[own.of] = whole[0].view(own.shape)
+        return found
+
     @torch.no_grad()
     def take_first(self) -> None:
         """Takes trainer 0's values, one collective per dtype."""
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for value in self.values.values():
-            if isinstance(value, torch.Tensor) and value.numel():
+        for name, value in self.values.items():
+            if name in self._own:
+                self._take_part(name)
+            elif isinstance(value, torch.Tensor) and value.numel():
                 by_dtype.setdefault(value.dtype, []).append(value)
         for dtype, values in by_dtype.items():
             flat = torch.cat([v.reshape(-1) for v in values])
             self.client.transport.broadcast(flat, f"the initial values of type {dtype}")
             for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
                 value.copy_(part.view(value.shape))
+
+    def _take_part(self, name: str) -> None:
+        """This trainer's part of trainer 0's value; what is deferred is made of the same record everywhere."""
+        own = self._own[name]
+        given = self.binding.values().get(own.of)
+        if given is not None and not isinstance(given, Deferred):
+            whole = given.detach().clone()
+            self.client.transport.broadcast(whole, f"the initial value of {own.of}")
+            self.values[name] = own_part(whole, own, self.rank)
 
 
 def _tables_ahead(job: Job) -> set[str]:

@@ -176,7 +176,8 @@ def _is_number(node: Node) -> bool:
 
 def runs_alone(node: Node) -> bool:
     """Arithmetic on the host, the 0-d state that it reads, and operations whose numbers no tensor can stand for."""
-    if is_host(node.meta["val"]) or ops.unique in (node.target, *(n.target for n in node.all_input_nodes)):
+    given = (node.target, *(n.target for n in node.all_input_nodes))
+    if is_host(node.meta["val"]) or ops.unique in given or ops.wait_whole in given:
         return True
     if _is_counter(node):
         return True
@@ -198,14 +199,19 @@ def _is_counter(node: Node) -> bool:
 def _views(program: Program) -> set[Node]:
     """Views of what a program is given: of its variables, and of what a wait or pull brings."""
     found: set[Node] = set()
-    given = (ops.wait, ops.wait_on_host, ops.pull, ops.pull_rows)
-    sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in given}
+    given = (ops.wait, ops.wait_own, ops.wait_on_host, ops.pull, ops.pull_rows)
+    sources = {n for n in program.graph.nodes if n.op == "placeholder" or n.target in given or _is_whole(n)}
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in _VIEWS:
+        if node.op == "call_function" and node.target in _VIEWS and node not in sources:
             first = node.args[0]
             if isinstance(first, Node) and (first in found or (first in sources and not is_host(first.meta["val"]))):
                 found.add(node)
     return found
+
+
+def _is_whole(node: Node) -> bool:
+    """One of the values that trainers have put together."""
+    return node.target is getitem and node.args[0].target is ops.wait_whole  # type: ignore[union-attr]
 
 
 def _parts(views: Collection[Node]) -> dict[Node, Node]:

@@ -179,10 +179,14 @@ class Session:
         """Writes the trained values, whole, into the user's model and optimizer; of deferred ones that servers keep only
         where they are asked for: they are deferred no more then."""
         if self.replicas:
-            values = self.replicas[0].shared
+            values = {**self.replicas[0].shared, **self._gathered()}
             without = set() if deferred else self.apart()
             (served,) = self._joined.drive([self.replicas[0].served(without)])
             self._write({**values, **served})
+
+    def _gathered(self) -> dict[str, torch.Tensor]:
+        """What trainers keep in parts; all trainers must ask for it."""
+        return self._joined.drive([replica.gathered() for replica in self.replicas])[0]
 
     def apart(self) -> set[str]:
         """What servers keep of parameters that are deferred."""
@@ -216,8 +220,9 @@ class Session:
         """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
         if self.replicas:
             without = self.apart()
+            gathered = self._gathered()
             served = self._joined.drive([replica.finish(without) for replica in self.replicas])
-            self._write({**self.replicas[0].shared, **served[0]}, ends=True)
+            self._write({**self.replicas[0].shared, **gathered, **served[0]}, ends=True)
             if without and self.job is not None:
                 leave_behind(self.binding, self.job, asked_for=self._read_at == self.step_count)
 
@@ -317,10 +322,10 @@ class Session:
             part = cast(tuple, rows_of(batch, *((span.start, span.stop) if span.start < span.stop else (0, 1)), whole))
             evaluated = evaluations.for_batch(fn, part, max(1, span.stop - span.start), self.job)
             rows.structure = evaluated.structure
-            if span.start == span.stop:
+            if span.start == span.stop and not evaluated.gathers:
                 runs.append(_given(evaluated.nothing()))
             elif self.replicas:
-                runs.append(self.replicas[index].evaluate(evaluated, part))
+                runs.append(self.replicas[index].evaluate(evaluated, part, span.start < span.stop))
             else:
                 runs.append(evaluated.run({**self.binding.values(), **self.binding.hyper_values()}, part, NO_PORT))
         drive = self._peers.drive if self._peers is not None else _run

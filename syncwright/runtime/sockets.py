@@ -26,7 +26,7 @@ from syncwright.runtime.metrics import Metrics
 from syncwright.runtime.parcels import Parcels, is_available
 from syncwright.runtime.rendezvous import STAY, Endpoint, Rendezvous, look_up, publish
 from syncwright.runtime.traffic import MALFORMED, Traffic
-from syncwright.runtime.transport import Gathered, HostWork, Work
+from syncwright.runtime.transport import Gathered, HostWork, Scattered, Work
 from syncwright.runtime.wire import CHUNK_NBYTES, WireError, encode
 
 SLICE_SECONDS = 0.5
@@ -190,6 +190,11 @@ class SocketTransport:
         """Starts the sum of `tensor` over all trainers, in place."""
         self.flush()
         return self._collectives.all_reduce(tensor, note)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+        """See `Outlet.reduce_scatter`."""
+        self.flush()
+        return self._collectives.reduce_scatter(tensors, note)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""

@@ -31,6 +31,15 @@ class Gathered(Work, Protocol):
         ...
 
 
+class Scattered(Work, Protocol):
+    """Sums over all trainers under way, of which each gets its own parts."""
+
+    @property
+    def own(self) -> torch.Tensor:
+        """Once it is done: this trainer's parts, one behind another."""
+        ...
+
+
 class HostWork(Protocol):
     """A sum over the trainers of one host under way."""
 
@@ -59,6 +68,11 @@ class Outlet(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
         """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
+        ...
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+        """Starts the sums of `tensors`, of one dtype, over all trainers: of each, laid out flat and cut evenly with zeros behind
+        its end, a trainer gets its own part. They may change once this returns. Trainers only."""
         ...
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:

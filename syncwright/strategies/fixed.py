@@ -22,6 +22,7 @@ from syncwright.plan import (
     ParameterServer,
     RoundRobin,
     Rules,
+    Shard,
     Sync,
     Uneven,
 )
@@ -90,6 +91,21 @@ def _tables(variables: Sequence[Variable], place: LeastLoaded, mode: Mode = "syn
     """A line for each variable with a sparse gradient: on servers."""
     sparse = [variable.name for variable in variables if variable.role is Role.PARAM and variable.sparse]
     return tuple((glob.escape(name), ParameterServer(mode, place=place)) for name in sparse)
+
+
+def zero1(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
+    """Every trainer keeps its own part of the optimizer's state and updates its part of every variable (ZeRO stage 1)."""
+    return _rules("zero1", Shard(1, bucket_mb))
+
+
+def zero2(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
+    """Like `zero1`; of gradients that add up over several backward passes too it keeps its part (ZeRO stage 2)."""
+    return _rules("zero2", Shard(2, bucket_mb))
+
+
+def zero3(variables: Sequence[Variable], bucket_mb: float = 25.0, prefetch: int = 1, keep: bool = False) -> Rules:
+    """Every trainer keeps its own part of every variable, and gathers the whole where it reads it (ZeRO stage 3, FSDP)."""
+    return _rules("zero3", Shard(3, bucket_mb, prefetch, keep))
 
 
 def local_sgd(

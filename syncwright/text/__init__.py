@@ -19,8 +19,8 @@ One line is one variable, guard, node or result, in the program's order; names a
 are shown where they are not those of a contiguous tensor, a device where it is not the CPU, `as` where a
 placeholder's target is not its name. In a whole program, `at` says which role runs a line, where that is not
 every trainer (`at owners "fc.weight"`, `at server 0`, `at everyone`), and `kept` which parts of a variable
-servers keep. Empty lines and lines that begin with `#` mean nothing. Of a node's meta, "val", "variable" and "at"
-are kept.
+servers keep. `own "fc.weight" [4,3] among 2` is each trainer's own part of a variable. Empty lines and lines that
+begin with `#` mean nothing. Of a node's meta, "val", "variable" and "at" are kept.
 """
 
 from syncwright.text.diff import diff

@@ -11,7 +11,7 @@ from syncwright.errors import TableError
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.program import Along, Guard, Program, Role, Variable
 from syncwright.selection import Along as Cut
-from syncwright.selection import Selection
+from syncwright.selection import Own, Selection
 from syncwright.tables.settings import Settings, from_text
 from syncwright.text.line import Line
 from syncwright.text.words import DTYPES, HOST_DTYPES, HOST_TYPES, TextError, contiguous_strides
@@ -146,7 +146,8 @@ def _read_variable(line: Line, known: dict[str, Variable]) -> Variable:
     dynamic = line.sizes() if line.accept("dynamic") else ()
     initial = line.constant() if line.accept("initial") else None
     unbounded = _read_settings(line) if line.accept("unbounded") else None
-    facts = (selection, kept, lazy, along, dynamic, initial, unbounded)
+    own = _read_own(line) if line.accept("own") else None
+    facts = (selection, kept, lazy, along, dynamic, initial, unbounded, own)
     return Variable(name, role, shape, dtype, of, sparse, aliases, *facts)
 
 
@@ -165,6 +166,13 @@ def _read_selection(line: Line, of: str) -> Selection:
     start, stop = _read_bounds(line) if along != "all" else (0, 0)
     shards = int(line.match(r"\d+", "the number of shards")) if line.accept("of") else 0
     return Selection(of, along, start, stop, _read_rank(line) if line.accept("on") else None, shards)
+
+
+def _read_own(line: Line) -> Own:
+    """`own "fc.weight" [10,4] among 2`"""
+    of, shape = line.string("a variable"), line.sizes()
+    line.take("among")
+    return Own(of, shape, int(line.match(r"\d+", "the number of trainers")))
 
 
 def _read_rank(line: Line) -> int:

@@ -78,6 +78,9 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"initial {variable.initial!r}")
     if variable.unbounded is not None:
         facts.append(f"unbounded {quote(variable.unbounded.to_text())}")
+    if variable.own is not None:
+        own = variable.own
+        facts.append(f"own {quote(own.of)} {_sizes_text(own.shape)} among {own.trainers}")
     return " ".join(facts)
 
 

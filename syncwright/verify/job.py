@@ -161,9 +161,21 @@ def _check_reductions(phase: str, program: Program) -> None:
             raise BadWait(f"{phase}: %{node.name}", found, expected, "wait for what was started")
 
 
-_ENDING = {ops.all_reduce: ops.wait, ops.gather_rows: ops.wait_rows, ops.sum_on_host: ops.wait_on_host}
+_ENDING = {
+    ops.all_reduce: ops.wait,
+    ops.reduce_scatter: ops.wait_own,
+    ops.gather_parts: ops.wait_whole,
+    ops.gather_rows: ops.wait_rows,
+    ops.sum_on_host: ops.wait_on_host,
+}
 """What starts a collective, and what waits for it."""
-_BEGINNING = {ops.wait: "an all_reduce", ops.wait_rows: "a gather_rows", ops.wait_on_host: "a sum_on_host"}
+_BEGINNING = {
+    ops.wait: "an all_reduce",
+    ops.wait_own: "a reduce_scatter",
+    ops.wait_whole: "a gather_parts",
+    ops.wait_rows: "a gather_rows",
+    ops.wait_on_host: "a sum_on_host",
+}
 
 
 def _check_sequences(job: Job) -> None:
@@ -348,6 +360,8 @@ def _looks_like(val: object, variable: Variable) -> bool:
 
 
 def _type_of(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_type_of, value))}]"
     return type_text(value.meta["val"]) if isinstance(value, Node) else repr(value)
 
 

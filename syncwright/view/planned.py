@@ -11,7 +11,8 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
-from syncwright.plan import LocalSteps, ParameterServer, Plan, Sharing
+from syncwright.passes.shard_parameters import AGAIN
+from syncwright.plan import LocalSteps, ParameterServer, Plan, Shard, Sharing
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
 from syncwright.split import grad_variable
@@ -75,16 +76,16 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a
-    gathering of rows sends them, with their ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows
-    as many are counted as a batch has ids: distinct ones are fewer. Of exchanges their share of a step. What is merged or
-    copied on hosts is counted for who pushes and pulls it."""
+    reduction to parts, or a gathering of parts, half of that; a gathering of rows sends them, with their ids, N-1 times, and
+    receives as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are
+    fewer. Of exchanges their share of a step. What is merged or copied on hosts is counted for who pushes and pulls it."""
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
         for node in communications(job.trainer["step"]):
             traffic = _traffic(node, unbucketed.plan.trainers)
             if traffic is not None:
-                name = subjects.get(str(node.args[1]), OTHER)
+                name = subjects.get(str(node.args[1]).removesuffix(f" {AGAIN}"), OTHER)
                 found[name] = found.get(name, Traffic()) + traffic.over(steps)
     return found
 
@@ -102,6 +103,12 @@ def _traffic(node: Node, trainers: int) -> Traffic | None:
     match node.target:
         case ops.all_reduce:
             ring = 2 * (trainers - 1) / trainers * _nbytes(node)
+            return Traffic(ring, ring)
+        case ops.reduce_scatter:
+            ring = (trainers - 1) * _nbytes(node)
+            return Traffic(ring, ring)
+        case ops.gather_parts:
+            ring = (trainers - 1) * sum(_nbytes(part) for part in node.args[0])  # type: ignore[union-attr]
             return Traffic(ring, ring)
         case ops.gather_rows:
             ring = (trainers - 1) * (_nbytes(node) + _nbytes(node.args[2]))
@@ -159,6 +166,8 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
         return policy, "each trainer" if policy == "local" else "every trainer"
     sharing = plan.sharing(variable.name)
     name = tag(type(sharing.sync))
+    if isinstance(sharing.sync, Shard):
+        return f"{name}, stage {sharing.sync.stage}", "every trainer its part"
     if isinstance(sharing.sync, LocalSteps):
         name += f", every {sharing.sync.every}"
     if len(sharing.sizes) > 1:
@@ -194,6 +203,8 @@ def _counted(job: Job) -> str:
     nodes = [n.target for n in communications(job.trainer["step"])]
     kinds = (
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
+        (ops.reduce_scatter, "reduce-scatter", "reduce-scatters"),
+        (ops.gather_parts, "gathering of parts", "gatherings of parts"),
         (ops.gather_rows, "gathering of rows", "gatherings of rows"),
         (ops.sum_on_host, "sum on its host", "sums on its host"),
         *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),

@@ -1,0 +1,191 @@
+"""Reductions to parts, and gatherings of parts, joined into buckets; parameters gathered ahead of where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch.fx import Node
+
+from syncwright import ops
+from syncwright.dead import remove_dead
+from syncwright.passes.bucket import INSIDE
+from syncwright.passes.insert import first_call
+from syncwright.passes.shard_parameters import AGAIN
+from syncwright.plan import Plan, Shard
+from syncwright.program import Program
+from syncwright.shapes import Inference, mode_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One value: where its reduction or gathering starts, where it is waited for, its bytes.
+
+    name   of its channel
+    cap    of a bucket; None: a number, of which all go together
+    again  gathered by backward, after forward
+    ahead  gathered so many buckets ahead; None: it is sent as soon as it is there
+    """
+
+    start: Node
+    wait: Node
+    source: Node
+    name: str
+    nbytes: int
+    cap: int | None
+    again: bool = False
+    ahead: int | None = None
+
+    def is_like(self, other: Member) -> bool:
+        """Whether both may be in one bucket."""
+        mine, its = self.source.meta["val"].dtype, other.source.meta["val"].dtype
+        return (mine, self.cap, self.again, self.ahead) == (its, other.cap, other.again, other.ahead)
+
+
+Bucket = list[Member]
+
+
+def bucket_parts(program: Program, plan: Plan) -> Program:
+    """Joins reductions to parts and gatherings of parts; a bucket is gathered before the one in front of it is read.
+
+    before  %a = reduce_scatter([%x], "x.grad"), %b = reduce_scatter([%y], "y.grad"), ..., %p = wait_own(%a), %q = wait_own(%b)
+    after   %a = reduce_scatter([%x, %y], "parts.0"), ..., %w = wait_own(%a), %p, %q = split(%w)
+
+    before  %a = gather_parts([x[own]], "x"), %p = wait_whole(%a), %b = gather_parts([y[own]], "y"), %q = wait_whole(%b)
+    after   %a = gather_parts([x[own], y[own]], "whole.0"), %w = wait_whole(%a), %p = %w[0], %q = %w[1]
+
+    Buckets are made as `bucket` makes them: consecutive in order of completion, or of first use. What forward gathers last and
+    backward reads first is gathered once.
+    """
+    syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Shard)}
+    if not program.graph.find_nodes(op="call_function", target=ops.gather_parts):
+        return program
+    program = program.edit()
+    known = Inference(mode_of(program.graph))
+    for index, members in enumerate(_grouped(_scattered(program, syncs))):
+        _join_scattered(program, f"parts.{index}", members, known)
+    gathered = [
+        (members, _join_gathered(program, f"whole.{index}", members, known))
+        for index, members in enumerate(_grouped(_gathered(program, syncs)))
+    ]
+    ahead = [(members, *nodes) for members, nodes in gathered if members[0].ahead is not None]
+    once = _gathered_once(ahead)
+    remove_dead(program.graph)
+    _gather_ahead(program, once)
+    return program
+
+
+def _scattered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
+    """In the order in which they are complete."""
+    found = []
+    for start in program.graph.find_nodes(op="call_function", target=ops.reduce_scatter):
+        (wait,) = start.users
+        (source,), channel, _ = start.args
+        sync = syncs[str(channel).removesuffix(".grad")]
+        found.append(Member(start, wait, source, str(channel), source.meta["val"].nbytes, int(sync.bucket_mb * 2**20)))
+    return found
+
+
+def _gathered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
+    """In the order in which they are waited for."""
+    found = []
+    for start in program.graph.find_nodes(op="call_function", target=ops.gather_parts):
+        (wait,) = start.users
+        (source,), channel, trainers = start.args
+        name, _, again = str(channel).partition(" ")
+        sync, nbytes = syncs.get(name), source.meta["val"].nbytes * trainers
+        cap = None if sync is None else int(sync.bucket_mb * 2**20)
+        ahead = sync.prefetch if sync is not None and source.op == "placeholder" else None
+        found.append(Member(start, wait, source, str(channel), nbytes, cap, again == AGAIN, ahead))
+    return sorted(found, key=lambda member: member.wait)
+
+
+def _grouped(members: Bucket) -> list[Bucket]:
+    """Next fit: a bucket is closed by a member that does not fit, or is not there where the first is waited for."""
+    groups: list[Bucket] = []
+    for member in members:
+        current = groups[-1] if groups else []
+        if current and member.is_like(current[0]) and _fits(current, member):
+            current.append(member)
+        else:
+            groups.append([member])
+    return groups
+
+
+def _fits(group: Bucket, member: Member) -> bool:
+    there = all(member.source < each.wait for each in group)
+    full = member.cap is not None and sum(each.nbytes for each in (*group, member)) > member.cap
+    return there and not full
+
+
+def _join_scattered(program: Program, channel: str, members: Bucket, known: Inference) -> None:
+    graph, trainers = program.graph, members[0].start.args[2]
+    counts = [member.start.meta["val"].numel() for member in members]
+    with graph.inserting_before(max(member.start for member in members)):
+        started = known.call(graph, ops.reduce_scatter, [member.source for member in members], channel, trainers)
+        started.meta[INSIDE] = tuple(member.name for member in members)
+    with graph.inserting_before(min(member.wait for member in members)):
+        parts = [known.call(graph, ops.wait_own, started, channel)]
+        if len(members) > 1:
+            split = known.call(graph, aten.split_with_sizes.default, parts[0], counts)
+            parts = [known.call(graph, getitem, split, index) for index, _ in enumerate(members)]
+    for member, part in zip(members, parts, strict=True):
+        member.wait.replace_all_uses_with(part)
+        graph.erase_node(member.wait)
+        graph.erase_node(member.start)
+
+
+def _join_gathered(program: Program, channel: str, members: Bucket, known: Inference) -> tuple[Node, Node]:
+    graph, trainers = program.graph, members[0].start.args[2]
+    sizes = [size for member in members for size in member.wait.args[2]]  # type: ignore[union-attr]
+    sources = [member.source for member in members]
+    calls = [source for source in sources if source.op != "placeholder"]
+    with graph.inserting_after(max(calls)) if calls else graph.inserting_before(min(m.wait for m in members)):
+        started = known.call(graph, ops.gather_parts, sources, channel, trainers)
+        started.meta[INSIDE] = tuple(member.name for member in members)
+    with graph.inserting_before(min(member.wait for member in members)):
+        waited = known.call(graph, ops.wait_whole, started, channel, sizes)
+        parts = [known.call(graph, getitem, waited, index) for index, _ in enumerate(members)]
+    for member, part in zip(members, parts, strict=True):
+        for pick in list(member.wait.users):
+            pick.replace_all_uses_with(part)
+            graph.erase_node(pick)
+        graph.erase_node(member.wait)
+        graph.erase_node(member.start)
+    return started, waited
+
+
+Ahead = tuple[Bucket, Node, Node]
+"""A bucket of parameters, where its gathering starts and where it is waited for."""
+
+
+def _gathered_once(buckets: list[Ahead]) -> list[Ahead]:
+    """Without what backward reads first of what forward has gathered last: it is still there."""
+    last = next((each for each in reversed(buckets) if not each[0][0].again), None)
+    first = next((each for each in buckets if each[0][0].again), None)
+    if last is None or first is None:
+        return buckets
+    there = {member.source: pick for member, pick in zip(last[0], _picks(last[2]), strict=True)}
+    if not all(member.source in there for member in first[0]):
+        return buckets
+    for member, pick in zip(first[0], _picks(first[2]), strict=True):
+        pick.replace_all_uses_with(there[member.source])
+    return [each for each in buckets if each is not first]
+
+
+def _picks(waited: Node) -> list[Node]:
+    return sorted(waited.users, key=lambda pick: pick.args[1])  # type: ignore[arg-type, return-value]
+
+
+def _gather_ahead(program: Program, buckets: list[Ahead]) -> None:
+    """Starts each bucket before so many others are read that stand in front of it."""
+    waits = [waited for _, _, waited in buckets]
+    for index, (members, started, _) in enumerate(buckets):
+        before = index - int(members[0].ahead or 0)
+        point = waits[before] if before >= 0 else first_call(program.graph)
+        if started is not point:
+            point.prepend(started)

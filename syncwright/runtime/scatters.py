@@ -1,0 +1,75 @@
+"""Sums over all trainers of which each gets its own parts: laid out by who gets them, added in the order of trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from syncwright.runtime.shared_memory import HostGroup
+from syncwright.runtime.transport import Work
+from syncwright.selection import Own
+
+
+def parts_of(tensors: Sequence[torch.Tensor], trainers: int) -> list[Own]:
+    """How tensors are cut into parts of one size, zeros behind their ends."""
+    return [Own("", tuple(tensor.shape), trainers) for tensor in tensors]
+
+
+def lay_out(whole: torch.Tensor, tensors: Sequence[torch.Tensor], trainers: int) -> None:
+    """Writes tensors into `whole`: first all parts of trainer 0, one behind another, then those of trainer 1.
+
+    [0, 1, 2] and [3, 4] for two trainers are 0 1 3 2 z 4, z being a zero.
+    """
+    rows, at = whole.view(trainers, -1), 0
+    for tensor, own in zip(tensors, parts_of(tensors, trainers), strict=True):
+        place, flat = rows[:, at : at + own.count], tensor.reshape(-1)
+        at += own.count
+        if not own.is_padded:
+            place.copy_(flat.view(trainers, own.count))
+            continue
+        for trainer in range(trainers):
+            start, stop = own.bounds(trainer)
+            place[trainer, : stop - start].copy_(flat[start:stop])
+            place[trainer, stop - start :].zero_()
+
+
+class CopiedScattered:
+    """By a collective that copies (see `transport.Scattered`).
+
+    scatter  starts the reduction of a tensor that is laid out so to this trainer's part of it
+    """
+
+    def __init__(
+        self, trainers: int, tensors: Sequence[torch.Tensor], scatter: Callable[[torch.Tensor, torch.Tensor], Work]
+    ):
+        count = sum(own.count for own in parts_of(tensors, trainers))
+        whole = tensors[0].new_empty(trainers * count)
+        lay_out(whole, tensors, trainers)
+        self.own = whole.new_empty(count)
+        self._work = scatter(self.own, whole)
+
+    def done(self) -> bool:
+        return self._work.done()
+
+
+class HostScattered:
+    """In the memory that trainers of one host share: each adds up its own part of what all have written there."""
+
+    def __init__(self, group: HostGroup, tensors: Sequence[torch.Tensor], note: str):
+        self._group, self._note, trainers = group, note, len(group.members)
+        self._count = sum(own.count for own in parts_of(tensors, trainers))
+        self._slot, self._parity, self._begun = group.begin_with(
+            trainers * self._count, tensors[0].dtype, note, lambda whole: lay_out(whole, tensors, trainers)
+        )
+        self.own = tensors[0].new_empty(self._count)
+
+    def done(self) -> bool:
+        """Waits for the others' parts, adds them in the order of trainers, then True."""
+        ranks = self._group.wait(self._begun, self._note)
+        start = self._group.rank * self._count
+        parts = [self._slot.buffers[rank][self._parity][start : start + self._count] for rank in ranks]
+        torch.add(parts[0], parts[1], out=self.own)
+        for part in parts[2:]:
+            self.own.add_(part)
+        return True
