@@ -226,14 +226,14 @@ def workload_shows(
     ]
 
 
-def overhead_show(name: str, times: Times, ours: str, best: str | None, limit: str) -> Show:
+def overhead_show(name: str, times: Times, ours: str, best: str | None, limit: str, bar: float = OVERHEAD_BAR) -> Show:
     missing = [wanted for wanted in (ours, limit) if wanted not in times]
     if missing or best is None:
-        return judge(name, None, OVERHEAD_BAR, f"not measured: {', '.join([*missing] or ['any peer'])}")
+        return judge(name, None, bar, f"not measured: {', '.join([*missing] or ['any peer'])}")
     figure = overhead_ratio(times, ours, best, limit)
     if figure.value is None:
-        return judge(name, None, OVERHEAD_BAR, f"not defined: {best} is not above {limit}")
-    return judge(name, figure.value, OVERHEAD_BAR, f"best peer {best}; 90% {interval(figure)}")
+        return judge(name, None, bar, f"not defined: {best} is not above {limit}")
+    return judge(name, figure.value, bar, f"best peer {best}; 90% {interval(figure)}")
 
 
 def interval(figure: Figure) -> str:

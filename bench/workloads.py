@@ -69,24 +69,24 @@ VOCABULARY, WIDTH, HEADS, DEPTH, LENGTH = 4096, 256, 4, 4, 64
 class Block(nn.Module):
     """Attention and a feed-forward part, each behind its norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.projection = nn.Linear(WIDTH, WIDTH)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._feed_forward(self._attend(x))
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        count, length, _ = x.shape
-        heads = self.qkv(self.norm1(x)).view(count, length, 3, HEADS, WIDTH // HEADS)
+        count, length, width = x.shape
+        heads = self.qkv(self.norm1(x)).view(count, length, 3, HEADS, width // HEADS)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.projection(mixed.transpose(1, 2).reshape(count, length, WIDTH))
+        return x + self.projection(mixed.transpose(1, 2).reshape(count, length, width))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -95,13 +95,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """4 layers, width 256, vocabulary 4096, no tied weights: 53 parameters, 5.27 million elements."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, depth: int = DEPTH) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(LENGTH, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.apply(initialise)
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -121,6 +121,16 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def wide_gpt() -> GPT:
+    """8 layers, width 768: 63 million elements."""
+    return GPT(768, 8)
+
+
+def few_tokens(rank: int) -> list[Batch]:
+    """2 x 64 tokens each, the first of the GPT's."""
+    return [(ids[:2], targets[:2]) for ids, targets in gpt_batches(rank)]
+
+
 def gpt_batches(rank: int) -> list[Batch]:
     """8 x 64 tokens each, drawn with Zipf's frequencies as words are; the target is the next token."""
     source = torch.Generator().manual_seed(SEED + 1 + rank)
@@ -135,7 +145,7 @@ def gpt_batches(rank: int) -> list[Batch]:
 # --- the table -----------------------------------------------------------------------------------------
 
 
-def seeded(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+def seeded(kind: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(SEED)
         return kind()
@@ -155,4 +165,5 @@ def adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
 WORKLOADS = {
     "mlp": Workload("mlp", seeded(MLP), adam, mlp_batches, lambda model: list(model.layers)),
     "gpt": Workload("gpt", seeded(GPT), adamw, gpt_batches, lambda model: list(model.blocks)),
+    "wide-gpt": Workload("wide-gpt", seeded(wide_gpt), adamw, few_tokens, lambda model: list(model.blocks)),
 }

@@ -332,9 +332,11 @@ class Client:
         self.transport.progress(self.step, f"gather {channel}")
         self._parts.gather(channel, parts)
 
-    def finish_whole(self, channel: str, sizes: Sequence[int]) -> list[torch.Tensor] | None:
+    def finish_whole(
+        self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()
+    ) -> list[torch.Tensor] | None:
         self.transport.progress(self.step, f"wait {channel}")
-        return self._parts.whole(channel, sizes)
+        return self._parts.whole(channel, sizes, places)
 
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Gives all trainers rows of a gradient, of distinct ids."""

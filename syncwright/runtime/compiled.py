@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from syncwright import ops
 from syncwright.program import Program, Role
-from syncwright.runtime.executor import Port, Run, communicate, put_rows_, writes_in_place
+from syncwright.runtime.executor import Port, Run, communicate, places_of_wholes, put_rows_, writes_in_place
 from syncwright.runtime.inductor import compile_graphs
 from syncwright.runtime.segments import TENSOR_FORMS, Cut, Segment, cut
 from syncwright.shapes import fake, is_host, like, new_mode, substitute
@@ -52,7 +52,7 @@ class CompiledExecutor:
         self._items = _compiled([self._prepare(item, at) for at, item in enumerate(self._cut.items)])
         self._frees = _frees(program, self._cut, self._items)
         self._parts = _Parts(self._cut.parts)
-        self._writing = writes_in_place(program)
+        self._writing, self._places = writes_in_place(program), places_of_wholes(program)
         self._leads_to = [_leads_to(item) for item in self._items]
 
     @property
@@ -73,7 +73,7 @@ class CompiledExecutor:
                 env.update(zip(item.outputs, item.function(*given), strict=True))
                 del given
             elif item.target in ops.PORTED:
-                env[item] = yield from communicate(item, env, port)
+                env[item] = yield from communicate(item, env, port, self._places)
             else:
                 args, kwargs = (
                     substitute(each, env.__getitem__) if each else each for each in (item.args, item.kwargs)

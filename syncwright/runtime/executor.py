@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import operator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -65,8 +67,10 @@ class Port(Protocol):
 
     def start_whole(self, channel: str, parts: list[torch.Tensor]) -> None: ...
 
-    def finish_whole(self, channel: str, sizes: list[int]) -> list[torch.Tensor] | None:
-        """All trainers' parts put together, or None while they are not there."""
+    def finish_whole(
+        self, channel: str, sizes: list[int], places: Sequence[torch.Tensor | None] = ()
+    ) -> list[torch.Tensor] | None:
+        """All trainers' parts put together, or None while they are not there. `places`: memory for some of them."""
         ...
 
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None: ...
@@ -108,6 +112,7 @@ class Executor:
         self._reads = list(program.placeholders.items())
         self._results = program.results
         self._code = _instructions(program)
+        self._places = places_of_wholes(program)
 
     def run(self, values: Mapping[str, object], port: Port) -> Run:
         """Runs on `values`; gives `Blocked` while a value from elsewhere is not there; returns what is written."""
@@ -115,7 +120,7 @@ class Executor:
         for instruction in self._code:
             node = instruction.node
             if node.target in ops.PORTED:
-                env[node] = yield from communicate(node, env, port)
+                env[node] = yield from communicate(node, env, port, self._places)
             else:
                 args, kwargs = substitute((node.args, node.kwargs), env.__getitem__)
                 env[node] = instruction.call(*args, **kwargs)
@@ -155,7 +160,36 @@ def put_rows_(x: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.T
     return write_rows(x, ids, rows)
 
 
-def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator[Blocked, None, object]:
+Places = Mapping[Node, Sequence[Node | None]]
+"""Of values that are put together, by the node that waits for them: the variables in whose memory they may be."""
+
+
+def places_of_wholes(program: Program) -> Places:
+    """Where the new value of a variable, of which trainers have updated their parts, may overwrite the old one: nothing reads
+    that any more."""
+    placeholders, found = program.placeholders, {}
+    for name, result in program.results.items():
+        pick = result.args[0] if result.target is torch.ops.aten.view.default else result
+        wait = pick.args[0] if isinstance(pick, Node) and pick.target is operator.getitem else None
+        old = placeholders.get(name)
+        if not isinstance(wait, Node) or wait.target is not ops.wait_whole or old is None:
+            continue
+        if _last_read(old) < wait:
+            places = found.setdefault(wait, [None] * len(wait.args[2]))  # type: ignore[arg-type]
+            places[pick.args[1]] = old  # type: ignore[index, union-attr]
+    return found
+
+
+def _last_read(node: Node) -> Node:
+    """The last node that reads a value, or what looks at it."""
+    looks = [user for user in node.users if user.op != "output" and getattr(user.target, "is_view", False)]
+    readers = [user for user in node.users if user.op != "output"]
+    return max([node, *readers, *(_last_read(look) for look in looks)])
+
+
+def communicate(
+    node: Node, env: Mapping[Node, object], port: Port, places: Places = MappingProxyType({})
+) -> Generator[Blocked, None, object]:
     """Runs one communication node. What was computed ahead needs no arguments."""
     if node.target is ops.unique and port is not None and (found := port.ahead(node.name)) is not None:
         return found
@@ -189,7 +223,8 @@ def communicate(node: Node, env: Mapping[Node, object], port: Port) -> Generator
             port.start_whole(args[1], args[0])
             return torch.empty(0)
         case ops.wait_whole:
-            return (yield from _until(node, args[1], lambda: port.finish_whole(args[1], args[2])))
+            given = [None if each is None else env[each] for each in places.get(node, ())]
+            return (yield from _until(node, args[1], lambda: port.finish_whole(args[1], args[2], given)))  # type: ignore[arg-type]
         case ops.gather_rows:
             port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
             return args[0]

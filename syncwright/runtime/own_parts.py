@@ -20,9 +20,9 @@ def own_part(whole: torch.Tensor, own: Own, trainer: int) -> torch.Tensor:
     return part if len(part) == own.count else torch.cat([part, part.new_zeros(own.count - len(part))])
 
 
-def together(own: Own, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole, flat, from all trainers' parts."""
-    whole = parts[0].new_empty(own.numel)
+def together(own: Own, parts: Sequence[torch.Tensor], place: torch.Tensor | None = None) -> torch.Tensor:
+    """The whole, flat, from all trainers' parts; in `place`, where that is given and lies in order."""
+    whole = parts[0].new_empty(own.numel) if place is None or not place.is_contiguous() else place.view(-1)
     for trainer, part in enumerate(parts):
         start, stop = own.bounds(trainer)
         whole[start:stop].copy_(part[: stop - start])
@@ -60,16 +60,18 @@ class OwnParts:
             at = rounded(at + part.nbytes)
         self._gathered[channel] = self._transport.gather(at, pieces, self._note(channel)), pieces
 
-    def whole(self, channel: str, sizes: Sequence[int]) -> list[torch.Tensor] | None:
-        """Of each so many elements, from all trainers' parts; None while they are not there."""
+    def whole(
+        self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()
+    ) -> list[torch.Tensor] | None:
+        """Of each so many elements, from all trainers' parts; None while they are not there. `places`: memory for some."""
         work, pieces = self._gathered[channel]
         if not work.done():
             return None
         del self._gathered[channel]
         found = []
-        for size, (at, part) in zip(sizes, pieces, strict=True):
+        for size, (at, part), place in zip(sizes, pieces, places or [None] * len(pieces), strict=True):
             theirs = [each[at : at + part.nbytes].view(part.dtype) for each in work.parts]
-            found.append(together(Own("", (size,), len(theirs)), theirs))
+            found.append(together(Own("", (size,), len(theirs)), theirs, place))
         return found
 
     def _note(self, channel: str) -> str:

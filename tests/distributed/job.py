@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncwright
-from syncwright import AllGather, AllReduce, LocalSteps, ParameterServer, Rules
+from syncwright import AllGather, AllReduce, LocalSteps, ParameterServer, Rules, Shard
 from syncwright.plan import Even, Optimizer
 from syncwright.planning import make_plan
 from syncwright.runtime.server import Server
@@ -25,6 +25,7 @@ from syncwright.runtime.sockets import Deadlines
 ROLE, RANK = os.environ.get("SYNCWRIGHT_ROLE", "trainer"), os.environ.get("RANK", "0")
 MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})
 GATHERED = Rules.of(AllReduce(), {"few.*": AllGather(), "many.*": AllGather("mean_by_touch")})
+SHARDED = Rules.of(Shard(3, bucket_mb=0.0001), {"2.*": Shard(1), "0.bias": AllReduce()})
 NESTEROV = Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)
 ALONE = Rules.of(LocalSteps(2, NESTEROV, start=1), {"2.bias": LocalSteps(3, start=1)})
 AT_SERVERS = Rules.of(
@@ -121,6 +122,18 @@ def mixed(folder: Path) -> None:
         (folder / f"{trainer.rank}.ready").touch()
         for _ in count():
             trainer.step(*data(4, 5).tensors)
+
+
+def sharded(folder: Path) -> None:
+    """Every trainer keeps parts of its own."""
+    with train(folder, SHARDED):
+        pass
+
+
+def sharded_by_sockets(folder: Path) -> None:
+    """The same among trainers that share no memory."""
+    os.environ["SYNCWRIGHT_SHARED_MEMORY"] = "0"
+    sharded(folder)
 
 
 def mixed_once(folder: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves as leaves
 
 import syncwright
 from syncwright.runtime.sharding import part_of
@@ -63,6 +64,9 @@ RIGHT = {
     "alone": Setup("alone", 2),
     "alone, over servers": Setup("alone_at_servers", 2, 2),
     "gathered": Setup("gathered", 3),
+    "sharded": Setup("sharded", 2),
+    "sharded among four": Setup("sharded", 4),
+    "sharded, by sockets": Setup("sharded_by_sockets", 3),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -175,13 +179,15 @@ class nothing:
 # --- right jobs ----------------------------------------------------------------------------------------
 
 
-def expected(trainers: int, servers: int) -> tuple[list[torch.Tensor], dict[str, object], torch.Tensor]:
+def expected(
+    trainers: int, servers: int, plan: syncwright.Rules = job.MIXED
+) -> tuple[list[torch.Tensor], dict[str, object], torch.Tensor]:
     """The losses, the state and the evaluation of the same training in loopback."""
     model, optimizer = job.build()
     plain = job.after_plain_steps(2)
     model.load_state_dict(plain["model"])  # type: ignore[arg-type]
     optimizer.load_state_dict(plain["optimizer"])  # type: ignore[arg-type]
-    loopback = syncwright.loopback(job.step, model, optimizer, plan=job.MIXED, trainers=trainers, servers=servers)
+    loopback = syncwright.loopback(job.step, model, optimizer, plan=plan, trainers=trainers, servers=servers)
     torch.manual_seed(3)
     losses = []
     for batch in job.batches(job.data(job.EXAMPLES, 0), job.BATCH, shuffle=True):
@@ -199,8 +205,8 @@ def own_part(batch: object, trainers: int, rank: int) -> tuple:
     return tuple(part.clone() for part in part_of(tuple(batch), trainers, rank))  # type: ignore[arg-type,union-attr]
 
 
-def check_report(found: Mapping[str, object], trainers: int, servers: int) -> None:
-    losses, state, outputs = expected(trainers, servers)
+def check_report(found: Mapping[str, object], trainers: int, servers: int, plan: syncwright.Rules = job.MIXED) -> None:
+    losses, state, outputs = expected(trainers, servers, plan)
     assert job.same(found["losses"], losses)
     assert job.same(found["state"], state)
     assert torch.equal(found["outputs"], outputs)  # type: ignore[arg-type]
@@ -219,6 +225,23 @@ def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
     if name == "torchrun":
         assert done.status == 0, done.output
         assert done.left_over == ()
+
+
+@pytest.mark.parametrize(("name", "trainers"), [("sharded", 2), ("sharded among four", 4), ("sharded, by sockets", 3)])
+def test_own_parts_in_processes_are_as_in_loopback(jobs, name: str, trainers: int):
+    """In memory that is shared, to the bit. Gloo adds up in an order of its own."""
+    done = jobs[name].result()
+    assert done.status == 0, done.output
+    losses, state, outputs = expected(trainers, 0, job.SHARDED)
+    for rank in range(trainers):
+        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
+        if name != "sharded, by sockets":
+            check_report(found, trainers, 0, job.SHARDED)
+            continue
+        torch.testing.assert_close(found["losses"], losses)
+        torch.testing.assert_close(found["outputs"], outputs)
+        for one, other in zip(leaves(found["state"]), leaves(state), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_gathered_rows_in_processes_are_as_in_loopback(jobs):
