@@ -223,6 +223,7 @@ runtime         what runs a job
     outer
     replica_tables
     replica
+    released
     agreement
     session
     on_host

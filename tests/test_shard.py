@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import syncwright
-from syncwright import AllGather, AllReduce, ParameterServer, Rules
-from syncwright.errors import PlanError
+from syncwright import AllGather, AllReduce, ParameterServer, Rules, ops
+from syncwright.errors import DeferredError, PlanError
 from syncwright.lower import communications
 from syncwright.plan import Shard
 from syncwright.runtime.loopback import Loopback
@@ -75,8 +75,8 @@ def job_of(rules: Rules, make: Callable, trainers: int = 2, the_step: Callable =
     )
 
 
-def state_of(job: Loopback) -> dict[str, torch.Tensor]:
-    found = job.state_dict()
+def state_of(job: Loopback, deferred: bool = False) -> dict[str, torch.Tensor]:
+    found = job.state_dict(deferred)
     states = found["optimizer"]["state"]  # type: ignore[index]
     numbered = {f"{k}.{key}": torch.as_tensor(value) for k, its in states.items() for key, value in its.items()}
     return {**found["model"], **numbered}  # type: ignore[dict-item]
@@ -334,7 +334,59 @@ def test_deferred_parameters_are_made_in_parts():
         model = Net()
     job = syncwright.loopback(step, model, make(model.parameters()), plan=Rules(Shard(3)), trainers=2)
     train(job, batches())
-    assert all(torch.equal(v, expected[n]) for n, v in state_of(job).items())
+    with pytest.raises(
+        DeferredError, match=r"state_dict: first.bias, first.weight, second.weight \(deferred\) are cut"
+    ):
+        job.state_dict()
+    assert all(torch.equal(v, expected[n]) for n, v in state_of(job, deferred=True).items())
+
+
+def test_the_users_tensors_are_let_go_while_parts_are_trained():
+    """After `sync` they hold what was trained, until the next step; a batch of another shape is captured without them."""
+    job = train(job_of(Rules(Shard(3)), OPTIMIZERS["SGD"]), batches())
+    model = job.model
+    with pytest.raises(DeferredError, match=r"'first.bias' is cut among the trainers.*trainer.sync\(\)"):
+        model(torch.zeros(1, 5))
+    job.sync()
+    trained = model.first.weight.detach().clone()
+    assert torch.equal(torch.cat([r.values["first.weight[own]"] for r in job.replicas])[:35], trained.view(-1))  # type: ignore[misc]
+    train(job, batches(1, examples=4))
+    with pytest.raises(DeferredError):
+        model(torch.zeros(1, 5))
+    job.sync()
+    assert not torch.equal(model.first.weight, trained)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_under_autocast_the_cast_is_gathered(clip):
+    """Half the bytes; the masters are parts in full precision, and the numbers those of replicas, to the bit."""
+
+    def cast(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = ((model(x) - y) ** 2).mean()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return loss
+
+    make = OPTIMIZERS["AdamW"]
+    job = train(job_of(Rules(Shard(3)), make, 2, cast), batches())
+    gathers = job.job.trainer["step"].graph.find_nodes(op="call_function", target=ops.gather_parts)  # type: ignore[union-attr]
+    nbytes = [sum(part.meta["val"].nbytes for part in node.args[0]) for node in gathers]
+    halves = [
+        count
+        for count, node in zip(nbytes, gathers, strict=True)
+        if node.args[0][0].meta["val"].dtype is torch.bfloat16
+    ]
+    assert halves == [2 * (18 + 4 + 11 + 2)]
+    assert all(v.dtype is torch.float32 for n, v in job.replicas[0].values.items() if n.endswith("[own]"))  # type: ignore[union-attr]
+    expected, found = state_of(train(job_of(Rules(AllReduce()), make, 2, cast), batches())), state_of(job)
+    if clip:
+        check_close(found, expected)
+    else:
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_one_number_is_all_reduced():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -17,7 +19,8 @@ def start(workload: Workload, seat: Seat) -> Running:
     join(seat)
     module = DistributedDataParallel(workload.model())
     inner = workload.optimizer(module, False)
-    numbers = {key: value for key, value in inner.defaults.items() if value is not None}
+    taken = inspect.signature(type(inner)).parameters
+    numbers = {key: value for key, value in inner.defaults.items() if key in taken}
     optimizer = ZeroRedundancyOptimizer(module.parameters(), optimizer_class=type(inner), **numbers)
 
     def step(*batch: torch.Tensor) -> torch.Tensor:

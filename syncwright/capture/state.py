@@ -120,6 +120,15 @@ class Binding:
                 found[name] = _as_tensor(held[slot.key] if slot.key in held else self._unborn[name])
         return found
 
+    def held(self, name: str) -> torch.Tensor | None:
+        """The user's own object behind a variable, where it is a tensor: a module's, or an optimizer's state; None: there is
+        none yet."""
+        if name in self.modules:
+            return self.modules[name][0].get()
+        slot = self.states.get(name)
+        value = None if slot is None else _held(slot).get(slot.key)
+        return value if isinstance(value, torch.Tensor) else None
+
     def is_whole(self, name: str) -> bool:
         """Whether the optimizer keeps this state as one of Python's whole numbers."""
         slot = self.states[name]

@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.passes.bucket import INSIDE
 from syncwright.passes.insert import first_call
-from syncwright.passes.shard_parameters import AGAIN
+from syncwright.passes.shard_parameters import AGAIN, AS
 from syncwright.plan import Plan, Shard
 from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
@@ -96,12 +96,19 @@ def _gathered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
     for start in program.graph.find_nodes(op="call_function", target=ops.gather_parts):
         (wait,) = start.users
         (source,), channel, trainers = start.args
-        name, _, again = str(channel).partition(" ")
-        sync, nbytes = syncs.get(name), source.meta["val"].nbytes * trainers
+        name, again = str(channel).removesuffix(f" {AGAIN}"), str(channel).endswith(f" {AGAIN}")
+        sync, nbytes = syncs.get(name.partition(AS)[0]), source.meta["val"].nbytes * trainers
         cap = None if sync is None else int(sync.bucket_mb * 2**20)
-        ahead = sync.prefetch if sync is not None and source.op == "placeholder" else None
-        found.append(Member(start, wait, source, str(channel), nbytes, cap, again == AGAIN, ahead))
+        ahead = sync.prefetch if sync is not None and _is_kept(source) else None
+        found.append(Member(start, wait, source, str(channel), nbytes, cap, again, ahead))
     return sorted(found, key=lambda member: member.wait)
+
+
+def _is_kept(source: Node) -> bool:
+    """Whether a part is there from the beginning: a parameter's, or a cast of it."""
+    return source.op == "placeholder" or (
+        source.target is aten._to_copy.default and source.all_input_nodes[0].op == "placeholder"
+    )
 
 
 def _grouped(members: Bucket) -> list[Bucket]:
@@ -186,6 +193,11 @@ def _gather_ahead(program: Program, buckets: list[Ahead]) -> None:
     waits = [waited for _, _, waited in buckets]
     for index, (members, started, _) in enumerate(buckets):
         before = index - int(members[0].ahead or 0)
-        point = waits[before] if before >= 0 else first_call(program.graph)
-        if started is not point:
-            point.prepend(started)
+        calls = [member.source for member in members if member.source.op != "placeholder"]
+        if before >= 0:
+            for node in [*(call for call in calls if call > waits[before]), started]:
+                waits[before].prepend(node)
+        elif calls:
+            max(calls).append(started)
+        elif (first := first_call(program.graph)) is not started:
+            first.prepend(started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import getitem
 
@@ -21,9 +21,11 @@ from syncwright.program import Program, Role, Variable, new_placeholder, set_res
 from syncwright.regions import turn
 from syncwright.selection import Own
 from syncwright.shapes import Inference, mode_of, substitute
+from syncwright.text import dtype_text
 from syncwright.update import Updates, find_updates
 
 aten = torch.ops.aten
+AS = " as "
 AGAIN = "again"
 """Of a channel by which backward gathers what forward has gathered before."""
 
@@ -38,6 +40,7 @@ def shard_parameters(program: Program, plan: Plan) -> Program:
     after   (stages 1, 2) w is read as before; %p = gather_parts([%new], "w"),
             output({"w[own]": %new, "w": view(wait_whole(%p)[0], [3, 2])})
 
+    What stage 3 reads only as a narrower type, as under autocast, is cast before it is gathered: half the bytes.
     State that is aligned with the parameter is kept in parts like it, and so is a buffer that follows it. A reduction of a
     part to one number (a norm) is made of the parts' own on all trainers.
     """
@@ -216,21 +219,37 @@ class _Sharding:
                 reader.replace_input_with(node, whole)
 
     def _gather_parameter(self, node: Node, readers: list[Node]) -> None:
-        """Forward reads what it gathers; backward gathers again, unless it is kept."""
+        """Forward reads what it gathers; backward gathers again, unless it is kept. Casts to fewer bytes are made before."""
+        casts: dict[torch.dtype, list[Node]] = {}
+        for reader in readers:
+            dtype = reader.meta["val"].dtype if reader.target is aten._to_copy.default else None
+            if dtype is not None and dtype.itemsize < node.meta["val"].dtype.itemsize:
+                casts.setdefault(dtype, []).append(reader)
+        for dtype, same in casts.items():
+            with self.program.graph.inserting_before(first_call(self.program.graph)):
+                part = self.known.call(self.program.graph, aten._to_copy.default, self.parts[node], dtype=dtype)
+            self._gather_read(part, f"{self.name}{AS}{dtype_text(dtype)}", {cast: list(cast.users) for cast in same})
+        rest = [reader for reader in readers if not any(reader in same for same in casts.values())]
+        self._gather_read(self.parts[node], self.name, {node: rest})
+
+    def _gather_read(self, part: Node, channel: str, readers: Mapping[Node, list[Node]]) -> None:
+        """Puts values together that stand for one part, where they are read."""
         begins = None if self.sync.keep else turn(self.program)
-        uses = _uses(node, readers)
+        uses = [use for node, its in readers.items() for use in _uses(node, its)]
         late = [use for use in uses if begins is not None and use.reader >= begins]
         early = [use for use in uses if use not in late]
         if late:
             with before_first_use(use.reader for use in late):
-                looks = {node: self._whole(self.parts[node], f"{self.name} {AGAIN}")}
+                again = self._whole(part, f"{channel} {AGAIN}")
+            looks = dict.fromkeys(readers, again)
             for use in late:
                 use.reader.replace_input_with(use.source, self._look(use.source, looks))
         if early:
             with before_first_use(use.first for use in early):
-                whole = self._whole(self.parts[node], self.name)
+                whole = self._whole(part, channel)
             for first in {use.first for use in early}:
-                first.replace_input_with(node, whole)
+                for node in readers:
+                    first.replace_input_with(node, whole)
 
     def _look(self, source: Node, looks: dict[Node, Node]) -> Node:
         """The same look at what was gathered again."""

@@ -333,14 +333,14 @@ class Replica:
             tables.give(self.client, self.binding, name, version)
         give(self.client, values, version, records)
 
-    def gathered(self) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
+    def gathered(self, without: Collection[str]) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What trainers keep in parts, whole, under the user's names. All trainers take part, each variable at a time."""
         found: dict[str, torch.Tensor] = {}
         for name, own in self._own.items():
             part = self.values[name]
             assert isinstance(part, torch.Tensor), "parts are tensors"
-            if own.of in self.values:
-                continue  # every trainer has the parameter whole
+            if own.of in self.values or own.of in without:
+                continue  # every trainer has the parameter whole, or nobody wants it so
             self.client.start_whole(own.of, [part])
             while (whole := self.client.finish_whole(own.of, [own.numel])) is None:
                 yield Blocked("state", own.of)
@@ -366,8 +366,8 @@ class Replica:
         """This trainer's part of trainer 0's value; what is deferred is made of the same record everywhere."""
         own = self._own[name]
         given = self.binding.values().get(own.of)
-        if given is not None and not isinstance(given, Deferred):
-            whole = given.detach().clone()
+        if given is not None and not (isinstance(given, Deferred) and self.step_count == 0):
+            whole = real(given)
             self.client.transport.broadcast(whole, f"the initial value of {own.of}")
             self.values[name] = own_part(whole, own, self.rank)
 

@@ -22,6 +22,7 @@ from syncwright.runtime.agreement import check_equal, digest, replicated
 from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluations, Rows
 from syncwright.runtime.executor import NO_PORT, Blocked
+from syncwright.runtime.own_parts import apart_from
 from syncwright.runtime.programs import Busy, Prepared, Programs
 from syncwright.runtime.records import (
     NO_RECORDS,
@@ -33,6 +34,7 @@ from syncwright.runtime.records import (
     leave_to_servers,
     rows_on_servers,
 )
+from syncwright.runtime.released import Released
 from syncwright.runtime.replica import Examples, Part, Replica, count_examples
 from syncwright.runtime.sharding import rows_of
 from syncwright.runtime.ticking import Ticking
@@ -91,6 +93,7 @@ class Session:
         self._next: tuple | None = None
         self._read_at: int | None = None
         self._records = NO_RECORDS
+        self._released = Released(self.binding, ())
 
     @property
     def looks_ahead(self) -> bool:
@@ -145,11 +148,14 @@ class Session:
             replica.nominal = nominal
             replica.client.hello()
             self.replicas.append(replica)
+        parts = apart_from(job.trainer["step"])
+        self._released = Released(self.binding, [part.own.of for part in parts if part.own is not None])
         self._spread()
 
     def step(self, prepared: Sequence[Prepared], parts: Sequence[Part]) -> list[object]:
         """One global step: every replica's part of it; what the user's step returns, by replica."""
         following, self._next = self._next, None
+        self._released.release()
         runs = [r.step(p, part, following) for r, p, part in zip(self.replicas, prepared, parts, strict=True)]
         returned = self._joined.drive(runs)
         if self.training.check_replicas:
@@ -179,14 +185,15 @@ class Session:
         """Writes the trained values, whole, into the user's model and optimizer; of deferred ones that servers keep only
         where they are asked for: they are deferred no more then."""
         if self.replicas:
-            values = {**self.replicas[0].shared, **self._gathered()}
+            values = {**self.replicas[0].shared, **self._gathered(set() if deferred else self._released.deferred)}
             without = set() if deferred else self.apart()
             (served,) = self._joined.drive([self.replicas[0].served(without)])
             self._write({**values, **served})
+            self._released.put_back()
 
-    def _gathered(self) -> dict[str, torch.Tensor]:
-        """What trainers keep in parts; all trainers must ask for it."""
-        return self._joined.drive([replica.gathered() for replica in self.replicas])[0]
+    def _gathered(self, without: Collection[str]) -> dict[str, torch.Tensor]:
+        """What trainers keep in parts, whole; all trainers must ask for it."""
+        return self._joined.drive([replica.gathered(without) for replica in self.replicas])[0]
 
     def apart(self) -> set[str]:
         """What servers keep of parameters that are deferred."""
@@ -204,6 +211,7 @@ class Session:
         optimizers, where there is some: `"outer": {"fc.weight.momentum_buffer": ...}`."""
         if not deferred and self.job is not None:
             check_whole(self.binding, self.job)
+            self._released.check_whole()
         self.sync(deferred)
         found = self.binding.state_dict(self.training.optimizer)
         outer = self._joined.drive([self.replicas[0].outer_state()])[0] if self.replicas else {}
@@ -220,11 +228,12 @@ class Session:
         """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
         if self.replicas:
             without = self.apart()
-            gathered = self._gathered()
+            gathered = self._gathered(self._released.deferred)
             served = self._joined.drive([replica.finish(without) for replica in self.replicas])
             self._write({**self.replicas[0].shared, **gathered, **served[0]}, ends=True)
             if without and self.job is not None:
                 leave_behind(self.binding, self.job, asked_for=self._read_at == self.step_count)
+            self._released.leave_behind()
 
     def meet_last(self) -> None:
         """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
@@ -310,6 +319,8 @@ class Session:
             replica.begin_alone()
         if self.job is not None:
             leave_to_servers(self.binding, self.job, SERVED)
+        self._released.put_back()
+        self._released.release()
 
     def _evaluate(
         self, evaluations: Evaluations, fn: Callable, batch: tuple, rows: Rows, whole: Collection[str]

@@ -25,12 +25,13 @@ begin with `#` mean nothing. Of a node's meta, "val", "variable" and "at" are ke
 
 from syncwright.text.diff import diff
 from syncwright.text.read import parse
-from syncwright.text.words import TextError, op_name, quote, target_text
+from syncwright.text.words import TextError, dtype_text, op_name, quote, target_text
 from syncwright.text.write import place_text, to_text, type_text, variable_type_text
 
 __all__ = [
     "TextError",
     "diff",
+    "dtype_text",
     "op_name",
     "parse",
     "place_text",
