@@ -36,8 +36,8 @@ RARE = {"rare": True}
 
 
 def tag(kind: type) -> str:
-    """The name of a choice in YAML: tag(AllReduce) == "all_reduce"."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    """The name of a choice in YAML: tag(AllReduce) == "all_reduce", tag(PowerSGD) == "power_sgd"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
 
 
 def check_fields(value: Any, error: type[SyncwrightError]) -> None:
@@ -52,9 +52,7 @@ def check_fields(value: Any, error: type[SyncwrightError]) -> None:
 
 def _fits(found: Any, hint: Any) -> bool:
     if choices := _choices(hint):
-        return isinstance(found, choices)
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-        return isinstance(found, hint)
+        return isinstance(found, choices) or (found is None and _is_optional(hint))
     if get_origin(hint) is tuple:
         return isinstance(found, tuple) and _fits_tuple(found, get_args(hint))
     try:
@@ -73,7 +71,8 @@ def _fits_tuple(found: tuple[Any, ...], hints: tuple[Any, ...]) -> bool:
 def describe(hint: Any, in_python: bool = False) -> str:
     """What an annotation asks for, in words: describe(Count) == "a whole number of at least 1"."""
     if choices := _choices(hint):
-        return "one of " + ", ".join(f"{kind.__name__}()" if in_python else tag(kind) for kind in choices)
+        names = [f"{kind.__name__}()" if in_python else tag(kind) for kind in choices]
+        return "one of " + ", ".join(names + (["None" if in_python else "null"] if _is_optional(hint) else []))
     match get_origin(hint):
         case origin if origin is Annotated:
             kind, meta = get_args(hint)
@@ -96,9 +95,17 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _choices(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that a union is made of; () for any other annotation."""
+    """The dataclasses that a union, also with None, is made of, or the only one; () for any other annotation."""
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return (hint,)
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
     return kinds if kinds and all(hasattr(kind, "__dataclass_fields__") for kind in kinds) else ()
+
+
+def _is_optional(hint: Any) -> bool:
+    """Whether an annotation takes None beside others."""
+    return type(None) in get_args(hint)
 
 
 def _is_pairs(hint: Any) -> bool:
@@ -118,7 +125,7 @@ def decode(node: Node, hint: Any, do: str = "Correct it.") -> Any:
     {even: 3}, Partition  ->  Even(k=3)
     """
     if choices := _choices(hint):
-        return _decode_choice(node, choices, do)
+        return None if node.value is None and _is_optional(hint) else _decode_choice(node, choices, do)
     if _is_pairs(hint):
         items = node.mapping(describe(hint), do).items()
         return tuple((name, decode(inner, _value_of_pairs(hint), do)) for name, inner in items)
@@ -156,7 +163,7 @@ def decode_record(node: Node, kind: type[T]) -> T:
     """A dataclass from a mapping of its fields; one with a single field, also from that value alone."""
     hints = get_type_hints(kind, include_extras=True)
     known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # pyright: ignore[reportArgumentType]
-    if len(known) == 1 and not isinstance(node.value, dict):
+    if len(known) == 1 and (not isinstance(node.value, dict) or _spells_choice(node, hints[next(iter(known))])):
         nodes = dict.fromkeys(known, node)
     else:
         nodes = node.record(tuple(known), f"Give the settings of {tag(kind)} by name.")
@@ -169,6 +176,11 @@ def decode_record(node: Node, kind: type[T]) -> T:
         return kind(**values)
     except SyncwrightError as fault:
         raise node.kind(f"{node.where}: {fault}") from None
+
+
+def _spells_choice(node: Node, hint: Any) -> bool:
+    """Whether a mapping is a choice with its settings, and not fields by their names."""
+    return any(tag(kind) in node.value for kind in _choices(hint))
 
 
 def _advice(field: Field[Any]) -> str:
@@ -191,7 +203,7 @@ def encode(value: Any, complete: bool = False) -> Any:
     name = tag(type(value))
     known = fields(value)
     if len(known) == 1 and _required(known[0]):
-        return {name: getattr(value, known[0].name)}
+        return {name: encode(getattr(value, known[0].name), complete)}
     hints = get_type_hints(type(value), include_extras=True)
     written = {
         field.name: _encode_field(getattr(value, field.name), hints[field.name], complete)

@@ -80,6 +80,7 @@ plan            how each variable is shared
     partition
     placement
     outer
+    compression
     sync
     rules
     plan
@@ -134,6 +135,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     step
 passes          one rewrite of the whole program per file
     insert
+    compress
     alike
     flat
     clip_per_trainer
@@ -151,6 +153,7 @@ passes          one rewrite of the whole program per file
     gather_parameters
     gather_rows
     bucket
+    power_sgd
     bucket_parts
     flatten
     tidy

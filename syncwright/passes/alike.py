@@ -42,7 +42,7 @@ def members(program: Program) -> list[Member]:
     """Parameters whose updates may be joined with others, in the order of their reduced gradients."""
     owners, results, placeholders = _owners(program), program.results, program.placeholders
     state: dict[str, list[Variable]] = {}
-    for variable in program.of_role(Role.STATE):
+    for variable in [v for v in program.of_role(Role.STATE) if v.initial is None]:
         state.setdefault(str(variable.of), []).append(variable)
     marks = {str(n.args[1]): n for n in program.graph.nodes if n.target is ops.gradient}
     own: dict[str, list[Node]] = {}
@@ -107,16 +107,7 @@ def _owners(program: Program) -> dict[Node, str | None]:
     variables, results, parts = program.variables, program.results, _parts(program)
     owners: dict[Node, str | None] = {}
     for name, node in results.items():
-        variable = variables[name]
-        owner = (
-            _whole_name(variable)
-            if variable.role is Role.PARAM
-            else variable.of
-            if variable.role is Role.STATE
-            else None
-        )
-        if name in parts:  # gathered of what its update has made
-            owner = None
+        owner = None if name in parts else _owner(variables[name])  # else gathered of what its update has made
         owners[node] = owner if owners.get(node, owner) == owner else None
     for node in reversed(program.graph.nodes):
         if node.op != "call_function":
@@ -130,6 +121,13 @@ def _owners(program: Program) -> dict[Node, str | None]:
 def _parts(program: Program) -> dict[str, Variable]:
     """The parameters of which each trainer updates its own part."""
     return {v.own.of: v for v in program.of_role(Role.PARAM) if v.own is not None}
+
+
+def _owner(variable: Variable) -> str | None:
+    """With whose update a variable goes; what a pass keeps beside it goes with none."""
+    if variable.role is Role.PARAM:
+        return _whole_name(variable)
+    return variable.of if variable.role is Role.STATE and variable.initial is None else None
 
 
 def _whole_name(variable: Variable) -> str:

@@ -10,6 +10,7 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks, followed
+from syncwright.passes.compress import compressed
 from syncwright.passes.insert import (
     KEPT,
     TOTAL,
@@ -22,6 +23,7 @@ from syncwright.passes.insert import (
 )
 from syncwright.place import Server, put
 from syncwright.plan import AllReduce, Collective, ParameterServer, Plan
+from syncwright.plan.compression import Compression
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 
@@ -42,12 +44,18 @@ def average_gradients(program: Program, plan: Plan) -> Program:
         return program
     program = program.edit()
     written = program.results
-    marks = {name: mark for name, mark in find_marks(program).items() if name in chosen and name in written}
+    factored = {name for name, sync in chosen.items() if f"{name}.factor" in written and sync.compress is not None}
+    marks = {
+        name: mark
+        for name, mark in find_marks(program).items()
+        if name in chosen and name in written and name not in factored
+    }
     known, mean = Inference(mode_of(program.graph)), None
     if any(chosen[name].reduce == "mean" for name in marks):
         program, mean = read_mean(program, plan)
     for name, mark in marks.items():
-        _average(program, mark, f"{name}.grad", mean if chosen[name].reduce == "mean" else None, known)
+        used = mean if chosen[name].reduce == "mean" else None
+        program = _average(program, mark, name, used, chosen[name].compress, known)
     return program
 
 
@@ -147,23 +155,44 @@ class Mean:
     total: Node
 
 
-def _average(program: Program, mark: Node, channel: str, mean: Mean | None, known: Inference) -> None:
+def _average(
+    program: Program, mark: Node, parameter: str, mean: Mean | None, by: Compression | None, known: Inference
+) -> Program:
     users = list(mark.users)
-    if users:
-        reduced = _reduced(program, mark, channel, mean, users, known)
-        for user in users:
-            user.replace_input_with(mark, reduced)
+    if not users:
+        return program
+    sent = _scaled(program, mark, mean, known)
+    program, sent = compressed(program, sent, parameter, by, known)
+    reduced = _summed(program, mark, sent, f"{parameter}.grad", mean, users, known)
+    for user in users:
+        user.replace_input_with(mark, reduced)
+    return program
 
 
 def _reduced(program: Program, node: Node, channel: str, mean: Mean | None, users: list[Node], known) -> Node:
-    graph, started = program.graph, node
-    if mean is not None:
-        with behind(node):
-            started = known.call(graph, aten.mul.Tensor, node, mean.share)
+    return _summed(program, node, _scaled(program, node, mean, known), channel, mean, users, known)
+
+
+def _scaled(program: Program, node: Node, mean: Mean | None, known: Inference) -> Node:
+    """A trainer's share of a mean."""
+    if mean is None:
+        return node
+    with behind(node):
+        return known.call(program.graph, aten.mul.Tensor, node, mean.share)
+
+
+def _summed(
+    program: Program, node: Node, started: Node, channel: str, mean: Mean | None, users: list[Node], known: Inference
+) -> Node:
+    """The reduced value of what is sent for `node`."""
+    graph = program.graph
     with behind(started):
         started = known.call(graph, ops.all_reduce, started, channel)
     with before_first_use(users):
-        reduced = divided = known.call(graph, ops.wait, started, channel)
+        reduced = known.call(graph, ops.wait, started, channel)
+        if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # it has travelled in another
+            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
+        divided = reduced
         if mean is not None:
             reduced = divided = known.call(graph, aten.div.Tensor, reduced, mean.total)
         if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # a 0-d half divided by a 0-d float

@@ -16,6 +16,8 @@ from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
+FIRST, SECOND = "left", "right"
+"""What stands behind a gradient's channel for its factors (see `power_sgd`)."""
 INSIDE = "inside"
 """The key in an all-reduce's meta under which the names of its values stand."""
 
@@ -48,7 +50,8 @@ def bucket(program: Program, plan: Plan) -> Program:
     not gradients (the weights, the loss) ride with the next gradient of their dtype, whatever the cap.
     Sizes [20, 10, 5, 40, 1] with cap 32 give [20, 10], [5], [40], [1] (PyTorch DDP's rule, in order of completion).
     """
-    caps = {f"{s.variable}.grad": int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
+    reduced = {s.variable: int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
+    caps = {f"{name}.grad{part}": cap for name, cap in reduced.items() for part in ("", f".{FIRST}", f".{SECOND}")}
     if not program.graph.find_nodes(op="call_function", target=ops.all_reduce):
         return program
     program = program.edit()

@@ -14,6 +14,7 @@ from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import Cut, Free, is_partial
 from syncwright.passes.average import Mean, read_mean, wait_before
+from syncwright.passes.compress import compressed
 from syncwright.passes.insert import before_first_use, behind, first_call, read_rank
 from syncwright.passes.share_globals import combined
 from syncwright.plan import Plan, Shard
@@ -154,11 +155,15 @@ class _Sharding:
         if mean is not None:
             with behind(mark):
                 sent = self.known.call(graph, aten.mul.Tensor, mark, mean.share)
+        self.program, sent = compressed(self.program, sent, self.name, self.sync.compress, self.known)
         channel = f"{self.name}.grad"
         with behind(sent):
             started = self.known.call(graph, ops.reduce_scatter, [sent], channel, self.trainers)
         with before_first_use(users):
-            reduced = divided = self.known.call(graph, ops.wait_own, started, channel)
+            reduced = self.known.call(graph, ops.wait_own, started, channel)
+            if reduced.meta["val"].dtype is not mark.meta["val"].dtype:  # it has travelled in another
+                reduced = self.known.call(graph, aten._to_copy.default, reduced, dtype=mark.meta["val"].dtype)
+            divided = reduced
             if mean is not None:
                 reduced = divided = self.known.call(graph, aten.div.Tensor, reduced, mean.total)
             if reduced.meta["val"].dtype is not mark.meta["val"].dtype:  # a half divided by a float
@@ -266,7 +271,7 @@ class _Sharding:
             variable = self.program.variables[name]
             mine = self.name in (name, variable.of)
             if node not in self.parts or not (mine or variable.role is Role.BUFFER):
-                if mine and variable.shape:
+                if mine and variable.shape and variable.initial is None:  # else it is what a trainer has not sent
                     raise LoweringError(
                         f"'{name}' goes in parts with '{self.name}', but what the step writes to it (at {node.name}) is not made "
                         "element by element. Expected an update element by element. Share it by: all_reduce."

@@ -1,5 +1,6 @@
 """How each variable is shared: what a person writes (`Rules`) and what it means for one program (`Plan`).
 
+compression               what gradients are made of before trainers reduce them
 partition and placement   how a variable is cut, and which server keeps each piece
 outer                     what trainers that train alone make of their values when they exchange them
 sync                      the ways of sharing a variable: the union `Sync`
@@ -11,6 +12,7 @@ resolve, check            Rules -> Plan; does a Plan fit a program and a cluster
 """
 
 from syncwright.plan.check import check
+from syncwright.plan.compression import Cast, Compression, ErrorFeedback, PowerSGD
 from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
 from syncwright.plan.partition import Blocks, Even, Hashed, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
@@ -36,7 +38,10 @@ __all__ = [
     "AllReduce",
     "Blocks",
     "BufferPolicy",
+    "Cast",
     "Collective",
+    "Compression",
+    "ErrorFeedback",
     "Even",
     "Geo",
     "Hash",
@@ -53,6 +58,7 @@ __all__ = [
     "Piece",
     "Placement",
     "Plan",
+    "PowerSGD",
     "RoundRobin",
     "Rules",
     "Shard",

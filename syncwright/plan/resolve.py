@@ -178,7 +178,7 @@ def _sharded(rules: Rules, variable: Variable, sync: Shard, update: Update | Non
             f"{variable.name!r}, such as all_reduce, or say `uncuttable: keep_whole`."
         )
     notes.append(f"{variable.name} is all-reduced: {why}")
-    return AllReduce(sync.bucket_mb, sync.reduce)
+    return AllReduce(sync.bucket_mb, sync.reduce, sync.compress)
 
 
 _NOT_OF_ROWS = {

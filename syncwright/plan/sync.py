@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from syncwright.errors import PlanError
+from syncwright.plan.compression import Compression, PowerSGD
 from syncwright.plan.outer import Geo, Mean, Outer
 from syncwright.plan.partition import Partition, Whole
 from syncwright.plan.placement import Placement, RoundRobin
@@ -28,10 +29,12 @@ class AllReduce:
 
     bucket_mb  megabytes (2**20 bytes) of gradients that one collective joins; 0: one collective per variable
     reduce     "mean": weighted by examples; "sum": for losses that are sums
+    compress   what gradients are made of before they are reduced; None: they travel as they are
     """
 
     bucket_mb: Amount = 25.0
     reduce: Literal["mean", "sum"] = "mean"
+    compress: Compression | None = field(default=None, metadata=RARE)
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -178,6 +181,7 @@ class Shard:
     prefetch   stage 3: so many buckets are gathered ahead of the one that is read
     keep       stage 3: what forward has gathered is kept until backward has read it, and not gathered again
     reduce     "mean": weighted by examples; "sum": for losses that are sums
+    compress   what gradients are made of before they are reduced; None: they travel as they are
 
     Raises PlanError for settings that mean nothing together.
     """
@@ -187,6 +191,7 @@ class Shard:
     prefetch: Index = field(default=1, metadata=RARE)
     keep: bool = field(default=False, metadata=RARE)
     reduce: Literal["mean", "sum"] = field(default="mean", metadata=RARE)
+    compress: Compression | None = field(default=None, metadata=RARE)
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -194,6 +199,11 @@ class Shard:
             raise PlanError(
                 f"Shard: found keep: true with stage: {self.stage}, but every trainer keeps the whole parameter then. Say "
                 "stage: 3 as well, or leave keep out."
+            )
+        if isinstance(self.compress, PowerSGD):
+            raise PlanError(
+                "Shard: found compress: power_sgd, but factors are of a whole matrix, and a trainer gets its own part of one. "
+                "Share the variable by all_reduce, or compress by cast or error_feedback."
             )
 
 
