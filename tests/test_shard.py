@@ -11,12 +11,18 @@ from torch import nn
 
 import syncwright
 from syncwright import AllGather, AllReduce, ParameterServer, Rules, ops
+from syncwright.capture.state import Binding
+from syncwright.capture.step import capture_step
 from syncwright.errors import DeferredError, PlanError
-from syncwright.lower import communications
+from syncwright.lower import communications, lower
+from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Shard
+from syncwright.planning import make_plan
 from syncwright.runtime.loopback import Loopback
 from syncwright.runtime.scatters import lay_out
 from syncwright.selection import Own
+from tests.test_passes import packed
+from tests.together import cut_values, run_together
 
 STAGES = (1, 2, 3)
 OPTIMIZERS: dict[str, Callable] = {
@@ -314,6 +320,34 @@ def test_evaluation_gathers_what_it_reads(stage):
     found = job.evaluate(lambda model, x: model(x), [(x[:4],), (x[4:5],)])
     job.sync()
     torch.testing.assert_close(found, job.model(x[:5]).detach())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("bucket_mb", [0.0, 120 / 2**20, 200 / 2**20, 25.0])
+@pytest.mark.parametrize("the_step", [step, clipped], ids=["plain", "clipped"])
+def test_the_program_that_is_compiled_computes_the_same(stage, bucket_mb, the_step):
+    """Updates joined, in one bucket and in several."""
+    model, (batch,) = Net(), batches(1)
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    binding = Binding(model, optimizer)
+    program = capture_step(the_step, binding, optimizer, batch).program
+    plan = make_plan(Rules(Shard(stage, bucket_mb)), program, 2, 0)
+    whole = {
+        **binding.values(),
+        **binding.hyper_values(),
+        "batch.weight": 1.0,
+        "batch.0": batch[0],
+        "batch.1": batch[1],
+    }
+    found = []
+    for passes in (PIPELINE, COMPILED):
+        made = lower(program, plan, passes=passes).trainer["step"]
+        given = [{**each, **packed(made, each)} for each in cut_values(made, whole, 2)]
+        found.append((made, run_together(made, given)))
+    (_, expected), (made, joined) = found
+    for its, other in zip(joined, expected, strict=True):
+        for name, value in packed(made, other).items():
+            assert torch.equal(its[name], value), name
 
 
 @pytest.mark.parametrize(("one", "other"), [(Shard(3), AllReduce()), (AllReduce(), Shard(1)), (Shard(1), Shard(3))])

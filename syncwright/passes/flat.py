@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from syncwright import ops
 from syncwright.passes.alike import Member
 from syncwright.passes.insert import first_call
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
@@ -206,6 +207,8 @@ class _Slice:
 def _redirect(program: Program, part: Variable, member: Member, old: Node, new: _Slice, known: Inference) -> None:
     """Reads of a member's new value elsewhere in the step become views of the flat one's."""
     users = [u for u in old.users if u not in member.nodes and u.op != "output"]
+    for user in [u for u in users if u.target is ops.gather_parts and u < new.flat]:
+        new.flat.append(user)  # what is waited for at the end of the step starts when it is there
     if users:
         with program.graph.inserting_before(min(users)):
             view = view_of(program, new.flat, new.offset, part, known)
