@@ -200,6 +200,8 @@ class Trainer:
         """Writes the trained values, whole, into the user's model and optimizer; under `local_steps`, of the last exchange.
 
         deferred  also what servers keep of deferred parameters, which are made by it; otherwise these stay with the servers
+
+        Where variables are cut among trainers (`shard`), all trainers must call it: each gives its parts.
         """
         with self._noting():
             self._session.sync(deferred)
@@ -207,7 +209,8 @@ class Trainer:
     def state_dict(self, deferred: bool = False) -> dict[str, object]:
         """`{"model": ..., "optimizer": ...}`, whole tensors under the names of the user's own `state_dict()` calls.
 
-        Where servers keep deferred parameters: raises `DeferredError`, or with `deferred=True` brings them here.
+        Where servers, or trainers in parts, keep deferred parameters: raises `DeferredError`, or with `deferred=True` brings them
+        here. Where variables are cut among trainers (`shard`), all trainers must call it.
         """
         with self._noting():
             return self._session.state_dict(deferred)
