@@ -161,7 +161,7 @@ def _average(
     users = list(mark.users)
     if not users:
         return program
-    sent = _scaled(program, mark, mean, known)
+    sent = scaled(mark, mean, known)
     program, sent = compressed(program, sent, parameter, by, known)
     reduced = _summed(program, mark, sent, f"{parameter}.grad", mean, users, known)
     for user in users:
@@ -170,15 +170,33 @@ def _average(
 
 
 def _reduced(program: Program, node: Node, channel: str, mean: Mean | None, users: list[Node], known) -> Node:
-    return _summed(program, node, _scaled(program, node, mean, known), channel, mean, users, known)
+    return _summed(program, node, scaled(node, mean, known), channel, mean, users, known)
 
 
-def _scaled(program: Program, node: Node, mean: Mean | None, known: Inference) -> Node:
-    """A trainer's share of a mean."""
+def scaled(node: Node, mean: Mean | None, known: Inference) -> Node:
+    """A trainer's share of a mean, behind its contribution."""
     if mean is None:
         return node
     with behind(node):
-        return known.call(program.graph, aten.mul.Tensor, node, mean.share)
+        return known.call(node.graph, aten.mul.Tensor, node, mean.share)
+
+
+def averaged(summed: Node, node: Node, mean: Mean | None, known: Inference) -> Node:
+    """The mean that a sum of shares is of, in the type of one contribution, at the insertion point."""
+    found = _as(summed, node, known)  # it may have travelled in another
+    if mean is None:
+        return found
+    divided = known.call(node.graph, aten.div.Tensor, found, mean.total)
+    found = _as(divided, node, known)  # a 0-d half divided by a 0-d float
+    wait_before(mean, divided)
+    return found
+
+
+def _as(value: Node, node: Node, known: Inference) -> Node:
+    dtype = node.meta["val"].dtype
+    if value.meta["val"].dtype is dtype:
+        return value
+    return known.call(node.graph, aten._to_copy.default, value, dtype=dtype)
 
 
 def _summed(
@@ -189,17 +207,7 @@ def _summed(
     with behind(started):
         started = known.call(graph, ops.all_reduce, started, channel)
     with before_first_use(users):
-        reduced = known.call(graph, ops.wait, started, channel)
-        if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # it has travelled in another
-            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
-        divided = reduced
-        if mean is not None:
-            reduced = divided = known.call(graph, aten.div.Tensor, reduced, mean.total)
-        if reduced.meta["val"].dtype is not node.meta["val"].dtype:  # a 0-d half divided by a 0-d float
-            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=node.meta["val"].dtype)
-    if mean is not None:
-        wait_before(mean, divided)
-    return reduced
+        return averaged(known.call(graph, ops.wait, started, channel), node, mean, known)
 
 
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.meaning import find_marks
-from syncwright.passes.average import Mean, read_mean, wait_before
+from syncwright.passes.average import Mean, averaged, read_mean
 from syncwright.passes.bucket import FIRST, SECOND
 from syncwright.passes.compress import residual_name
 from syncwright.passes.insert import before_first_use, behind, read_variable
@@ -161,13 +161,8 @@ def _end(program: Program, one: _Factored, turned: _Turned, known: Inference) ->
     with before_first_use(one.users):
         right = known.call(graph, ops.wait, turned.sent, turned.sent.args[1])
         matrix = known.call(graph, aten.mm.default, turned.left, known.call(graph, aten.t.default, right))
-        reduced = divided = known.call(graph, aten.view.default, matrix, list(one.mark.meta["val"].shape))
-        if one.mean is not None:
-            reduced = divided = known.call(graph, aten.div.Tensor, reduced, one.mean.total)
-        if reduced.meta["val"].dtype is not one.mark.meta["val"].dtype:  # a half divided by a float
-            reduced = known.call(graph, aten._to_copy.default, reduced, dtype=one.mark.meta["val"].dtype)
-    if one.mean is not None:
-        wait_before(one.mean, divided)
+        summed = known.call(graph, aten.view.default, matrix, list(one.mark.meta["val"].shape))
+        reduced = averaged(summed, one.mark, one.mean, known)
     for user in one.users:
         user.replace_input_with(one.mark, reduced)
     with behind(turned.own):

@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import Cut, Free, is_partial
-from syncwright.passes.average import Mean, read_mean, wait_before
+from syncwright.passes.average import Mean, averaged, read_mean, scaled
 from syncwright.passes.compress import compressed
 from syncwright.passes.insert import before_first_use, behind, first_call, read_rank
 from syncwright.passes.share_globals import combined
@@ -150,27 +150,15 @@ class _Sharding:
 
     def _reduced(self, mark: Node) -> Node:
         """This trainer's part of the mean of all gradients: reduced behind the mark, waited for where it is first read."""
-        graph, sent, mean = self.program.graph, mark, self.mean if self.sync.reduce == "mean" else None
+        graph, mean = self.program.graph, self.mean if self.sync.reduce == "mean" else None
         users = list(mark.users)
-        if mean is not None:
-            with behind(mark):
-                sent = self.known.call(graph, aten.mul.Tensor, mark, mean.share)
+        sent = scaled(mark, mean, self.known)
         self.program, sent = compressed(self.program, sent, self.name, self.sync.compress, self.known)
         channel = f"{self.name}.grad"
         with behind(sent):
             started = self.known.call(graph, ops.reduce_scatter, [sent], channel, self.trainers)
         with before_first_use(users):
-            reduced = self.known.call(graph, ops.wait_own, started, channel)
-            if reduced.meta["val"].dtype is not mark.meta["val"].dtype:  # it has travelled in another
-                reduced = self.known.call(graph, aten._to_copy.default, reduced, dtype=mark.meta["val"].dtype)
-            divided = reduced
-            if mean is not None:
-                reduced = divided = self.known.call(graph, aten.div.Tensor, reduced, mean.total)
-            if reduced.meta["val"].dtype is not mark.meta["val"].dtype:  # a half divided by a float
-                reduced = self.known.call(graph, aten._to_copy.default, reduced, dtype=mark.meta["val"].dtype)
-        if mean is not None:
-            wait_before(mean, divided)
-        return reduced
+            return averaged(self.known.call(graph, ops.wait_own, started, channel), mark, mean, self.known)
 
     def _is_partial(self, node: Node, reader: Node) -> bool:
         """Whether trainers put a number together that is made of all of a value. Of what they have whole they need not."""

@@ -20,6 +20,11 @@ CUT = (
     "trainer.evaluate(fn, loader) runs a function with them."
 )
 
+ENDED = (
+    "'{name}' is deferred, and was cut among the trainers, whose job has ended; here are no values. Expected to be asked for "
+    "them before close(): trainer.sync(deferred=True)."
+)
+
 
 class Released:
     """Changes: knows which of the user's tensors hold values, and which have been let go.
@@ -68,6 +73,9 @@ class Released:
                 "trainer.sync(deferred=True).",
                 self._named(),
             )
+        for name, tensor in self._held():
+            if name in self.deferred and isinstance(tensor, Deferred):
+                put_away(tensor, ENDED.format(name=name))
 
     def _named(self) -> str:
         return ", ".join(sorted(name for name in self.deferred if self._binding.variables[name].of is None))

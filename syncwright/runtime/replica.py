@@ -349,7 +349,7 @@ class Replica:
 
     @torch.no_grad()
     def take_first(self) -> None:
-        """Takes trainer 0's values, one collective per dtype."""
+        """Takes trainer 0's values, one collective per dtype, and one for each variable that is kept in parts."""
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for name, value in self.values.items():
             if name in self._own:
