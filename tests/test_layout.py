@@ -172,6 +172,7 @@ runtime         what runs a job
     rendezvous
     endpoint
     heartbeat
+    blocks
     shared_memory
     host_copies
     gathers

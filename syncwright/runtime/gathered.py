@@ -54,6 +54,8 @@ class Gathering:
                 return self.finish(merge)
         given = [self._given(trainer, count) for trainer, count in enumerate(self._counts)]
         found = merged(given, merge)
+        for work in self._works:
+            work.release()
         self._works = []
         self._make_room(max(self._counts))
         return found

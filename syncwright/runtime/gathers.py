@@ -37,31 +37,30 @@ class CopiedGathered:
     ):
         own = pieces[0][1].new_zeros(rounded(nbytes), dtype=torch.uint8)
         lay_out(own, pieces)
-        self._whole = own.new_empty([trainers, own.numel()])
-        self._work = gather(self._whole.view(-1), own)
-
-    @property
-    def parts(self) -> Sequence[torch.Tensor]:
-        return list(self._whole)
+        whole = own.new_empty([trainers, own.numel()])
+        self.parts: Sequence[torch.Tensor] = list(whole)
+        self._work = gather(whole.view(-1), own)
 
     def done(self) -> bool:
         return self._work.done()
+
+    def release(self) -> None:
+        self.parts = ()
 
 
 class HostGathered:
     """In the memory that trainers of one host share: nobody but its sender copies a byte."""
 
     def __init__(self, group: HostGroup, nbytes: int, pieces: Pieces, note: str):
-        self._group, self._note = group, note
-        self._slot, self._parity, self._begun = group.begin_with(
-            rounded(nbytes), torch.uint8, note, lambda own: lay_out(own, pieces)
-        )
-
-    @property
-    def parts(self) -> Sequence[torch.Tensor]:
-        return [self._slot.buffers[rank][self._parity] for rank in self._group.members]
+        self._group = group
+        self._turn = group.begin_with(rounded(nbytes), torch.uint8, note, lambda own: lay_out(own, pieces))
+        self.parts: Sequence[torch.Tensor] = ()
 
     def done(self) -> bool:
         """Waits until every trainer has laid out its part, then True."""
-        self._group.wait(self._begun, self._note)
+        self.parts = [part for _, part in self._group.parts(self._turn)]
         return True
+
+    def release(self) -> None:
+        self.parts = ()
+        self._group.end(self._turn)

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
-from syncwright.runtime.shared_memory import HostGroup, Slot
+from syncwright.runtime.shared_memory import HostGroup
+
+MOST_SIZES = 4
+"""Of one name: the memory of the size that was used longest ago goes, on all trainers at the same value."""
+
+
+class Slot:
+    """The memory of one name: for every trainer two buffers, used in turn. Changes with every value.
+
+    written  by buffer, the number behind that of the value that was written there last
+    """
+
+    def __init__(self, buffers: Mapping[int, Sequence[torch.Tensor]]):
+        self.buffers = buffers
+        self.turn = 0
+        self.written = [0, 0]
 
 
 class HostCopies(HostGroup):
@@ -14,6 +33,10 @@ class HostCopies(HostGroup):
     is the first of those who have a part in that number: where it leaves, the next gives from the next number on.
     Changes with every value.
     """
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._slots: dict[tuple[str, torch.dtype], OrderedDict[int, Slot]] = {}
 
     @property
     def is_first(self) -> bool:
@@ -43,6 +66,21 @@ class HostCopies(HostGroup):
                 return value
             self._listen(self._peers[giver], note, wait)
         return None
+
+    def close(self) -> None:
+        super().close()
+        self._slots.clear()
+
+    def _slot(self, count: int, dtype: torch.dtype, note: str) -> Slot:
+        sizes = self._slots.setdefault((note, dtype), OrderedDict())
+        if count not in sizes:
+            found = self._exchanged(max(2 * count * dtype.itemsize, 1), note)
+            halves = {rank: each[: 2 * count * dtype.itemsize].view(dtype) for rank, each in found.items()}
+            sizes[count] = Slot({rank: (each[:count], each[count:]) for rank, each in halves.items()})
+        sizes.move_to_end(count)
+        if len(sizes) > MOST_SIZES:
+            sizes.popitem(last=False)
+        return sizes[count]
 
     def _had(self, slot: Slot, note: str) -> None:
         slot.turn += 1

@@ -41,7 +41,10 @@ class OwnParts:
         self._gathered: dict[str, tuple[Gathered, list[tuple[int, torch.Tensor]]]] = {}
 
     def reduce(self, channel: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Starts the sums of tensors over all trainers."""
+        """Starts the sums of tensors over all trainers; ends all but the last of those that are under way, whose memory serves
+        the next."""
+        for work in list(self._scattered.values())[:-1]:
+            work.done()
         self._scattered[channel] = self._transport.reduce_scatter(tensors, self._note(channel))
 
     def own(self, channel: str) -> torch.Tensor | None:
@@ -72,6 +75,7 @@ class OwnParts:
         for size, (at, part), place in zip(sizes, pieces, places or [None] * len(pieces), strict=True):
             theirs = [each[at : at + part.nbytes].view(part.dtype) for each in work.parts]
             found.append(together(Own("", (size,), len(theirs)), theirs, place))
+        work.release()
         return found
 
     def _note(self, channel: str) -> str:

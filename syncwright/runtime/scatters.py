@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from syncwright.runtime.shared_memory import HostGroup
+from syncwright.runtime.shared_memory import HostGroup, Turn
 from syncwright.runtime.transport import Work
 from syncwright.selection import Own
 
@@ -47,29 +47,33 @@ class CopiedScattered:
         whole = tensors[0].new_empty(trainers * count)
         lay_out(whole, tensors, trainers)
         self.own = whole.new_empty(count)
-        self._work = scatter(self.own, whole)
+        self._work: Work | None = scatter(self.own, whole)
 
     def done(self) -> bool:
-        return self._work.done()
+        if self._work is not None and self._work.done():
+            self._work = None
+        return self._work is None
 
 
 class HostScattered:
     """In the memory that trainers of one host share: each adds up its own part of what all have written there."""
 
     def __init__(self, group: HostGroup, tensors: Sequence[torch.Tensor], note: str):
-        self._group, self._note, trainers = group, note, len(group.members)
+        self._group, trainers = group, len(group.members)
         self._count = sum(own.count for own in parts_of(tensors, trainers))
-        self._slot, self._parity, self._begun = group.begin_with(
+        self._turn: Turn | None = group.begin_with(
             trainers * self._count, tensors[0].dtype, note, lambda whole: lay_out(whole, tensors, trainers)
         )
-        self.own = tensors[0].new_empty(self._count)
+        self.own = tensors[0].new_empty(0)
 
     def done(self) -> bool:
         """Waits for the others' parts, adds them in the order of trainers, then True."""
-        ranks = self._group.wait(self._begun, self._note)
-        start = self._group.rank * self._count
-        parts = [self._slot.buffers[rank][self._parity][start : start + self._count] for rank in ranks]
-        torch.add(parts[0], parts[1], out=self.own)
-        for part in parts[2:]:
-            self.own.add_(part)
+        if self._turn is not None:
+            start = self._group.rank * self._count
+            first, second, *others = [part[start : start + self._count] for _, part in self._group.parts(self._turn)]
+            self.own = torch.add(first, second)
+            for part in others:
+                self.own.add_(part)
+            self._group.end(self._turn)
+            self._turn = None
         return True

@@ -11,8 +11,7 @@ import os
 import secrets
 import socket
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +20,11 @@ import torch
 import torch.distributed as dist
 
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError
+from syncwright.runtime.blocks import Block, Blocks
 from syncwright.runtime.deadlines import Wait
 
 MOST_TRAINERS = 4
 """Every trainer reads every part: beyond this, a ring moves fewer bytes."""
-MOST_SIZES = 4
-"""Of one channel: the memory of the size that was used longest ago goes, on all trainers at the same reduction."""
 SLICE_SECONDS = 1.0
 BEGUN, LEFT = b".", b"x"
 """What peers signal: another reduction has begun; this was the last."""
@@ -54,17 +52,19 @@ class Peer:
     memory: socket.socket
 
 
-class Slot:
-    """The memory of one channel: for every trainer two buffers, used in turn. Changes with every reduction.
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """A collective that this trainer has begun.
 
-    Two are enough without a second signal: who begins turn t has seen every peer begin turn t - 1, and a peer begins
-    it only after it has read what was written in turn t - 2.
+    number  so many it has begun
+    nbytes  what each trainer writes
     """
 
-    def __init__(self, buffers: Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
-        self.buffers = buffers
-        self.turn = 0
-        self.written = [0, 0]
+    number: int
+    block: Block
+    nbytes: int
+    dtype: torch.dtype
+    note: str
 
 
 class HostGroup:
@@ -90,7 +90,7 @@ class HostGroup:
         self.rank, self.members, self._key = rank, tuple(members), key
         self._begin, self._watch, self._fault = begin, watch, fault
         self._seconds = begin().seconds
-        self._slots: dict[tuple[str, torch.dtype], OrderedDict[int, Slot]] = {}
+        self._blocks = Blocks(self._exchanged)
         self._begun = 0
         self._left: set[int] = set()
         self._heard: dict[int, int] = {}
@@ -99,11 +99,11 @@ class HostGroup:
 
     def all_reduce(self, tensor: torch.Tensor, note: str) -> HostReduction:
         """Starts the sum of `tensor`, in place."""
-        return HostReduction(*self._begun_with(tensor, note))
+        return HostReduction(self, self._begun_with(tensor, note), tensor)
 
     def reduce(self, tensor: torch.Tensor, note: str) -> HostSum:
         """Starts the sum of `tensor` over those who have not left, in place with the first of them."""
-        return HostSum(*self._begun_with(tensor, note))
+        return HostSum(self, self._begun_with(tensor, note), tensor)
 
     def leave(self) -> None:
         """Begins no further reduction: those of the others go on without this trainer."""
@@ -111,39 +111,44 @@ class HostGroup:
             with suppress(OSError):  # who is gone waits for nobody
                 peer.signals.send(LEFT)
 
-    def begin_with(
-        self, count: int, dtype: torch.dtype, note: str, write: Callable[[torch.Tensor], object]
-    ) -> tuple[Slot, int, int]:
-        """Writes this trainer's part of so many elements, and tells the others; where all parts will be, and which turn it is
-        (see `wait`). They may be read until the next turn of this name has begun."""
-        slot = self._slot(count, dtype, note)
-        parity = slot.turn % 2
-        slot.turn += 1
-        write(slot.buffers[self.rank][parity])
+    def begin_with(self, count: int, dtype: torch.dtype, note: str, write: Callable[[torch.Tensor], object]) -> Turn:
+        """Writes this trainer's part of so many elements, and tells the others. To be followed by `parts` and `end`, on all
+        trainers at the same place among what they begin."""
+        nbytes = count * dtype.itemsize
+        block = self._blocks.lend(nbytes, self._begun + 1, note)
+        write(block.write(self.rank, nbytes, dtype))
         self._begun += 1
         for peer in self._peers.values():
             self._signal(peer, note)
-        return slot, parity, self._begun
+        return Turn(self._begun, block, nbytes, dtype, note)
 
-    def _begun_with(self, tensor: torch.Tensor, note: str) -> tuple[HostGroup, Slot, int, int, torch.Tensor, str]:
-        flat = tensor.reshape(-1)
-        begun = self.begin_with(flat.numel(), flat.dtype, note, lambda own: own.copy_(flat))
-        return self, *begun, tensor, note
-
-    def wait(self, begun: int, note: str) -> list[int]:
-        """Returns when every peer has begun as many reductions as we had when this one began, or has left before; the numbers of
-        those who take part, in order."""
+    def parts(self, turn: Turn) -> list[tuple[int, torch.Tensor]]:
+        """Waits until every peer has begun as many as we had when this one began, or has left before; the numbers of those who
+        take part, in order, with what they wrote: to be read before `end`."""
         wait = self._begin()
         for peer in self._peers.values():
-            while self._heard[peer.rank] < begun and peer.rank not in self._left:
-                self._listen(peer, note, wait)
-        return [rank for rank in self.members if rank == self.rank or self._heard[rank] >= begun]
+            while self._heard[peer.rank] < turn.number and peer.rank not in self._left:
+                self._listen(peer, turn.note, wait)
+        self._blocks.heard(turn.number)
+        ranks = [rank for rank in self.members if rank == self.rank or self._heard[rank] >= turn.number]
+        for rank in ranks:
+            if (found := turn.block.written(rank)) != turn.nbytes:
+                raise _unlike(rank, found, turn.note, turn.nbytes)
+        return [(rank, turn.block.part(rank, turn.nbytes, turn.dtype)) for rank in ranks]
+
+    def end(self, turn: Turn) -> None:
+        """This trainer has read all parts."""
+        self._blocks.give_back(turn.block, self._begun)
+
+    def _begun_with(self, tensor: torch.Tensor, note: str) -> Turn:
+        flat = tensor.reshape(-1)
+        return self.begin_with(flat.numel(), flat.dtype, note, lambda own: own.copy_(flat))
 
     def close(self) -> None:
         for peer in self._peers.values():
             peer.signals.close()
             peer.memory.close()
-        self._slots.clear()
+        self._blocks.clear()
 
     def _signal(self, peer: Peer, note: str) -> None:
         try:
@@ -177,30 +182,24 @@ class HostGroup:
             except JobError as fault:
                 raise fault from error
 
-    def _slot(self, count: int, dtype: torch.dtype, note: str) -> Slot:
-        sizes = self._slots.setdefault((note, dtype), OrderedDict())
-        if count not in sizes:
-            sizes[count] = self._exchange(count, dtype, note)
-        sizes.move_to_end(count)
-        if len(sizes) > MOST_SIZES:
-            sizes.popitem(last=False)
-        return sizes[count]
-
-    def _exchange(self, count: int, dtype: torch.dtype, note: str) -> Slot:
-        """Makes this trainer's buffers and swaps them with the peers': all come here in the same order."""
-        nbytes = count * dtype.itemsize
+    def _exchanged(self, nbytes: int, note: str) -> dict[int, torch.Tensor]:
+        """So many bytes of this trainer, and of every peer that takes part in what begins: all come here in the same order."""
         mine = os.memfd_create("syncwright")
-        os.ftruncate(mine, max(2 * nbytes, 1))
-        buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {self.rank: _mapped(mine, nbytes, dtype)}
+        os.ftruncate(mine, nbytes)
+        found = {self.rank: _mapped(mine, nbytes)}
         for peer in self._peers.values():
             self._send_memory(peer, nbytes, mine, note)
         os.close(mine)
         for peer in self._peers.values():
             theirs = self._receive_memory(peer, nbytes, note)
             if theirs is not None:
-                buffers[peer.rank] = _mapped(theirs, nbytes, dtype)
+                found[peer.rank] = _mapped(theirs, nbytes)
                 os.close(theirs)
-        return Slot(buffers)
+        return found
+
+    def _takes_part(self, peer: Peer) -> bool:
+        """Whether a peer begins what this trainer is to begin, as far as it is known."""
+        return peer.rank not in self._left or self._heard[peer.rank] > self._begun
 
     def _send_memory(self, peer: Peer, nbytes: int, descriptor: int, note: str) -> None:
         try:
@@ -212,7 +211,7 @@ class HostGroup:
     def _receive_memory(self, peer: Peer, nbytes: int, note: str) -> int | None:
         """A peer's memory; None where it has left."""
         wait = self._begin()
-        while peer.rank not in self._left:
+        while self._takes_part(peer):
             try:
                 data, descriptors, _, _ = socket.recv_fds(peer.memory, 8, 1)
             except TimeoutError:
@@ -226,11 +225,8 @@ class HostGroup:
             if not descriptors:
                 self._check_left(peer, note, None)
                 return None
-            if int.from_bytes(data, "little") != nbytes:
-                raise JobError(
-                    f"trainer {peer.rank} reduces {int.from_bytes(data, 'little')} bytes as {note}, expected {nbytes}. "
-                    "Expected all trainers to run the same program. Compile on all of them or on none."
-                )
+            if (found := int.from_bytes(data, "little")) != nbytes:
+                raise _unlike(peer.rank, found, note, nbytes)
             return descriptors[0]
         return None
 
@@ -285,17 +281,17 @@ class HostGroup:
 class HostReduction:
     """A sum under way (see `transport.Work`). Changes when it is done."""
 
-    def __init__(self, group: HostGroup, slot: Slot, parity: int, begun: int, tensor: torch.Tensor, note: str):
-        self._group, self._slot, self._parity = group, slot, parity
-        self._begun, self._tensor, self._note = begun, tensor, note
+    def __init__(self, group: HostGroup, turn: Turn, tensor: torch.Tensor):
+        self._group, self._turn, self._tensor = group, turn, tensor
 
     def done(self) -> bool:
         """Waits for the peers' parts, adds them in the order of trainers, then True."""
-        self._add_up(self._group.wait(self._begun, self._note))
+        self._add_up([part for _, part in self._group.parts(self._turn)])
+        self._group.end(self._turn)
         return True
 
-    def _add_up(self, ranks: Sequence[int]) -> None:
-        first, second, *others = [self._slot.buffers[rank][self._parity] for rank in ranks]
+    def _add_up(self, parts: Sequence[torch.Tensor]) -> None:
+        first, second, *others = parts
         total = self._tensor.view(-1)
         if total.device.type != "cpu":
             total = torch.empty_like(first)
@@ -313,21 +309,24 @@ class HostSum(HostReduction):
 
     def done(self) -> bool:
         """Waits for the peers' parts; the first trainer adds them in order, then True."""
-        ranks = self._group.wait(self._begun, self._note)
-        self.is_first = ranks[0] == self._group.rank
-        if self.is_first and len(ranks) > 1:
-            self._add_up(ranks)
+        found = self._group.parts(self._turn)
+        self.is_first = found[0][0] == self._group.rank
+        if self.is_first and len(found) > 1:
+            self._add_up([part for _, part in found])
+        self._group.end(self._turn)
         return True
 
 
-def _mapped(descriptor: int, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two buffers of a piece of memory, as tensors that keep it alive."""
-    if nbytes == 0:
-        return torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
-    memory = mmap.mmap(descriptor, 2 * nbytes)
-    whole = torch.frombuffer(memory, dtype=dtype)
-    first, second = whole.split(whole.numel() // 2)
-    return first, second
+def _mapped(descriptor: int, nbytes: int) -> torch.Tensor:
+    """A piece of memory as a tensor that keeps it alive."""
+    return torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
+
+
+def _unlike(trainer: int, found: int, note: str, expected: int) -> JobError:
+    return JobError(
+        f"trainer {trainer} gives {found} bytes as {note}, expected {expected}. Expected all trainers to run the same program. "
+        "Compile on all of them or on none."
+    )
 
 
 def _doing(rank: int, note: str) -> str:

@@ -27,7 +27,11 @@ class Gathered(Work, Protocol):
 
     @property
     def parts(self) -> Sequence[torch.Tensor]:
-        """Once it is done: each trainer's bytes, in order. To be read before another gathering of that name is started."""
+        """Once it is done, until `release`: each trainer's bytes, in order."""
+        ...
+
+    def release(self) -> None:
+        """Nothing reads the parts any more. To be called on all trainers at the same place among what they begin and end."""
         ...
 
 

@@ -36,6 +36,7 @@ def main() -> None:
                 count, given = int(part[:8].view(torch.int64)), part[8 : 8 + 4 * numel].view(torch.float32)
                 if count != numel or not bool((given == rank * 1000.0 + mark).all()):
                     sys.exit(f"pieces of {numel} elements came as others than were sent")
+            gathered.release()
     transport.close()
 
 

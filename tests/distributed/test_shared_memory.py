@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from syncwright.errors import JobError
 from syncwright.runtime.deadlines import Wait
 from syncwright.runtime.host_copies import HostCopies
-from syncwright.runtime.shared_memory import MOST_SIZES, HostGroup
+from syncwright.runtime.shared_memory import HostGroup
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 1, 2, 7, 7, 3]
 
@@ -24,24 +24,43 @@ def group_of(rank: int, members: range, store: HashStore) -> HostGroup:
     return HostGroup(rank, members, store, lambda: Wait(20.0), lambda: None, lambda doing, error, late: JobError(doing))
 
 
-def test_memory_of_sizes_that_are_used_no_more_goes() -> None:
+def test_sums_of_many_sizes_share_memory() -> None:
+    """Of one name and of many; what is under way at once has memory of its own."""
     store = HashStore()
 
     def sums(rank: int) -> tuple[list[list[float]], int]:
-        group = group_of(rank, range(2), store)
+        group = group_of(rank, range(3), store)
         found = []
-        for size in SIZES:
-            tensor = torch.full((size,), float(rank + size))
-            assert group.all_reduce(tensor, "w").done()
-            found.append(tensor.tolist())
-        ((_, slots),) = group._slots.items()
+        for turn, size in enumerate(SIZES):
+            tensors = [torch.full((size * 1000 + part,), float(rank + turn + part)) for part in range(3)]
+            works = [group.all_reduce(tensor, f"{turn % 2}.{part}") for part, tensor in enumerate(tensors)]
+            if rank == 1:
+                time.sleep(0.002)
+            assert all(work.done() for work in works)
+            found.append([tensor.unique().tolist() for tensor in tensors])
         group.close()
-        return found, len(slots)
+        return found, group._blocks.nbytes
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(sums, range(3)))
+    expected = [[[3.0 * (turn + part + 1)] for part in range(3)] for turn, _ in enumerate(SIZES)]
+    assert [found for found, _ in results] == [expected] * 3
+    nbytes = {nbytes for _, nbytes in results}
+    assert len(nbytes) == 1
+    assert nbytes.pop() <= 6 * 4 * 7002 * 9 / 8 + 6 * 4 * 2002 * 9 / 8
+
+
+@pytest.mark.parametrize("difference", [1, 300], ids=["in one block", "in blocks of their own"])
+def test_what_trainers_give_has_one_size(difference: int) -> None:
+    store = HashStore()
+
+    def one(rank: int) -> None:
+        group = group_of(rank, range(2), store)
+        with pytest.raises(JobError, match=r"trainer \d gives \d+ bytes as w, expected \d+\. Expected all trainers"):
+            group.all_reduce(torch.ones(3 + difference * rank), "w").done()
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(sums, range(2)))
-    expected = [[2.0 * size + 1] * size for size in SIZES]
-    assert results == [(expected, MOST_SIZES)] * 2
+        list(pool.map(one, range(2)))
 
 
 STEPS = {4: 2, 5: 5, 6: 3, 7: 0}
