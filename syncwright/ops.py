@@ -48,6 +48,10 @@ In the program of a trainer:
     wait_own(x, channel)                   its result: these parts, one behind another
     gather_parts(xs, channel, trainers)    starts to give all trainers the parts of several tensors that each has
     wait_whole(x, channel, sizes)          its result: of each so many elements, flat
+    reduce_to(xs, channel, trainer)        starts the sums of several tensors over all trainers, for one of them: its result, by
+                                           `wait_own`, are the sums, flat, one behind another
+    give(xs, channel, trainer)             starts to give all trainers what one of them has; on the others `xs` says its sizes.
+                                           Its result comes by `wait_whole`
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
                                            each the sum of its rows, added in the order of trainers; "mean_by_touch": over the
@@ -87,6 +91,8 @@ _library.define("wait(Tensor x, str channel) -> Tensor")
 _library.define("reduce_scatter(Tensor[] xs, str channel, int trainers) -> Tensor")
 _library.define("wait_own(Tensor x, str channel) -> Tensor")
 _library.define("gather_parts(Tensor[] xs, str channel, int trainers) -> Tensor")
+_library.define("reduce_to(Tensor[] xs, str channel, int trainer) -> Tensor")
+_library.define("give(Tensor[] xs, str channel, int trainer) -> Tensor")
 _library.define("wait_whole(Tensor x, str channel, int[] sizes) -> Tensor[]")
 _library.define("sum_on_host(Tensor x, str channel) -> Tensor")
 _library.define("wait_on_host(Tensor x, str channel) -> Tensor")
@@ -142,7 +148,13 @@ def _reduce_scatter(xs: list[torch.Tensor], channel: str, trainers: int) -> torc
     return xs[0].new_empty([sum(-(-x.numel() // trainers) for x in xs)])
 
 
+@torch.library.register_fake(f"{NAMESPACE}::reduce_to", lib=_library)
+def _reduce_to(xs: list[torch.Tensor], channel: str, trainer: int) -> torch.Tensor:
+    return xs[0].new_empty([sum(x.numel() for x in xs)])
+
+
 @torch.library.register_fake(f"{NAMESPACE}::gather_parts", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::give", lib=_library)
 def _gather_parts(xs: list[torch.Tensor], channel: str, trainers: int) -> torch.Tensor:
     return xs[0].new_empty([0])
 
@@ -399,6 +411,8 @@ wait = torch.ops.syncwright.wait.default
 reduce_scatter = torch.ops.syncwright.reduce_scatter.default
 wait_own = torch.ops.syncwright.wait_own.default
 gather_parts = torch.ops.syncwright.gather_parts.default
+reduce_to = torch.ops.syncwright.reduce_to.default
+give = torch.ops.syncwright.give.default
 wait_whole = torch.ops.syncwright.wait_whole.default
 sum_on_host = torch.ops.syncwright.sum_on_host.default
 wait_on_host = torch.ops.syncwright.wait_on_host.default
@@ -423,7 +437,9 @@ pull_rows_value = torch.ops.syncwright.pull.rows
 push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
-SENDS = frozenset({all_reduce, reduce_scatter, gather_parts, gather_rows, sum_on_host, push, push_rows})
+SENDS = frozenset(
+    {all_reduce, reduce_scatter, reduce_to, gather_parts, give, gather_rows, sum_on_host, push, push_rows}
+)
 WAITS = frozenset({wait, wait_own, wait_whole, wait_rows, wait_on_host})
 COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})

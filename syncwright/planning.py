@@ -37,7 +37,8 @@ def make_plan(
             plan = source
         case Rules():
             still = {v.name for v in variables if v.sparse and leaves_rows_alone(program, updates, v.name)}
-            return resolve(source, variables, _kinds(updates, variables), trainers, servers, digest, still, hosts)
+            kinds, order = _kinds(updates, variables), _use_order(program)
+            return resolve(source, variables, kinds, trainers, servers, digest, still, hosts, order)
         case str() | Path() if _is_file(source):
             plan = complete_plan(source)
             if plan is None:
@@ -84,6 +85,15 @@ def _kinds(updates: Updates, variables: list[Variable]) -> dict:
     """A foreign update is whole to a plan; lowering says why it cannot be served."""
     kinds = {name: "whole" if kind == "foreign" else kind for name, kind in updates.kinds().items()}
     return {v.name: kinds.get(v.name) for v in variables if v.role is Role.PARAM}
+
+
+def _use_order(program: Program) -> list[str]:
+    """The parameters that the step uses, in the order in which it first does."""
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    read = {v.name: program.placeholders[v.name] for v in program.of_role(Role.PARAM) if v.name in program.reads}
+    return sorted(
+        (name for name in read if read[name].users), key=lambda name: min(map(places.__getitem__, read[name].users))
+    )
 
 
 def _is_file(source: str | Path) -> bool:

@@ -55,11 +55,14 @@ class Own:
     """Of the variable `of`, laid out flat and cut into parts of one size, each trainer's own; zeros stand behind its end.
 
     (3, 3) among 2 trainers: elements [0, 5) and [5, 9), and a zero.
+
+    keeper  the trainer whose own is all of it, and the others have none; None: every trainer has a part
     """
 
     of: str
     shape: tuple[int, ...]
     trainers: int
+    keeper: int | None = None
 
     @property
     def numel(self) -> int:
@@ -69,14 +72,20 @@ class Own:
     @property
     def count(self) -> int:
         """Elements of a part, with the zeros."""
-        return -(-self.numel // self.trainers)
+        return self.numel if self.keeper is not None else -(-self.numel // self.trainers)
 
     @property
     def is_padded(self) -> bool:
         """Whether some trainer's part has zeros behind the variable's end."""
-        return self.count * self.trainers > self.numel
+        return self.keeper is None and self.count * self.trainers > self.numel
+
+    def is_with(self, trainer: int) -> bool:
+        """Whether a trainer has a part."""
+        return self.keeper in (None, trainer)
 
     def bounds(self, trainer: int) -> tuple[int, int]:
         """Which elements a trainer's part has; none where the variable has fewer than trainers before it keep."""
+        if self.keeper is not None:
+            return (0, self.numel) if trainer == self.keeper else (0, 0)
         start = min(trainer * self.count, self.numel)
         return start, min(start + self.count, self.numel)

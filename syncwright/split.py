@@ -128,6 +128,11 @@ def piece_name(name: str, index: int) -> str:
     return f"{name}[{index}]"
 
 
+def own_name(name: str) -> str:
+    """Under which a trainer's own part of a variable stands: "fc.weight[own]"."""
+    return f"{name}[own]"
+
+
 def grad_variable(program: Program, parameter: str) -> Variable:
     """The gradient of a parameter as a variable."""
     variable = program.variables[parameter]

@@ -107,6 +107,7 @@ cut             from a whole program to a program for each role
     piece
     servers
     trainer
+    of_trainer
     roles
 strategies      a name to rules
     fixed
@@ -149,6 +150,8 @@ passes          one rewrite of the whole program per file
     merge_on_host
     copy_on_host
     average
+    read_gathered
+    keep_whole
     shard_parameters
     gather_parameters
     gather_rows
@@ -177,6 +180,7 @@ runtime         what runs a job
     host_copies
     gathers
     scatters
+    kept_whole
     collectives
     wire
     bundles

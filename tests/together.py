@@ -39,6 +39,14 @@ def _of_all(node, given: list[tuple], named: list[dict]) -> list:
             return [sum(args[0] for args in given)] * trainers
         case ops.reduce_scatter:
             return [_laid_out(args[0], trainers) for args in given]
+        case ops.reduce_to:
+            return [torch.cat([x.reshape(-1) for x in args[0]]) for args in given]
+        case ops.wait_own if node.args[0].target is ops.reduce_to:
+            return [sum(args[0] for args in given)] * trainers
+        case ops.give:
+            return [given[node.args[2]][0]] * trainers
+        case ops.wait_whole if node.args[0].target is ops.give:
+            return [[x.reshape(-1) for x in given[0][0]]] * trainers
         case ops.wait_own:
             return list(sum(args[0] for args in given).chunk(trainers))  # type: ignore[union-attr]
         case ops.wait_whole:

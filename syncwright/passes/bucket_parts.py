@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
@@ -13,7 +13,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.passes.bucket import INSIDE
 from syncwright.passes.insert import first_call
-from syncwright.passes.shard_parameters import AGAIN, AS
+from syncwright.passes.read_gathered import AGAIN, AS
 from syncwright.plan import Plan, Shard
 from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
@@ -45,6 +45,11 @@ class Member:
         mine, its = self.source.meta["val"].dtype, other.source.meta["val"].dtype
         return (mine, self.cap, self.again, self.ahead) == (its, other.cap, other.again, other.ahead)
 
+    @property
+    def way(self) -> tuple[object, ...]:
+        """How it travels: between all trainers, or to or from one of them."""
+        return self.start.target, self.start.args[2]
+
 
 Bucket = list[Member]
 
@@ -59,10 +64,10 @@ def bucket_parts(program: Program, plan: Plan) -> Program:
     after   %a = gather_parts([x[own], y[own]], "whole.0"), %w = wait_whole(%a), %p = %w[0], %q = %w[1]
 
     Buckets are made as `bucket` makes them: consecutive in order of completion, or of first use. What forward gathers last and
-    backward reads first is gathered once.
+    backward reads first is gathered once. What one trainer gets or gives (`reduce_to`, `give`) has buckets of its own.
     """
     syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Shard)}
-    if not program.graph.find_nodes(op="call_function", target=ops.gather_parts):
+    if not _calls(program, ops.gather_parts, ops.give):
         return program
     program = program.edit()
     known = Inference(mode_of(program.graph))
@@ -79,10 +84,14 @@ def bucket_parts(program: Program, plan: Plan) -> Program:
     return program
 
 
+def _calls(program: Program, *targets: Callable) -> list:
+    return sorted(node for target in targets for node in program.graph.find_nodes(op="call_function", target=target))
+
+
 def _scattered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
     """In the order in which they are complete."""
     found = []
-    for start in program.graph.find_nodes(op="call_function", target=ops.reduce_scatter):
+    for start in _calls(program, ops.reduce_scatter, ops.reduce_to):
         (wait,) = start.users
         (source,), channel, _ = start.args
         sync = syncs[str(channel).removesuffix(".grad")]
@@ -93,9 +102,10 @@ def _scattered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
 def _gathered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
     """In the order in which they are waited for."""
     found = []
-    for start in program.graph.find_nodes(op="call_function", target=ops.gather_parts):
+    for start in _calls(program, ops.gather_parts, ops.give):
         (wait,) = start.users
-        (source,), channel, trainers = start.args
+        (source,), channel, number = start.args
+        trainers = 1 if start.target is ops.give else number
         name, again = str(channel).removesuffix(f" {AGAIN}"), str(channel).endswith(f" {AGAIN}")
         sync, nbytes = syncs.get(name.partition(AS)[0]), source.meta["val"].nbytes * trainers
         cap = None if sync is None else int(sync.bucket_mb * 2**20)
@@ -114,12 +124,14 @@ def _is_kept(source: Node) -> bool:
 def _grouped(members: Bucket) -> list[Bucket]:
     """Next fit: a bucket is closed by a member that does not fit, or is not there where the first is waited for."""
     groups: list[Bucket] = []
+    open_: dict[tuple[object, ...], Bucket] = {}
     for member in members:
-        current = groups[-1] if groups else []
+        current = open_.get(member.way, [])
         if current and member.is_like(current[0]) and _fits(current, member):
             current.append(member)
         else:
             groups.append([member])
+            open_[member.way] = groups[-1]
     return groups
 
 
@@ -130,10 +142,10 @@ def _fits(group: Bucket, member: Member) -> bool:
 
 
 def _join_scattered(program: Program, channel: str, members: Bucket, known: Inference) -> None:
-    graph, trainers = program.graph, members[0].start.args[2]
+    graph, (target, number) = program.graph, members[0].way
     counts = [member.start.meta["val"].numel() for member in members]
     with graph.inserting_before(max(member.start for member in members)):
-        started = known.call(graph, ops.reduce_scatter, [member.source for member in members], channel, trainers)
+        started = known.call(graph, target, [member.source for member in members], channel, number)
         started.meta[INSIDE] = tuple(member.name for member in members)
     with graph.inserting_before(min(member.wait for member in members)):
         parts = [known.call(graph, ops.wait_own, started, channel)]
@@ -147,12 +159,12 @@ def _join_scattered(program: Program, channel: str, members: Bucket, known: Infe
 
 
 def _join_gathered(program: Program, channel: str, members: Bucket, known: Inference) -> tuple[Node, Node]:
-    graph, trainers = program.graph, members[0].start.args[2]
+    graph, (target, number) = program.graph, members[0].way
     sizes = [size for member in members for size in member.wait.args[2]]  # type: ignore[union-attr]
     sources = [member.source for member in members]
     calls = [source for source in sources if source.op != "placeholder"]
     with graph.inserting_after(max(calls)) if calls else graph.inserting_before(min(m.wait for m in members)):
-        started = known.call(graph, ops.gather_parts, sources, channel, trainers)
+        started = known.call(graph, target, sources, channel, number)
         started.meta[INSIDE] = tuple(member.name for member in members)
     with graph.inserting_before(min(member.wait for member in members)):
         waited = known.call(graph, ops.wait_whole, started, channel, sizes)

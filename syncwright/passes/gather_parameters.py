@@ -22,7 +22,7 @@ def gather_parameters(program: Program, kept: Iterable[Variable]) -> Program:
     before  w = placeholder f32[3,2], %y = mm(%x, w)
     after   w[own] = placeholder f32[3], %p = gather_parts([w[own]], "w"), %y = mm(%x, view(wait_whole(%p)[0], [3, 2]))
 
-    kept  the parts, of variables that the program may read
+    kept  the parts, of variables that the program may read; of what one trainer keeps whole, that
     """
     placeholders = program.placeholders
     wanted = [part for part in kept if part.own is not None and part.own.of in placeholders]
@@ -36,7 +36,10 @@ def gather_parameters(program: Program, kept: Iterable[Variable]) -> Program:
         with program.graph.inserting_before(node):
             read = new_placeholder(program.graph, part, known.fake_of(part))
         with before_first_use(node.users):
-            started = known.call(program.graph, ops.gather_parts, [read], own.of, own.trainers)
+            if own.keeper is None:
+                started = known.call(program.graph, ops.gather_parts, [read], own.of, own.trainers)
+            else:
+                started = known.call(program.graph, ops.give, [read], own.of, own.keeper)
             flat = known.call(
                 program.graph, getitem, known.call(program.graph, ops.wait_whole, started, own.of, [own.numel]), 0
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import getitem
 
@@ -16,19 +15,17 @@ from syncwright.meaning import Cut, Free, is_partial
 from syncwright.passes.average import Mean, averaged, read_mean, scaled
 from syncwright.passes.compress import compressed
 from syncwright.passes.insert import before_first_use, behind, first_call, read_rank
+from syncwright.passes.keep_whole import keep_whole
+from syncwright.passes.read_gathered import read_gathered
 from syncwright.passes.share_globals import combined
 from syncwright.plan import Plan, Shard
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
-from syncwright.regions import turn
 from syncwright.selection import Own
 from syncwright.shapes import Inference, mode_of, substitute
-from syncwright.text import dtype_text
+from syncwright.split import own_name
 from syncwright.update import Updates, find_updates
 
 aten = torch.ops.aten
-AS = " as "
-AGAIN = "again"
-"""Of a channel by which backward gathers what forward has gathered before."""
 
 
 def shard_parameters(program: Program, plan: Plan) -> Program:
@@ -43,9 +40,11 @@ def shard_parameters(program: Program, plan: Plan) -> Program:
 
     What stage 3 reads only as a narrower type, as under autocast, is cast before it is gathered: half the bytes.
     State that is aligned with the parameter is kept in parts like it, and so is a buffer that follows it. A reduction of a
-    part to one number (a norm) is made of the parts' own on all trainers.
+    part to one number (a norm) is made of the parts' own on all trainers. What cannot be cut one trainer keeps (see
+    `keep_whole`).
     """
     syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Shard)}
+    keepers = {s.variable: s.keeper for s in plan.sharings if s.keeper is not None}
     if plan.trainers == 1 or not syncs:
         return program
     program, mean = program.edit(), None
@@ -55,7 +54,11 @@ def shard_parameters(program: Program, plan: Plan) -> Program:
         program, mean = read_mean(program, plan)
     known = Inference(mode_of(program.graph))
     for name, sync in syncs.items():
-        program = _Sharding(program, updates, name, sync, mean, plan.trainers, known).rewrite()
+        given = mean if sync.reduce == "mean" else None
+        if name in keepers:
+            program = keep_whole(program, updates, Own(name, (), plan.trainers, keepers[name]), sync, given, known)
+        else:
+            program = _Sharding(program, updates, name, sync, given, plan.trainers, known).rewrite()
     remove_dead(program.graph)
     for node in [node for node in program.placeholders.values() if not node.users]:
         program.graph.erase_node(node)
@@ -97,7 +100,7 @@ class _Sharding:
             if not self._is_parameter(node):
                 self._read_whole(node, rest)
             elif self.sync.stage == 3:
-                self._gather_parameter(node, rest)
+                read_gathered(self.program, node, self.parts[node], rest, self.sync.keep, self._whole, self.known)
         return self._written()
 
     @property
@@ -150,7 +153,7 @@ class _Sharding:
 
     def _reduced(self, mark: Node) -> Node:
         """This trainer's part of the mean of all gradients: reduced behind the mark, waited for where it is first read."""
-        graph, mean = self.program.graph, self.mean if self.sync.reduce == "mean" else None
+        graph, mean = self.program.graph, self.mean
         users = list(mark.users)
         sent = scaled(mark, mean, self.known)
         self.program, sent = compressed(self.program, sent, self.name, self.sync.compress, self.known)
@@ -211,47 +214,6 @@ class _Sharding:
             for reader in readers:
                 reader.replace_input_with(node, whole)
 
-    def _gather_parameter(self, node: Node, readers: list[Node]) -> None:
-        """Forward reads what it gathers; backward gathers again, unless it is kept. Casts to fewer bytes are made before."""
-        casts: dict[torch.dtype, list[Node]] = {}
-        for reader in readers:
-            dtype = reader.meta["val"].dtype if reader.target is aten._to_copy.default else None
-            if dtype is not None and dtype.itemsize < node.meta["val"].dtype.itemsize:
-                casts.setdefault(dtype, []).append(reader)
-        for dtype, same in casts.items():
-            with self.program.graph.inserting_before(first_call(self.program.graph)):
-                part = self.known.call(self.program.graph, aten._to_copy.default, self.parts[node], dtype=dtype)
-            self._gather_read(part, f"{self.name}{AS}{dtype_text(dtype)}", {cast: list(cast.users) for cast in same})
-        rest = [reader for reader in readers if not any(reader in same for same in casts.values())]
-        self._gather_read(self.parts[node], self.name, {node: rest})
-
-    def _gather_read(self, part: Node, channel: str, readers: Mapping[Node, list[Node]]) -> None:
-        """Puts values together that stand for one part, where they are read."""
-        begins = None if self.sync.keep else turn(self.program)
-        uses = [use for node, its in readers.items() for use in _uses(node, its)]
-        late = [use for use in uses if begins is not None and use.reader >= begins]
-        early = [use for use in uses if use not in late]
-        if late:
-            with before_first_use(use.reader for use in late):
-                again = self._whole(part, f"{channel} {AGAIN}")
-            looks = dict.fromkeys(readers, again)
-            for use in late:
-                use.reader.replace_input_with(use.source, self._look(use.source, looks))
-        if early:
-            with before_first_use(use.first for use in early):
-                whole = self._whole(part, channel)
-            for first in {use.first for use in early}:
-                for node in readers:
-                    first.replace_input_with(node, whole)
-
-    def _look(self, source: Node, looks: dict[Node, Node]) -> Node:
-        """The same look at what was gathered again."""
-        if source not in looks:
-            args, kwargs = substitute((source.args, source.kwargs), lambda node: self._look(node, looks))
-            with behind(max(looks.values())):
-                looks[source] = self.known.call(self.program.graph, source.target, *args, **kwargs)
-        return looks[source]
-
     def _written(self) -> Program:
         """Results in parts; in stages 1 and 2 also the parameter, gathered."""
         results: dict[str, Node] = {}
@@ -278,40 +240,6 @@ class _Sharding:
         return replace(self.program, variables=left)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Use:
-    """Who computes with a variable.
-
-    source  what it reads: the variable, or a look at it
-    first   the first look on the way there; the reader itself where there is none
-    """
-
-    reader: Node
-    source: Node
-    first: Node
-
-
-_LOOKS = frozenset(
-    {
-        *(aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default),
-        *(aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.detach.default),
-        *(aten.alias.default, aten._to_copy.default, aten.select.int, aten._unsafe_view.default),
-    }
-)
-"""Who reads what these give has the variable itself."""
-
-
-def _uses(node: Node, readers: Iterable[Node], first: Node | None = None) -> list[_Use]:
-    """All that is computed with a value, also through looks at it."""
-    found = []
-    for reader in readers:
-        if reader.target in _LOOKS and len(reader.all_input_nodes) == 1:
-            found += _uses(reader, list(reader.users), first or reader)
-        else:
-            found.append(_Use(reader, node, first or reader))
-    return found
-
-
 def _neutral(reduction: Node) -> float:
     """What changes nothing in a reduction."""
     order = reduction.args[1] if len(reduction.args) > 1 else 2
@@ -323,8 +251,3 @@ def _neutral(reduction: Node) -> float:
         case aten.linalg_vector_norm.default if float(order) < 0:  # type: ignore[arg-type]
             return float("inf")
     return 0.0
-
-
-def own_name(name: str) -> str:
-    """Under which a trainer's own part of a variable stands."""
-    return f"{name}[own]"

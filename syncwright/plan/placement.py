@@ -9,7 +9,7 @@ tallies that rules keep (a counter, the load per server) run over all of them, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from syncwright.errors import PlanError
@@ -81,6 +81,33 @@ def place(cuts: Iterable[tuple[Variable, tuple[int, ...], Placement]], servers: 
         tuple(_place_piece(variable, piece, sizes[piece], rule, tally) for piece in range(len(sizes)))
         for variable, sizes, rule in cuts
     ]
+
+
+def least_loaded(sizes: Iterable[int], trainers: int) -> list[int]:
+    """The trainer that keeps each whole variable: the one with the fewest elements so far, the lowest of equals.
+
+    [4, 3, 2, 2, 1] on 2: [0, 1, 1, 0, 1]
+    """
+    loads, found = [0] * trainers, []
+    for size in sizes:
+        found.append(_least(loads))
+        loads[found[-1]] += size
+    return found
+
+
+def in_order(sizes: Sequence[int], trainers: int) -> list[int]:
+    """The trainer that keeps each whole variable, of variables in order of first use: the next one as soon as those before
+    have more than their share of all elements.
+
+    [1, 1, 1, 1] on 2: [0, 0, 0, 1]. [90, 5, 5] on 4: [0, 1, 2]
+    """
+    found, placed, trainer = [], 0, 0
+    for size in sizes:
+        if placed * trainers > sum(sizes) * (trainer + 1):
+            trainer += 1
+        found.append(trainer)
+        placed += size
+    return found
 
 
 def _place_piece(variable: Variable, piece: int, rows: int, rule: Placement, tally: _Tally) -> int:

@@ -14,7 +14,7 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Sync, joins_hosts, served_by
+from syncwright.plan.sync import AllGather, Shard, Sync, joins_hosts, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
@@ -46,6 +46,7 @@ class Sharing:
     sizes   of its pieces along `axis`, in order; one piece is the whole (a 0-d variable has size 1). In virtual shards,
             where it is kept by these
     owners  the server of each piece; () where servers keep nothing of the variable
+    keeper  under `shard`, of a variable that cannot be cut: the trainer that keeps it whole
     rows    of a table of which only those rows travel that a batch looks up (or, where trainers train alone, some batches):
             "touched" or "all", the rows that an update writes; "" where the whole variable travels
     """
@@ -56,9 +57,14 @@ class Sharing:
     owners: tuple[Index, ...] = ()
     axis: Literal[0] = 0
     rows: Travelling = ""
+    keeper: Index | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
+        if self.keeper is not None and not isinstance(self.sync, Shard):
+            self._refuse(
+                f"keeper: {self.keeper}", "none: no one trainer keeps it", "Take it out, or share it by shard."
+            )
         served = served_by(self.sync) is not None
         if not self.sizes or (len(self.sizes) > 1 and 0 in self.sizes):
             self._refuse(f"sizes {list(self.sizes)}", "at least one piece and none empty", "Correct the sizes.")
@@ -125,6 +131,11 @@ class Plan:
         for sharing in self.sharings:
             for owner in sharing.owners:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
+            if sharing.keeper is not None and sharing.keeper >= self.trainers:
+                raise PlanError(
+                    f"variable {sharing.variable!r}: found keeper {sharing.keeper}, expected one of the plan's {self.trainers} "
+                    "trainers, which count from 0. Raise `trainers` or name a lower one."
+                )
         used = any(sharing.owners for sharing in self.sharings)
         if self.reducer is not None:
             self._check_server(self.reducer, "reducer: found server")
@@ -222,6 +233,7 @@ def _written(sharing: Sharing) -> dict[str, Any]:
         "sizes": sharing.sizes,
         "owners": sharing.owners,
         **({"rows": sharing.rows} if sharing.rows else {}),
+        **({"keeper": sharing.keeper} if sharing.keeper is not None else {}),
     }
 
 
@@ -240,13 +252,15 @@ def _all_of(node: Node, keys: tuple[str, ...], do: str, rare: tuple[str, ...] = 
 
 
 def _read_sharing(name: str, node: Node) -> Sharing:
-    nodes = _all_of(node, ("sync", "axis", "sizes", "owners"), "Write all four; a plan is complete.", ("rows",))
+    rare = ("rows", "keeper")
+    nodes = _all_of(node, ("sync", "axis", "sizes", "owners"), "Write all four; a plan is complete.", rare)
     sync = decode(nodes["sync"], Sync, "Write one of them.")
     sizes = decode(nodes["sizes"], tuple[Index, ...])
     owners = decode(nodes["owners"], tuple[Index, ...])
     axis = decode(nodes["axis"], Literal[0])
     rows = decode(nodes["rows"], Travelling) if "rows" in nodes else ""
+    keeper = decode(nodes["keeper"], Index) if "keeper" in nodes else None
     try:
-        return Sharing(name, sync, sizes, owners, axis, rows)
+        return Sharing(name, sync, sizes, owners, axis, rows, keeper)
     except PlanError as fault:
         raise PlanError(f"{node.where}: {fault}") from None

@@ -18,7 +18,7 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.by_id import check_shards, on_servers
 from syncwright.plan.partition import Hashed, Whole, axis_length, cut
-from syncwright.plan.placement import place
+from syncwright.plan.placement import in_order, least_loaded, place
 from syncwright.plan.plan import Plan, Sharing, Travelling
 from syncwright.plan.rules import BufferPolicy, Rules
 from syncwright.plan.sync import (
@@ -48,6 +48,7 @@ def resolve(
     digest: str,
     still: Collection[str] = (),
     hosts: Sequence[int] | None = None,
+    order: Sequence[str] = (),
 ) -> Plan:
     """The complete plan that `rules` mean for a program.
 
@@ -55,6 +56,7 @@ def resolve(
     updates    how each parameter's update may be split; None: it is never updated, so it is simply replicated
     still      tables whose update leaves rows alone that no lookup touches
     hosts      how many trainers each host has, in the order of their numbers; None: all are on one, () where nobody knows
+    order      parameters in the order in which the step first uses them; others come behind, as they are registered
 
     Raises PlanError: a pattern that matches nothing, servers that are needed and do not exist, a partition of
     a variable whose update needs the whole tensor, a mean of a buffer that is not floating, hosts that are needed and unknown.
@@ -75,7 +77,7 @@ def resolve(
     rows: dict[str, Travelling] = {
         v.name: _rows(rules, v, sync, updates[v.name], v.name in still, notes) for v, sync, _ in chosen
     }
-    sharings = _placed(chosen, rows, servers)
+    sharings = _placed(chosen, rows, servers, _keepers(chosen, updates, trainers, order, notes))
     used = [owner for sharing in sharings for owner in sharing.owners]
     return Plan(
         digest=digest,
@@ -129,7 +131,7 @@ def _cut(
     """The sharing that is carried out, and the sizes of its pieces; what was changed is added to `notes`."""
     served = served_by(sync)
     if isinstance(sync, Shard):
-        sync = _sharded(rules, variable, sync, update, notes)
+        sync = _sharded(variable, sync, notes)
     if served is None:
         return sync, (axis_length(variable.shape),)
     if servers == 0:
@@ -167,18 +169,33 @@ def _cut(
     return replace(served, partition=Whole()), (axis_length(variable.shape),)
 
 
-def _sharded(rules: Rules, variable: Variable, sync: Shard, update: Update | None, notes: list[str]) -> Sync:
-    """Even parts, of what can be cut anywhere; anything else is all-reduced, where the rules allow it."""
-    if update == "elementwise" and variable.shape:
-        return sync
-    why = "one number cannot be cut" if not variable.shape else f"its update is {update}, not elementwise"
-    if variable.shape and rules.uncuttable == "refuse":
-        raise PlanError(
-            f"{rules.source}: variable {variable.name!r}: found shard, expected another way: {why}. Add a line for "
-            f"{variable.name!r}, such as all_reduce, or say `uncuttable: keep_whole`."
-        )
-    notes.append(f"{variable.name} is all-reduced: {why}")
-    return AllReduce(sync.bucket_mb, sync.reduce, sync.compress)
+def _sharded(variable: Variable, sync: Shard, notes: list[str]) -> Sync:
+    """Of what has a shape trainers keep even parts, or one keeps all of it."""
+    if not variable.shape:
+        notes.append(f"{variable.name} is all-reduced: one number cannot be cut")
+        return AllReduce(sync.bucket_mb, sync.reduce, sync.compress)
+    return sync
+
+
+def _keepers(
+    chosen: Sequence[tuple[Variable, Sync, tuple[int, ...]]],
+    updates: Mapping[str, Update | None],
+    trainers: int,
+    order: Sequence[str],
+    notes: list[str],
+) -> dict[str, int]:
+    """The trainer that keeps each variable that would be cut and cannot be."""
+    whole = [(v, sync) for v, sync, _ in chosen if isinstance(sync, Shard) and updates[v.name] != "elementwise"]
+    first = {name: place for place, name in enumerate(order)}
+    used = sorted((v for v, sync in whole if sync.owner == "use_order"), key=lambda v: first.get(v.name, len(first)))
+    rest = [v for v, sync in whole if sync.owner == "least_loaded"]
+    found = {v.name: k for v, k in zip(used, in_order([v.numel for v in used], trainers), strict=True)}
+    found |= {v.name: k for v, k in zip(rest, least_loaded([v.numel for v in rest], trainers), strict=True)}
+    for variable, _ in whole if trainers > 1 else ():
+        update = updates[variable.name]
+        why = "its update needs the whole tensor" if update == "whole" else f"its update is {update}, not elementwise"
+        notes.append(f"{variable.name} is kept whole by trainer {found[variable.name]}: {why}")
+    return found
 
 
 _NOT_OF_ROWS = {
@@ -249,7 +266,10 @@ def _written(variable: Variable, touched: bool, notes: list[str]) -> Travelling:
 
 
 def _placed(
-    chosen: list[tuple[Variable, Sync, tuple[int, ...]]], rows: Mapping[str, Travelling], servers: int
+    chosen: list[tuple[Variable, Sync, tuple[int, ...]]],
+    rows: Mapping[str, Travelling],
+    servers: int,
+    keepers: Mapping[str, int],
 ) -> tuple[Sharing, ...]:
     served = [
         (variable, _in_rows(variable, by, sizes), by.place)
@@ -258,8 +278,8 @@ def _placed(
     ]
     owners = {variable.name: found for (variable, _, _), found in zip(served, place(served, servers), strict=True)}
     return tuple(
-        Sharing(variable.name, sync, sizes, owners.get(variable.name, ()), rows=rows[variable.name])
-        for variable, sync, sizes in chosen
+        Sharing(v.name, sync, sizes, owners.get(v.name, ()), rows=rows[v.name], keeper=keepers.get(v.name))
+        for v, sync, sizes in chosen
     )
 
 

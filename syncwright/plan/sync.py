@@ -172,7 +172,9 @@ class Shard:
     """Trainers cut the variable evenly among them, each updates its own part (ZeRO, Rajbhandari et al., SC 2020).
 
     A variable is laid out flat and cut into as many parts of one size as there are trainers, with zeros behind its last
-    element. Gradients are reduce-scattered where they are complete: each trainer gets the mean of its own part.
+    element. Gradients are reduce-scattered where they are complete: each trainer gets the mean of its own part. What cannot be
+    cut, as its update needs the whole tensor (Muon, Adafactor), one trainer keeps whole: gradients are reduced to it, and it
+    gives the others what the update made.
 
     stage      1, 2: every trainer keeps the whole parameter, and its own part of the optimizer's state; updated parts are
                gathered after the update. 3: of the parameter too it keeps its own part; the whole is gathered where forward
@@ -180,6 +182,9 @@ class Shard:
     bucket_mb  megabytes (2**20 bytes) of variables that one collective joins; 0: one collective per variable
     prefetch   stage 3: so many buckets are gathered ahead of the one that is read
     keep       stage 3: what forward has gathered is kept until backward has read it, and not gathered again
+    owner      which trainer keeps a variable that cannot be cut: the one with the fewest elements of such so far
+               ("least_loaded"), or the next one as soon as those before it have their share of the elements, in order of
+               first use ("use_order")
     reduce     "mean": weighted by examples; "sum": for losses that are sums
     compress   what gradients are made of before they are reduced; None: they travel as they are
 
@@ -190,6 +195,7 @@ class Shard:
     bucket_mb: Amount = 25.0
     prefetch: Index = field(default=1, metadata=RARE)
     keep: bool = field(default=False, metadata=RARE)
+    owner: Literal["least_loaded", "use_order"] = field(default="least_loaded", metadata=RARE)
     reduce: Literal["mean", "sum"] = field(default="mean", metadata=RARE)
     compress: Compression | None = field(default=None, metadata=RARE)
 

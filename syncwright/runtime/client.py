@@ -332,6 +332,14 @@ class Client:
         self.transport.progress(self.step, f"gather {channel}")
         self._parts.gather(channel, parts)
 
+    def start_sum(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int) -> None:
+        self.transport.progress(self.step, f"reduce {channel}")
+        self._parts.reduce_to(channel, tensors, keeper)
+
+    def start_given(self, channel: str, values: Sequence[torch.Tensor], keeper: int) -> None:
+        self.transport.progress(self.step, f"broadcast {channel}")
+        self._parts.give(channel, values, keeper)
+
     def finish_whole(
         self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()
     ) -> list[torch.Tensor] | None:
@@ -424,7 +432,7 @@ class Client:
 def _notes(job: Job) -> dict[str, str]:
     """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
     programs = [each.trainer["step"] for each in (*(span.job for span in job.spans), job)]
-    joined = (ops.all_reduce, ops.reduce_scatter, ops.gather_parts)
+    joined = (ops.all_reduce, ops.reduce_scatter, ops.reduce_to, ops.gather_parts, ops.give)
     nodes = [n for p in programs for op in joined for n in p.graph.find_nodes(op="call_function", target=op)]
     inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
     return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}

@@ -16,6 +16,7 @@ from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.gathers import CopiedGathered, HostGathered, Pieces
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.host_copies import HostCopies
+from syncwright.runtime.kept_whole import CopiedGift, CopiedSum, HostGift, HostSumToOne
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
 from syncwright.runtime.scatters import CopiedScattered, HostScattered
@@ -97,6 +98,30 @@ class Collectives:
             return self._started(work, own, f"the reduce-scatter of {note}")
 
         return CopiedScattered(self._rendezvous.place.trainers, tensors, scatter)
+
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+        """See `Outlet.reduce_to`."""
+        self.join()
+        if self._host is not None and tensors[0].device.type == "cpu":
+            return HostSumToOne(self._host, tensors, keeper, note)
+
+        def reduce(whole: torch.Tensor) -> Work:
+            work = dist.reduce(whole, dst=keeper, async_op=True)
+            return self._started(work, whole, f"the reduction of {note}")
+
+        return CopiedSum(tensors, self.me.rank == keeper, reduce)
+
+    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str) -> Gathered:
+        """See `Outlet.give`."""
+        self.join()
+        if self._host is not None and pieces[0][1].device.type == "cpu":
+            return HostGift(self._host, nbytes, pieces, keeper, note)
+
+        def broadcast(whole: torch.Tensor) -> Work:
+            work = dist.broadcast(whole, src=keeper, async_op=True)
+            return self._started(work, whole, f"the broadcast of {note}")
+
+        return CopiedGift(nbytes, pieces, self.me.rank == keeper, broadcast)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""

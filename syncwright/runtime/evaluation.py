@@ -28,7 +28,7 @@ from syncwright.program import Program, Role, Variable, set_results
 from syncwright.runtime.executor import Blocked, Port
 from syncwright.runtime.kept import Given, Kept
 from syncwright.runtime.own_parts import apart_from
-from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Warming
+from syncwright.runtime.programs import INTERPRETED_FIRST, Busy, Warmings
 from syncwright.runtime.sharding import bounds
 from syncwright.shapes import Inference, mode_of
 from syncwright.tree import tensors
@@ -44,10 +44,10 @@ Served = tuple[Mapping[str, Variable], Collection[str], Joined]
 class Evaluated:
     """A function captured for batches of one shape. Changes with every run, until it is compiled."""
 
-    def __init__(self, fn: Callable, captured: Captured, warming: Warming, rows: int):
+    def __init__(self, fn: Callable, captured: Captured, warming: Warmings, rows: int):
         self.fn, self._captured, self._warming = fn, captured, warming
         self._inputs = [v.name for v in captured.program.of_role(Role.INPUT)]
-        self._gathers = any(node.target is ops.gather_parts for node in warming.program.graph.nodes)
+        self._gathers = any(node.target in (ops.gather_parts, ops.give) for node in warming.program.graph.nodes)
         self._check_rows(rows)
 
     @property
@@ -66,11 +66,14 @@ class Evaluated:
         return self._captured.returned
 
     @torch.no_grad()
-    def run(self, values: Mapping[str, object], batch: tuple, port: Port) -> Generator[Blocked, None, list]:
-        """The outputs for `batch`; gives `Blocked` while a value from a server is not there."""
+    def run(
+        self, values: Mapping[str, object], batch: tuple, port: Port, trainer: int
+    ) -> Generator[Blocked, None, list]:
+        """The outputs for `batch` on a trainer; gives `Blocked` while a value from a server is not there."""
         leaves = tensors(batch)
         inputs = dict(zip(self._inputs, leaves, strict=True))
-        results = yield from self._warming.executor().run({**values, **self._captured.constants, **inputs}, port)
+        executor = self._warming.executor(trainer)
+        results = yield from executor.run({**values, **self._captured.constants, **inputs}, port)
         return [results[name] for name in self._captured.outputs]
 
     def nothing(self) -> list[torch.Tensor]:
@@ -118,7 +121,7 @@ class Evaluations:
                 program = bucket_parts(gather_parameters(program, apart_from(job.trainer["step"])), job.plan)
             verify(program)
         interpreted = INTERPRETED_FIRST if len(self._kept) else 0
-        warming = Warming(program, self._compiles(), interpreted, "an evaluation", self._busy)
+        warming = Warmings(program, self._compiles(), interpreted, "an evaluation", self._busy)
         return Evaluated(fn, captured, warming, rows)
 
 

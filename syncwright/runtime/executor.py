@@ -67,6 +67,10 @@ class Port(Protocol):
 
     def start_whole(self, channel: str, parts: list[torch.Tensor]) -> None: ...
 
+    def start_sum(self, channel: str, tensors: list[torch.Tensor], keeper: int) -> None: ...
+
+    def start_given(self, channel: str, values: list[torch.Tensor], keeper: int) -> None: ...
+
     def finish_whole(
         self, channel: str, sizes: list[int], places: Sequence[torch.Tensor | None] = ()
     ) -> list[torch.Tensor] | None:
@@ -219,6 +223,12 @@ def communicate(
             return torch.empty(0)
         case ops.wait_own:
             return (yield from _until(node, args[1], lambda: port.finish_own(args[1])))
+        case ops.reduce_to:
+            port.start_sum(args[1], args[0], args[2])
+            return torch.empty(0)
+        case ops.give:
+            port.start_given(args[1], args[0], args[2])
+            return torch.empty(0)
         case ops.gather_parts:
             port.start_whole(args[1], args[0])
             return torch.empty(0)

@@ -33,6 +33,12 @@ class Lane:
     def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
         return self._outlet.reduce_scatter(tensors, note)
 
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+        return self._outlet.reduce_to(tensors, keeper, note)
+
+    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
+        return self._outlet.give(nbytes, pieces, keeper, note)
+
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         return self._outlet.sum_on_host(tensor, note)
 

@@ -17,6 +17,7 @@ from syncwright.planning import PlanSource, make_plan
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.gathers import CopiedGathered, Pieces
 from syncwright.runtime.joint_server import JointServer
+from syncwright.runtime.kept_whole import CopiedGift, CopiedSum
 from syncwright.runtime.messages import Address, Kind, Message
 from syncwright.runtime.on_host import Copies, Sum, Sums
 from syncwright.runtime.programs import Prepared
@@ -246,6 +247,10 @@ class Network:
         """Trainer `rank`'s n-th reduction to parts called `note` meets everybody's n-th."""
         return self._join(note, rank, (own, whole), _scatter)
 
+    def broadcast(self, note: str, rank: int, root: int, tensor: torch.Tensor) -> LoopbackWork:
+        """Trainer `rank`'s n-th broadcast called `note` meets everybody's n-th."""
+        return self._join(note, rank, (tensor, tensor), partial(_copy, root))
+
     def _join(self, note: str, rank: int, mine: Given, meet: Callable[[list[Given]], None]) -> LoopbackWork:
         self.sent += 1
         turn = self._joined.get((note, rank), 0)
@@ -272,6 +277,12 @@ def _sum(given: list[Given]) -> None:
 def _stack(given: list[Given]) -> None:
     for whole, _ in given:
         whole.copy_(torch.stack([part for _, part in given]).reshape(whole.shape))
+
+
+def _copy(root: int, given: list[Given]) -> None:
+    for rank, (whole, _) in enumerate(given):
+        if rank != root:
+            whole.copy_(given[root][1])
 
 
 def _scatter(given: list[Given]) -> None:
@@ -309,6 +320,13 @@ class LoopbackTransport:
 
     def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
         return CopiedScattered(self.network.trainers, tensors, partial(self.network.scatter, note, self.me.rank))
+
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+        return CopiedSum(tensors, self.me.rank == keeper, partial(self.all_reduce, note=note))
+
+    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str) -> Gathered:
+        broadcast = partial(self.network.broadcast, note, self.me.rank, keeper)
+        return CopiedGift(nbytes, pieces, self.me.rank == keeper, broadcast)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> Sum:
         self.network.sent += 1

@@ -15,6 +15,8 @@ from syncwright.selection import Own
 
 def own_part(whole: torch.Tensor, own: Own, trainer: int) -> torch.Tensor:
     """A trainer's part of a value, in memory of its own; of a deferred one, that part alone is made."""
+    if own.keeper is not None:
+        return real(whole.detach())
     start, stop = own.bounds(trainer)
     part = real(whole.detach().reshape(-1)[start:stop])
     return part if len(part) == own.count else torch.cat([part, part.new_zeros(own.count - len(part))])
@@ -41,11 +43,14 @@ class OwnParts:
         self._gathered: dict[str, tuple[Gathered, list[tuple[int, torch.Tensor]]]] = {}
 
     def reduce(self, channel: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Starts the sums of tensors over all trainers; ends all but the last of those that are under way, whose memory serves
-        the next."""
+        """Starts the sums of tensors over all trainers."""
+        self._end_all_but_the_last()
+        self._scattered[channel] = self._transport.reduce_scatter(tensors, self._note(channel))
+
+    def _end_all_but_the_last(self) -> None:
+        """Of the sums that are under way: their memory serves the next."""
         for work in list(self._scattered.values())[:-1]:
             work.done()
-        self._scattered[channel] = self._transport.reduce_scatter(tensors, self._note(channel))
 
     def own(self, channel: str) -> torch.Tensor | None:
         """This trainer's parts of the sums, one behind another; None while they are not there."""
@@ -57,11 +62,18 @@ class OwnParts:
 
     def gather(self, channel: str, parts: Sequence[torch.Tensor]) -> None:
         """Gives all trainers parts of this one's."""
-        pieces, at = [], 0
-        for part in parts:
-            pieces.append((at, part.detach().contiguous()))
-            at = rounded(at + part.nbytes)
-        self._gathered[channel] = self._transport.gather(at, pieces, self._note(channel)), pieces
+        pieces, nbytes = _pieces(parts)
+        self._gathered[channel] = self._transport.gather(nbytes, pieces, self._note(channel)), pieces
+
+    def reduce_to(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int) -> None:
+        """Starts the sums of tensors over all trainers, for one of them: `own` gives it them."""
+        self._end_all_but_the_last()
+        self._scattered[channel] = self._transport.reduce_to(tensors, keeper, self._note(channel))
+
+    def give(self, channel: str, values: Sequence[torch.Tensor], keeper: int) -> None:
+        """Gives all trainers values of one of them; those of the others say only what they are: `whole` gives them all."""
+        pieces, nbytes = _pieces(values)
+        self._gathered[channel] = self._transport.give(nbytes, pieces, keeper, self._note(channel)), pieces
 
     def whole(
         self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()
@@ -80,6 +92,15 @@ class OwnParts:
 
     def _note(self, channel: str) -> str:
         return self._notes.get(channel, channel)
+
+
+def _pieces(values: Sequence[torch.Tensor]) -> tuple[list[tuple[int, torch.Tensor]], int]:
+    """Values with their places, one behind another, and the bytes of all."""
+    pieces, at = [], 0
+    for value in values:
+        pieces.append((at, value.detach()))
+        at = rounded(at + value.nbytes)
+    return pieces, at
 
 
 def apart_from(program: Program) -> list[Variable]:

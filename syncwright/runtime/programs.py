@@ -20,6 +20,7 @@ from syncwright.capture import Captured, capture_step
 from syncwright.capture.axes import Axes, dynamic_axes, joined
 from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
+from syncwright.cut.of_trainer import has_keepers, of_trainer
 from syncwright.errors import BatchError, LoweringError
 from syncwright.job import Job
 from syncwright.lower import communications, lower
@@ -73,6 +74,22 @@ class Warming:
         return executor
 
 
+class Warmings:
+    """A program of trainers, as each of them runs it (see `Warming`). Changes with every run."""
+
+    def __init__(self, program: Program, compiled: bool, interpreted: int, name: str, busy: Busy):
+        self.program, self._settings = program, (compiled, interpreted, name, busy)
+        self._differ = has_keepers(program.variables.values())
+        self._made: dict[int, Warming] = {}
+
+    def executor(self, trainer: int) -> Executor | CompiledExecutor:
+        """What runs it this time on a trainer."""
+        which = trainer if self._differ else 0
+        if which not in self._made:
+            self._made[which] = Warming(of_trainer(self.program, which), *self._settings)
+        return self._made[which].executor()
+
+
 class Prepared:
     """A step ready to run on batches of one shape. Changes as it is used: executors are made when they are needed.
 
@@ -91,8 +108,8 @@ class Prepared:
         self.index = IndexProgram(job.trainer["step"])
         self.uses = {phase: Counter(each) for phase, each in pulls.items()}
         self._phases = {
-            "step": Warming(job.trainer["step"], compiled, interpreted, "the step", busy),
-            "idle": Warming(job.trainer["idle"], False, 0, "the step", busy),
+            "step": Warmings(job.trainer["step"], compiled, interpreted, "the step", busy),
+            "idle": Warmings(job.trainer["idle"], False, 0, "the step", busy),
         }
         self.spans = [(span.until, Prepared(captured, span.job, compiled, interpreted, busy)) for span in job.spans]
 
@@ -100,9 +117,9 @@ class Prepared:
         """What runs at step `step`, counted from 0."""
         return next((prepared for until, prepared in self.spans if step < until), self)
 
-    def executor(self, phase: str) -> Executor | CompiledExecutor:
-        """Runs `job.trainer[phase]`; the step itself compiled, where it is to be."""
-        return self._phases[phase].executor()
+    def executor(self, phase: str, trainer: int) -> Executor | CompiledExecutor:
+        """Runs `job.trainer[phase]` on a trainer; the step itself compiled, where it is to be."""
+        return self._phases[phase].executor(trainer)
 
 
 class Programs:

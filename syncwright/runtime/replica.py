@@ -62,7 +62,8 @@ class Replica:
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
-        self._own = variables_of(job.trainer["step"].variables)
+        self._cut = variables_of(job.trainer["step"].variables)
+        self._own = {name: own for name, own in self._cut.items() if own.is_with(rank)}
         self._elsewhere = job.served | binding.table_buffers(job.unbounded)
         self._elsewhere |= {v.own.of for v in apart_from(job.trainer["step"]) if v.own is not None}
         self.values: dict[str, object] = self._begun()
@@ -97,7 +98,7 @@ class Replica:
         self._adopt(prepared)
         self.begin_alone()
         phase = "step" if part.examples > 0 else "idle"
-        executor = prepared.executor(phase)
+        executor = prepared.executor(phase, self.rank)
         weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
         hypers = self.binding.hyper_values()
         self.client.begin(self.step_count, weight, hypers, prepared.uses[phase], after=prepared.after)
@@ -187,7 +188,7 @@ class Replica:
         as none of the examples is this trainer's, it only takes part."""
         self.client.begin(self.step_count, 1.0, {}, training=False)
         values = {**self.shared, **self.binding.hyper_values()}
-        found = yield from evaluated.run(values, batch, self.client)
+        found = yield from evaluated.run(values, batch, self.client, self.rank)
         return found if wanted else evaluated.nothing()
 
     def _adopt(self, prepared: Prepared) -> None:
@@ -336,12 +337,15 @@ class Replica:
     def gathered(self, without: Collection[str]) -> Generator[Blocked, None, dict[str, torch.Tensor]]:
         """What trainers keep in parts, whole, under the user's names. All trainers take part, each variable at a time."""
         found: dict[str, torch.Tensor] = {}
-        for name, own in self._own.items():
-            part = self.values[name]
-            assert isinstance(part, torch.Tensor), "parts are tensors"
+        for name, own in self._cut.items():
             if own.of in self.values or own.of in without:
                 continue  # every trainer has the parameter whole, or nobody wants it so
-            self.client.start_whole(own.of, [part])
+            part = self.values.get(name, _none_of(self.job.trainer["step"].variables[name]))
+            assert isinstance(part, torch.Tensor), "parts are tensors"
+            if own.keeper is None:
+                self.client.start_whole(own.of, [part])
+            else:
+                self.client.start_given(own.of, [part], own.keeper)
             while (whole := self.client.finish_whole(own.of, [own.numel])) is None:
                 yield Blocked("state", own.of)
             found[own.of] = whole[0].view(own.shape)
@@ -351,10 +355,10 @@ class Replica:
     def take_first(self) -> None:
         """Takes trainer 0's values, one collective per dtype, and one for each variable that is kept in parts."""
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for name in self._cut:
+            self._take_part(name)
         for name, value in self.values.items():
-            if name in self._own:
-                self._take_part(name)
-            elif isinstance(value, torch.Tensor) and value.numel():
+            if name not in self._cut and isinstance(value, torch.Tensor) and value.numel():
                 by_dtype.setdefault(value.dtype, []).append(value)
         for dtype, values in by_dtype.items():
             flat = torch.cat([v.reshape(-1) for v in values])
@@ -364,12 +368,18 @@ class Replica:
 
     def _take_part(self, name: str) -> None:
         """This trainer's part of trainer 0's value; what is deferred is made of the same record everywhere."""
-        own = self._own[name]
+        own = self._cut[name]
         given = self.binding.values().get(own.of)
         if given is not None and not (isinstance(given, Deferred) and self.step_count == 0):
             whole = real(given)
             self.client.transport.broadcast(whole, f"the initial value of {own.of}")
-            self.values[name] = own_part(whole, own, self.rank)
+            if own.is_with(self.rank):
+                self.values[name] = own_part(whole, own, self.rank)
+
+
+def _none_of(variable: Variable) -> torch.Tensor:
+    """In place of what another trainer keeps: it says how much there is, and takes no memory."""
+    return torch.empty(1, dtype=variable.dtype).expand(variable.numel)
 
 
 def _tables_ahead(job: Job) -> set[str]:

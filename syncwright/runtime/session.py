@@ -338,7 +338,7 @@ class Session:
             elif self.replicas:
                 runs.append(self.replicas[index].evaluate(evaluated, part, span.start < span.stop))
             else:
-                runs.append(evaluated.run({**self.binding.values(), **self.binding.hyper_values()}, part, NO_PORT))
+                runs.append(evaluated.run({**self.binding.values(), **self.binding.hyper_values()}, part, NO_PORT, 0))
         drive = self._peers.drive if self._peers is not None else _run
         for rank, outputs in zip(ranks, drive(runs), strict=True):
             rows.add(rank, outputs)

@@ -196,6 +196,16 @@ class SocketTransport:
         self.flush()
         return self._collectives.reduce_scatter(tensors, note)
 
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+        """See `Outlet.reduce_to`."""
+        self.flush()
+        return self._collectives.reduce_to(tensors, keeper, note)
+
+    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
+        """See `Outlet.give`."""
+        self.flush()
+        return self._collectives.give(nbytes, pieces, keeper, note)
+
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
         self.flush()

@@ -79,6 +79,16 @@ class Outlet(Protocol):
         its end, a trainer gets its own part. They may change once this returns. Trainers only."""
         ...
 
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+        """Starts the sums of `tensors`, of one dtype, over all trainers, for one of them: its own are the sums, flat, one behind
+        another; the others have none. They may change once this returns. Trainers only."""
+        ...
+
+    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
+        """Starts to give all trainers so many bytes of one of them, laid out as `gather` does: the one part. What the others'
+        pieces hold means nothing. Trainers only."""
+        ...
+
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
         ...

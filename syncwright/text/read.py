@@ -169,10 +169,12 @@ def _read_selection(line: Line, of: str) -> Selection:
 
 
 def _read_own(line: Line) -> Own:
-    """`own "fc.weight" [10,4] among 2`"""
+    """`own "fc.weight" [10,4] among 2`, `own "fc.weight" [10,4] among 2 with 1`"""
     of, shape = line.string("a variable"), line.sizes()
     line.take("among")
-    return Own(of, shape, int(line.match(r"\d+", "the number of trainers")))
+    trainers = int(line.match(r"\d+", "the number of trainers"))
+    keeper = int(line.match(r"\d+", "the number of a trainer")) if line.accept("with") else None
+    return Own(of, shape, trainers, keeper)
 
 
 def _read_rank(line: Line) -> int:

@@ -80,7 +80,8 @@ def _variable_text(name: str, variable: Variable) -> str:
         facts.append(f"unbounded {quote(variable.unbounded.to_text())}")
     if variable.own is not None:
         own = variable.own
-        facts.append(f"own {quote(own.of)} {_sizes_text(own.shape)} among {own.trainers}")
+        kept = "" if own.keeper is None else f" with {own.keeper}"
+        facts.append(f"own {quote(own.of)} {_sizes_text(own.shape)} among {own.trainers}{kept}")
     return " ".join(facts)
 
 

@@ -164,15 +164,17 @@ def _check_reductions(phase: str, program: Program) -> None:
 _ENDING = {
     ops.all_reduce: ops.wait,
     ops.reduce_scatter: ops.wait_own,
+    ops.reduce_to: ops.wait_own,
     ops.gather_parts: ops.wait_whole,
+    ops.give: ops.wait_whole,
     ops.gather_rows: ops.wait_rows,
     ops.sum_on_host: ops.wait_on_host,
 }
 """What starts a collective, and what waits for it."""
 _BEGINNING = {
     ops.wait: "an all_reduce",
-    ops.wait_own: "a reduce_scatter",
-    ops.wait_whole: "a gather_parts",
+    ops.wait_own: "a reduce_scatter or reduce_to",
+    ops.wait_whole: "a gather_parts or give",
     ops.wait_rows: "a gather_rows",
     ops.wait_on_host: "a sum_on_host",
 }

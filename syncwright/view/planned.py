@@ -11,7 +11,7 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
-from syncwright.passes.shard_parameters import AGAIN
+from syncwright.passes.read_gathered import AGAIN
 from syncwright.plan import LocalSteps, ParameterServer, Plan, Shard, Sharing
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
@@ -107,6 +107,9 @@ def _traffic(node: Node, trainers: int) -> Traffic | None:
         case ops.reduce_scatter:
             ring = (trainers - 1) * _nbytes(node)
             return Traffic(ring, ring)
+        case ops.reduce_to | ops.give:  # of all trainers together as much for each but one
+            once = (trainers - 1) / trainers * sum(_nbytes(part) for part in node.args[0])  # type: ignore[union-attr]
+            return Traffic(once, once)
         case ops.gather_parts:
             ring = (trainers - 1) * sum(_nbytes(part) for part in node.args[0])  # type: ignore[union-attr]
             return Traffic(ring, ring)
@@ -205,6 +208,8 @@ def _counted(job: Job) -> str:
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
         (ops.reduce_scatter, "reduce-scatter", "reduce-scatters"),
         (ops.gather_parts, "gathering of parts", "gatherings of parts"),
+        (ops.reduce_to, "reduction to one trainer", "reductions to one trainer"),
+        (ops.give, "broadcast", "broadcasts"),
         (ops.gather_rows, "gathering of rows", "gatherings of rows"),
         (ops.sum_on_host, "sum on its host", "sums on its host"),
         *((ops.push_rows, "push of rows", "pushes of rows"), (ops.pull_rows, "pull of rows", "pulls of rows")),

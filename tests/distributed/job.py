@@ -25,6 +25,7 @@ from syncwright.runtime.sockets import Deadlines
 ROLE, RANK = os.environ.get("SYNCWRIGHT_ROLE", "trainer"), os.environ.get("RANK", "0")
 MIXED = Rules.of(AllReduce(), {"0.*": ParameterServer(partition=Even(2))})
 GATHERED = Rules.of(AllReduce(), {"few.*": AllGather(), "many.*": AllGather("mean_by_touch")})
+KEPT = Rules(Shard(3))
 SHARDED = Rules.of(Shard(3, bucket_mb=0.0001), {"2.*": Shard(1), "0.bias": AllReduce()})
 NESTEROV = Optimizer.of("SGD", lr=0.7, momentum=0.9, nesterov=True)
 ALONE = Rules.of(LocalSteps(2, NESTEROV, start=1), {"2.bias": LocalSteps(3, start=1)})
@@ -195,6 +196,28 @@ def gathered(folder: Path) -> None:
     with syncwright.distribute(products, model, optimizer, **given) as trainer:  # type: ignore[arg-type]
         losses = [trainer.step(*batch) for batch in lookups(trainer.rank)]
         torch.save({"losses": losses, "state": trainer.state_dict()}, folder / f"{trainer.rank}.pt")
+
+
+def matrices() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    return model, torch.optim.Muon(model.parameters(), lr=0.02)
+
+
+def kept(folder: Path) -> None:
+    """What cannot be cut one trainer keeps; the third keeps nothing."""
+    model, optimizer = matrices()
+    with syncwright.distribute(step, model, optimizer, plan=KEPT, compile=False, deadlines=PATIENT) as trainer:
+        losses = [trainer.step(x, y) for x, y in trainer.shard(batches(data(EXAMPLES, 0), BATCH))]
+        outputs = trainer.evaluate(lambda model, x, y: model(x), batches(data(HELD_OUT, 2), 4))
+        report = {"losses": losses, "outputs": outputs, "state": trainer.state_dict()}
+    torch.save(report, folder / f"{trainer.rank}.pt")
+
+
+def kept_by_sockets(folder: Path) -> None:
+    """The same among trainers that share no memory."""
+    os.environ["SYNCWRIGHT_SHARED_MEMORY"] = "0"
+    kept(folder)
 
 
 def early(folder: Path) -> None:

@@ -67,6 +67,8 @@ RIGHT = {
     "sharded": Setup("sharded", 2),
     "sharded among four": Setup("sharded", 4),
     "sharded, by sockets": Setup("sharded_by_sockets", 3),
+    "kept whole": Setup("kept", 3),
+    "kept whole, by sockets": Setup("kept_by_sockets", 3),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -238,6 +240,26 @@ def test_own_parts_in_processes_are_as_in_loopback(jobs, name: str, trainers: in
         if name != "sharded, by sockets":
             check_report(found, trainers, 0, job.SHARDED)
             continue
+        torch.testing.assert_close(found["losses"], losses)
+        torch.testing.assert_close(found["outputs"], outputs)
+        for one, other in zip(leaves(found["state"]), leaves(state), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["kept whole", "kept whole, by sockets"])
+def test_what_one_trainer_keeps_in_processes_is_as_in_loopback(jobs, name: str):
+    done = jobs[name].result()
+    assert done.status == 0, done.output
+    model, optimizer = job.matrices()
+    loopback = syncwright.loopback(job.step, model, optimizer, plan=job.KEPT, trainers=3)
+    given = [[own_part(b, 3, k) for k in range(3)] for b in job.batches(job.data(job.EXAMPLES, 0), job.BATCH)]
+    losses = [loopback.step(each) for each in given]
+    state = loopback.state_dict()
+    loopback.sync()
+    with torch.no_grad():
+        outputs = model(job.data(job.HELD_OUT, 2).tensors[0])
+    for rank in range(3):
+        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
         torch.testing.assert_close(found["losses"], losses)
         torch.testing.assert_close(found["outputs"], outputs)
         for one, other in zip(leaves(found["state"]), leaves(state), strict=True):
