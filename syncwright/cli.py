@@ -97,6 +97,7 @@ def show(
     diff: Annotated[
         str | None, typer.Option(metavar="PASS", help="What this pass changed; A..B: from after A to after B.")
     ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="What every role will hold.")] = False,
     disable_passes: Disabled = "",
 ) -> None:
     """Show the plan as a table, or the program of a role as text. Runs SCRIPT up to its first step."""
@@ -104,11 +105,12 @@ def show(
     from syncwright.passes import JOINING
     from syncwright.view import planned, programs
     from syncwright.view.look import look
+    from syncwright.view.memory import memory_table
     from syncwright.view.tables import show_table, show_text
 
     console, without = Console(), _listed(disable_passes)
     with _errors():
-        _check_views(program, after, diff)
+        _check_views(program, after, diff, memory)
         seen = look(script, arguments or (), plan, trainers, servers)
         if diff is not None:
             show_text(console, programs.text_of_difference(diff, seen.program, seen.plan, without))
@@ -117,6 +119,8 @@ def show(
         elif program is not None:
             job = lower(seen.program, seen.plan, without)
             show_text(console, programs.program_text(program, seen.program, job).rstrip())
+        elif memory:
+            show_table(console, memory_table(seen.program, lower(seen.program, seen.plan, without)))
         else:
             unbucketed = lower(seen.program, seen.plan, (*without, *JOINING))
             show_table(console, planned.plan_table(seen.program, seen.plan, unbucketed))
@@ -205,7 +209,11 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _check_views(program: str | None, after: str | None, diff: str | None) -> None:
+def _check_views(program: str | None, after: str | None, diff: str | None, memory: bool) -> None:
+    if memory and (program or after or diff):
+        raise RequestError(
+            "--memory: found beside --program, --after or --diff, expected it alone: it shows no program."
+        )
     if after is not None and diff is not None:
         raise RequestError("--after and --diff: found both, expected one. `--diff A..B` says between which passes.")
     if program not in (None, "trainer") and (after is not None or diff is not None):

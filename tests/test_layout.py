@@ -247,6 +247,7 @@ checking        a plan against one device
 view            tables and diffs for people
     tables
     planned
+    memory
     programs
     script
     look

@@ -75,10 +75,14 @@ def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
 
 
 def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
-    """By variable; `OTHER` for what belongs to none. A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a
-    reduction to parts, or a gathering of parts, half of that; a gathering of rows sends them, with their ids, N-1 times, and
-    receives as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids: distinct ones are
-    fewer. Of exchanges their share of a step. What is merged or copied on hosts is counted for who pushes and pulls it."""
+    """By variable; `OTHER` for what belongs to none.
+
+    A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a reduction to parts, or a gathering of parts, half of
+    that; a reduction to one trainer, or what one gives to all, as much on average; a gathering of rows sends them, with their
+    ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids:
+    distinct ones are fewer. Of exchanges their share of a step. What is merged or copied on hosts is counted for who pushes and
+    pulls it.
+    """
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
