@@ -159,6 +159,35 @@ def test_momentum_counts_once():
     assert moved(job_of(TopK(0.5), momentum=0.9), FIRST, FIRST) == [4, 0, -3, 0]
 
 
+@pytest.mark.parametrize("by", [TopK(0.5), Int8(), ErrorFeedback(Int8())])
+def test_what_is_no_row_of_numbers_is_refused_and_what_is_empty_is_left_alone(by):
+    class Odd(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.w, self.none = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(0, 3))
+            self.odd = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def squares(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = ((model.w * model.odd * x).abs() ** 2).mean() + model.none.sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def run(dtype: torch.dtype) -> Loopback:
+        model = Odd(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        job = syncwright.loopback(squares, model, optimizer, plan=Rules(AllReduce(compress=by)), trainers=2)
+        job.step([(torch.ones(1, 2),)] * 2)
+        return job
+
+    with pytest.raises(
+        LoweringError, match=r"'odd' is compressed by (top_k|int8) and has 2 elements of torch.complex64"
+    ):
+        run(torch.complex64)
+    assert "none.residual" not in run(torch.float64).replicas[0].values
+
+
 def test_a_warm_up_sends_more_at_first():
     """A quarter, a sixteenth, a sixty-fourth, and then what is asked for."""
     by = TopK(0.01, warmup_steps=6)

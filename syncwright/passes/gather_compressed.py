@@ -18,6 +18,7 @@ from syncwright.plan import AllReduce, Int8, Plan, TopK
 from syncwright.plan.compression import Compression, gathered_as
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, mode_of
+from syncwright.typed import tag
 
 aten = torch.ops.aten
 _MOST = 2**31
@@ -56,24 +57,30 @@ def gather_compressed(program: Program, plan: Plan) -> Program:
 
 
 def _wanted(program: Program, plan: Plan) -> Mapping[str, AllReduce]:
-    """What of a plan is this pass's."""
+    """What of a plan is this pass's: but for variables of no elements, of which there is nothing to send."""
     chosen = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, AllReduce)}
-    found = {name: sync for name, sync in chosen.items() if gathered_as(sync.compress) is not None}
-    kept = {str(v.of): v.name for v in program.of_role(Role.STATE) if v.initial is None and v.shape}
-    for name, sync in found.items():
-        by, numel = gathered_as(sync.compress), program.variables[name].numel
-        if isinstance(by, TopK) and by.momentum and name in kept:
-            raise LoweringError(
-                f"'{name}' is compressed by top_k with momentum: {by.momentum:g}, and its optimizer keeps '{kept[name]}'; "
-                "expected an update that is plain SGD, as momentum would count twice. Give the optimizer no momentum, or "
-                "leave momentum out of top_k."
-            )
-        if isinstance(by, TopK) and numel > _MOST:
-            raise LoweringError(
-                f"'{name}' is compressed by top_k and has {numel} elements; expected at most {_MOST}, of which places are "
-                "sent as 32 bits. Compress it otherwise, such as by cast."
-            )
+    variables, found = program.variables, {}
+    for name, sync in chosen.items():
+        by = gathered_as(sync.compress)
+        if by is not None and variables[name].numel:
+            _check(variables[name], by, [v for v in program.of_role(Role.STATE) if v.of == name and v.initial is None])
+            found[name] = sync
     return found
+
+
+def _check(variable: Variable, by: TopK | Int8, state: Sequence[Variable]) -> None:
+    """Raises LoweringError for what cannot be compressed so. A step count is no state here."""
+    kept = [each for each in state if each.shape or not variable.shape]
+    if isinstance(by, TopK) and by.momentum and kept:
+        raise LoweringError(
+            f"'{variable.name}' is compressed by top_k with momentum: {by.momentum:g}, and its optimizer keeps '{kept[0].name}'; "
+            "expected plain SGD, whose momentum top_k takes over. Give the optimizer no momentum, or leave momentum out of top_k."
+        )
+    if not variable.dtype.is_floating_point or variable.numel > _MOST:
+        raise LoweringError(
+            f"'{variable.name}' is compressed by {tag(type(by))} and has {variable.numel} elements of {variable.dtype}; expected "
+            f"floating-point numbers, at most {_MOST} of them, so that places are of 32 bits. Leave compress out for it."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
