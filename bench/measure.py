@@ -257,7 +257,8 @@ def record_traffic(one: Measured, work: Work, folder: Path, settings: Settings, 
 def record_curve(one: Measured, work: Work, folder: Path, settings: Settings) -> None:
     """The losses of a new start, from the first step on."""
     crew.end(one.crew)
-    one.crew = starting.start(one.contestant, work, folder / f"cache-{one.contestant.name}-curve", folder)
+    known = folder / f"cache-{one.contestant.name}-{settings.starts - 1}"
+    one.crew = starting.start(one.contestant, work, known, folder)
     begun = crew.begin(one.crew, settings.patience)
     answers = ask(one, {"ask": "curve", "steps": work.curve - 1}, settings)
     by_step = zip(*(answer["losses"] for answer in answers), strict=True)

@@ -139,9 +139,10 @@ def test_what_is_sent_and_what_is_kept_are_all_gradients(by):
     assert bool(left.any())  # type: ignore[union-attr]
 
 
-def test_velocity_is_summed_before_the_largest_are_chosen():
+@pytest.mark.parametrize("by", [TopK(0.5, momentum=0.5), ErrorFeedback(TopK(0.5, momentum=0.5))])
+def test_velocity_is_summed_before_the_largest_are_chosen(by):
     """u = u / 2 + g, v += u; both begin anew where v has been sent."""
-    job = job_of(TopK(0.5, momentum=0.5))
+    job = job_of(by)
     assert moved(job, FIRST, FIRST) == [4, 0, -3, 0]
     assert kept(job, "w.velocity") == kept(job) == [[0, 1, 0, 2]] * 2
     zeros = [0.0] * 4

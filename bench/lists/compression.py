@@ -39,9 +39,7 @@ def _contestants() -> tuple[Contestant, ...]:
         Contestant("ddp-compile", Kind.PEER, ddp, {"compile": True}),
         Contestant("ddp-fp16", Kind.PEER, hooked, {"hook": "fp16"}),
         Contestant("ddp-power-sgd", Kind.PEER, hooked, {"hook": "power_sgd"}),
-        Contestant(
-            "ddp-power-sgd-one-bucket", Kind.PEER, hooked, {"hook": "power_sgd", "one_bucket": True}, compiles=True
-        ),
+        Contestant("ddp-power-sgd-one-bucket", Kind.PEER, hooked, {"hook": "power_sgd", "one_bucket": True}),
         Contestant("ddp-top-k", Kind.PEER, hooked, {"hook": "top_k"}),
         Contestant(
             "syncwright-power-sgd-buckets", Kind.OURS, ours, _options(_rules(0.01, OURS["syncwright-power-sgd"]))

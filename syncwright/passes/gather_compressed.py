@@ -101,12 +101,10 @@ class _Gradient:
     @property
     def kept(self) -> list[str]:
         """Under which names a trainer keeps what it has not sent, and of what that is made."""
-        match self.compress:
-            case Int8():
-                return []
-            case TopK(momentum=momentum) if momentum:
-                return [residual_name(self.name), f"{self.name}.velocity"]
-        return [residual_name(self.name)]
+        if isinstance(self.compress, Int8):
+            return []
+        moving = isinstance(self.by, TopK) and self.by.momentum > 0
+        return [residual_name(self.name), *([f"{self.name}.velocity"] if moving else [])]
 
     @property
     def numel(self) -> int:
