@@ -19,7 +19,7 @@ FIRST_OF_POWER_SGD = 4
 """The step at which factors begin to travel: at least 2, as torch asks."""
 
 
-def start(workload: Workload, seat: Seat, hook: str, one_bucket: bool = False, compile: bool = True) -> Running:
+def start(workload: Workload, seat: Seat, hook: str, one_bucket: bool = False, compile: bool = False) -> Running:
     """
     hook        "fp16", "power_sgd" or "top_k"
     one_bucket  all gradients in one, in place of buckets of 25 MB behind a first of 1 MB
@@ -49,10 +49,14 @@ def start(workload: Workload, seat: Seat, hook: str, one_bucket: bool = False, c
 
 
 def largest_elements(left: dict[int, torch.Tensor], bucket: dist.GradBucket) -> Future[torch.Tensor]:
-    """What users write: the largest elements of a bucket and their places are gathered, the others kept for the next step."""
+    """What users write: the largest elements of a bucket and their places are gathered, the others kept for the next step.
+
+    After its first step DDP makes its buckets anew; what was kept until then is let go.
+    """
     flat, trainers = bucket.buffer(), dist.get_world_size()
-    if bucket.index() in left:
-        flat.add_(left[bucket.index()])
+    kept = left.get(bucket.index())
+    if kept is not None and kept.numel() == flat.numel():
+        flat.add_(kept)
     places = torch.topk(flat.abs(), max(1, round(RATIO * flat.numel())), sorted=False).indices
     values = flat[places]
     left[bucket.index()] = flat.index_fill(0, places, 0.0)

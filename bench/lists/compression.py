@@ -37,10 +37,12 @@ def _contestants() -> tuple[Contestant, ...]:
         *(Contestant(name, Kind.OURS, ours, _options(_rules(25, tail))) for name, tail in OURS.items()),
         Contestant("ddp", Kind.PEER, ddp),
         Contestant("ddp-compile", Kind.PEER, ddp, {"compile": True}),
-        Contestant("ddp-fp16", Kind.PEER, hooked, {"hook": "fp16"}),
-        Contestant("ddp-power-sgd", Kind.PEER, hooked, {"hook": "power_sgd"}),
-        Contestant("ddp-power-sgd-one-bucket", Kind.PEER, hooked, {"hook": "power_sgd", "one_bucket": True}),
-        Contestant("ddp-top-k", Kind.PEER, hooked, {"hook": "top_k"}),
+        Contestant("ddp-fp16", Kind.PEER, hooked, {"hook": "fp16", "compile": True}),
+        Contestant("ddp-power-sgd", Kind.PEER, hooked, {"hook": "power_sgd", "compile": True}),
+        Contestant(
+            "ddp-power-sgd-one-bucket", Kind.PEER, hooked, {"hook": "power_sgd", "one_bucket": True, "compile": True}
+        ),
+        Contestant("ddp-top-k", Kind.PEER, hooked, {"hook": "top_k", "compile": True}),
         Contestant(
             "syncwright-power-sgd-buckets", Kind.OURS, ours, _options(_rules(0.01, OURS["syncwright-power-sgd"]))
         ),
