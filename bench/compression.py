@@ -58,18 +58,18 @@ def _scaled(value: float | None, by: float) -> float | None:
 
 
 def runs(work: Work, everyone: Sequence[Contestant], count: int, steps: int, patience: float) -> dict:
-    """Everyone started so often, each time for so many steps: how many runs end as they should, and why others do not."""
+    """Everyone started so often, each time for so many steps: how many runs do all of them, and why others do not."""
     found: dict[str, dict] = {}
     for contestant in everyone:
         failures = []
         for number in range(count):
             reason = _run(contestant, work, steps, patience)
             failures += [] if reason is None else [reason]
-            say(f"{contestant.name}: run {number + 1}/{count}: {reason or 'ended'}")
-        found[contestant.name] = {"runs": count, "ended": count - len(failures), "failures": failures}
-    shown = table.new_table(f"{work.workload}: runs of {steps} steps that ended", ("contestant", "ended", "of"))
+            say(f"{contestant.name}: run {number + 1}/{count}: {reason or 'done'}")
+        found[contestant.name] = {"runs": count, "done": count - len(failures), "failures": failures}
+    shown = table.new_table(f"{work.workload}: runs that did {steps} steps", ("contestant", "done", "of"))
     for name, result in found.items():
-        shown.add_row(name, str(result["ended"]), str(result["runs"]))
+        shown.add_row(name, str(result["done"]), str(result["runs"]))
     table.console().print(shown)
     return found
 
@@ -110,7 +110,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="draw the losses here (png, svg, pdf)")] = None,
     quick: Annotated[bool, typer.Option(help="3 short repeats, interpreted: does it work at all?")] = False,
 ) -> None:
-    """Measure training over a network of a given bandwidth, or whether runs with factors in many buckets always end."""
+    """Measure training over a network of a given bandwidth, or whether runs with factors in many buckets always come through."""
     if part not in PARTS:
         raise typer.BadParameter(f"--part is one of {', '.join(PARTS)}, not {part}")
     use_cores(cores)
