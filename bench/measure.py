@@ -47,6 +47,7 @@ class Measured:
 
     peaks_mb    of every process, by its label
     step_bytes  over loopback, by all processes together; None: not counted
+    curve       the loss of every step of a start of its own
     """
 
     contestant: Contestant
@@ -57,6 +58,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)
     peaks_mb: dict[str, float] = field(default_factory=dict)
     step_bytes: float | None = None
+    curve: list[float] = field(default_factory=list)
     crew: Crew = field(default_factory=Crew)
 
     def result(self) -> dict:
@@ -73,6 +75,7 @@ class Measured:
             "loss_reference": self.contestant.loss_reference,
             "peaks_mb": self.peaks_mb,
             "step_bytes": self.step_bytes,
+            "curve": self.curve,
         }
 
 
@@ -88,6 +91,8 @@ def measure(work: Work, contestants: Sequence[Contestant], settings: Settings, s
         attempt_all(everyone, record_memory, say)
         if work.bytes_counted:
             attempt_all(everyone, lambda one: record_traffic(one, work, folder, settings, say), say)
+        if work.curve:
+            attempt_all(everyone, lambda one: record_curve(one, work, folder, settings), say)
         end_all(everyone)
     except BaseException:
         end_all(everyone, patience=2.0)
@@ -247,6 +252,19 @@ def record_traffic(one: Measured, work: Work, folder: Path, settings: Settings, 
         rest(one)
     except BenchError as error:
         say(f"{one.contestant.name}: its bytes could not be counted: {error}")
+
+
+def record_curve(one: Measured, work: Work, folder: Path, settings: Settings) -> None:
+    """The losses of a new start, from the first step on."""
+    crew.end(one.crew)
+    known = folder / f"cache-{one.contestant.name}-{settings.starts - 1}"
+    one.crew = starting.start(one.contestant, work, known, folder)
+    begun = crew.begin(one.crew, settings.patience)
+    answers = ask(one, {"ask": "curve", "steps": work.curve - 1}, settings)
+    by_step = zip(*(answer["losses"] for answer in answers), strict=True)
+    every = [[answer["loss"] for answer in begun], *by_step]
+    one.curve = [global_loss(one.contestant, ranks) for ranks in every]
+    rest(one)
 
 
 def start_over_tcp(one: Measured, work: Work, folder: Path, settings: Settings) -> None:

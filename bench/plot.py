@@ -1,8 +1,8 @@
-"""Every repeat of every contestant as a dot, its median as a line, one panel per workload."""
+"""Every repeat of every contestant as a dot, its median as a line, one panel per workload; losses by step and by time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -38,3 +38,19 @@ def draw(panel: Axes, workload: str, results: Mapping[str, Mapping]) -> None:
     panel.set_xlim(left=0)
     panel.set_xlabel("ms per step (lower is better)")
     panel.set_title(workload)
+
+
+def save_curves(curves: Mapping[str, tuple[Sequence[float], float]], path: Path) -> None:
+    """By contestant its losses and the seconds of a step: one panel over steps, one over time. Peers are dashed."""
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
+    for name, (losses, seconds) in curves.items():
+        style = "--" if name.startswith("ddp") else "-"
+        by_step.plot(losses, style, label=name, linewidth=1)
+        by_time.plot(seconds * np.arange(1, len(losses) + 1), losses, style, label=name, linewidth=1)
+    by_step.set_xlabel("step")
+    by_time.set_xlabel("seconds")
+    by_step.set_ylabel("loss")
+    by_time.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -26,12 +26,16 @@ class Work:
     workload       its name there
     isolated       give the contestant a network of its own
     bytes_counted  count there what a step sends
+    megabits       that the network carries a second; None: as many as the machine can
+    curve          steps of a start of their own of which every loss is recorded
     """
 
     workloads: str
     workload: str
     isolated: bool = False
     bytes_counted: bool = False
+    megabits: float | None = None
+    curve: int = 0
 
 
 def spawn(
@@ -93,7 +97,7 @@ def start(contestant: Contestant, work: Work, cache: Path, folder: Path) -> Crew
     ports = free_ports(len(roles) + 1)
     crew = Crew()
     try:
-        crew.network = new_network(contestant, folder) if work.isolated else None
+        crew.network = new_network(contestant, folder, work.megabits) if work.isolated else None
         for place, role in enumerate(roles):
             rank = roles[:place].count(role)
             seat = Seat(rank, contestant.processes, store, role, contestant.helpers, ports)
@@ -105,13 +109,19 @@ def start(contestant: Contestant, work: Work, cache: Path, folder: Path) -> Crew
     return crew
 
 
-def new_network(contestant: Contestant, folder: Path) -> Child | None:
-    """The process that holds a network for a contestant; None where this user may not make one."""
-    child = spawn(f"{contestant.name} network", "bench.namespace", [], folder, {})
+def new_network(contestant: Contestant, folder: Path, megabits: float | None = None) -> Child | None:
+    """The process that holds a network for a contestant; None where this user may not make one.
+
+    Raises Unavailable where it would have to be a narrow one: without it there is nothing to measure.
+    """
+    arguments = [] if megabits is None else ["--megabits", str(megabits)]
+    child = spawn(f"{contestant.name} network", "bench.namespace", arguments, folder, {})
     try:
         wait([child], "made", 60.0)
     except Unavailable:
         end(Crew(network=child))
+        if megabits is not None:
+            raise
         return None
     return child
 

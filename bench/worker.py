@@ -6,6 +6,7 @@
     warm: steps     warm: losses, seconds      seconds: the mean of the last steps
     ready           ready                      one untimed step: the caches are ours again
     block: steps    block: seconds             wall seconds of all the steps together
+    curve: steps    curve: losses              of every step
     close                                      the process ends
 
 Any other process of a contestant, such as a server, answers "imported", serves from `begin` on, and ends at `close`.
@@ -70,6 +71,8 @@ def answer(request: dict, running: Running, batches: Iterator[tuple]) -> dict:
             return {}
         case "block":
             return {"seconds": block(request["steps"], running, batches)}
+        case "curve":
+            return {"losses": [float(running.step(*next(batches))) for _ in range(request["steps"])]}
         case other:
             raise AssertionError(f"the driver asked for {other!r}, which no worker knows")
 

@@ -30,6 +30,8 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
+Ratio = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Factor = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 RARE = {"rare": True}
 """The metadata of a field that is written only where it does not hold its default, also in a saved plan."""
@@ -76,7 +78,10 @@ def describe(hint: Any, in_python: bool = False) -> str:
     match get_origin(hint):
         case origin if origin is Annotated:
             kind, meta = get_args(hint)
-            return describe(kind) + (f" of at least {meta.ge}" if meta.gt is None else f" above {meta.gt}")
+            bounds = [
+                f"{word} {getattr(meta, name)}" for name, word in _BOUNDS.items() if getattr(meta, name) is not None
+            ]
+            return f"{describe(kind)} {' and '.join(bounds)}"
         case origin if origin is Literal:
             values = [str(value) for value in get_args(hint)]
             return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
@@ -91,6 +96,7 @@ def describe(hint: Any, in_python: bool = False) -> str:
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 

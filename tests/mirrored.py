@@ -25,6 +25,7 @@ class Mirrored(Interpreter):
     truth  by name, and whether it is a later value
     sent   what was pushed or reduced, by channel, in order
     gathered  ids and rows that were given to all trainers, by channel
+    parts  what every trainer has given a part of, by channel
     seen   the value of every node, by name
     """
 
@@ -35,6 +36,7 @@ class Mirrored(Interpreter):
         self.trainers, self.truth, self.peers, self.hosts = trainers, truth, peers, hosts
         self.sent: dict[str, torch.Tensor] = {}
         self.gathered: dict[str, list[torch.Tensor]] = {}
+        self.parts: dict[str, list[torch.Tensor]] = {}
         self.seen: dict[str, object] = {}
 
     def run_node(self, n: Node) -> object:
@@ -73,6 +75,11 @@ class Mirrored(Interpreter):
             case ops.gather_rows:
                 self.gathered[args[1]] = ops.own_rows(args[0], args[2], *args[3:])
                 return args[0]
+            case ops.gather_parts:
+                self.parts[args[1]] = args[0]
+                return torch.empty(0)
+            case ops.wait_whole:
+                return [part.reshape(-1).repeat(self.trainers) for part in self.parts[args[1]]]
             case ops.wait_rows:
                 return merged([self.gathered[args[1]]] * args[3], args[2])
             case ops.push_rows:

@@ -9,7 +9,7 @@ from torch import nn
 import syncwright
 from syncwright import AllReduce, Rules, Shard, ops
 from syncwright.errors import PlanError
-from syncwright.plan import Cast, ErrorFeedback, PowerSGD
+from syncwright.plan import Cast, ErrorFeedback, Int8, PowerSGD, TopK
 from syncwright.runtime.loopback import Loopback
 
 BOTH = [AllReduce, lambda **given: Shard(1, **given), lambda **given: Shard(3, **given)]
@@ -104,7 +104,8 @@ def test_what_is_no_compression_is_refused(tmp_path):
     path = tmp_path / "rules.yaml"
     path.write_text("default: {all_reduce: {compress: {casts: float16}}}\n", encoding="utf-8")
     with pytest.raises(
-        PlanError, match=r"found the key 'casts', expected one of cast, error_feedback, power_sgd. Did you mean 'cast'"
+        PlanError,
+        match=r"found the key 'casts', expected one of cast, error_feedback, power_sgd, top_k, int8. Did you mean 'cast'",
     ):
         Rules.from_yaml(path)
     path.write_text("default: {all_reduce: {compress: null}}\n", encoding="utf-8")
@@ -186,6 +187,12 @@ def test_factors_of_parts_are_refused():
         ("{error_feedback: {cast: float16}}", ErrorFeedback(Cast("float16"))),
         ("{error_feedback: {of: {cast: float16}}}", ErrorFeedback(Cast("float16"))),
         ("{power_sgd: {rank: 4}}", PowerSGD(4)),
+        ("{top_k: {ratio: 0.01}}", TopK(0.01)),
+        ("{top_k: {ratio: 0.001, momentum: 0.9, warmup_steps: 1000}}", TopK(0.001, 0.9, 1000)),
+        ("{error_feedback: {top_k: {ratio: 0.01}}}", ErrorFeedback(TopK(0.01))),
+        ("int8", Int8()),
+        ("{int8: 256}", Int8(256)),
+        ("{error_feedback: int8}", ErrorFeedback(Int8())),
     ],
 )
 def test_every_compression_can_be_written_by_hand(tmp_path, text, compress):

@@ -157,6 +157,7 @@ passes          one rewrite of the whole program per file
     gather_rows
     bucket
     power_sgd
+    gather_compressed
     bucket_parts
     flatten
     tidy

@@ -45,10 +45,11 @@ def average_gradients(program: Program, plan: Plan) -> Program:
     program = program.edit()
     written = program.results
     factored = {name for name, sync in chosen.items() if f"{name}.factor" in written and sync.compress is not None}
+    gathered = {str(n.args[1]) for n in program.graph.find_nodes(op="call_function", target=ops.gather_parts)}
     marks = {
         name: mark
         for name, mark in find_marks(program).items()
-        if name in chosen and name in written and name not in factored
+        if name in chosen and name in written and name not in factored and f"{name}.grad" not in gathered
     }
     known, mean = Inference(mode_of(program.graph)), None
     if any(chosen[name].reduce == "mean" for name in marks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
@@ -14,7 +14,7 @@ from syncwright.dead import remove_dead
 from syncwright.passes.bucket import INSIDE
 from syncwright.passes.insert import first_call
 from syncwright.passes.read_gathered import AGAIN, AS
-from syncwright.plan import Plan, Shard
+from syncwright.plan import AllReduce, Plan, Shard
 from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
 
@@ -25,25 +25,36 @@ aten = torch.ops.aten
 class Member:
     """One value: where its reduction or gathering starts, where it is waited for, its bytes.
 
-    name   of its channel
-    cap    of a bucket; None: a number, of which all go together
-    again  gathered by backward, after forward
-    ahead  gathered so many buckets ahead; None: it is sent as soon as it is there
+    name     of its channel
+    cap      of a bucket; None: a number, of which all go together
+    again    gathered by backward, after forward
+    ahead    gathered so many buckets ahead; None: it is sent as soon as it is there
+    sources  what it is sent as: itself, or what a compression has made of it
     """
 
     start: Node
     wait: Node
-    source: Node
+    sources: tuple[Node, ...]
     name: str
     nbytes: int
     cap: int | None
     again: bool = False
     ahead: int | None = None
 
+    @property
+    def source(self) -> Node:
+        """The last that is there of what is sent."""
+        return max(self.sources)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...] | None:
+        """Of what is sent; None where a compression says them itself."""
+        return None if len(self.wait.args) > 3 else tuple(each.meta["val"].dtype for each in self.sources)
+
     def is_like(self, other: Member) -> bool:
         """Whether both may be in one bucket."""
-        mine, its = self.source.meta["val"].dtype, other.source.meta["val"].dtype
-        return (mine, self.cap, self.again, self.ahead) == (its, other.cap, other.again, other.ahead)
+        mine, its = (self.cap, self.again, self.ahead), (other.cap, other.again, other.ahead)
+        return self.dtypes == other.dtypes and mine == its
 
     @property
     def way(self) -> tuple[object, ...]:
@@ -64,19 +75,24 @@ def bucket_parts(program: Program, plan: Plan) -> Program:
     after   %a = gather_parts([x[own], y[own]], "whole.0"), %w = wait_whole(%a), %p = %w[0], %q = %w[1]
 
     Buckets are made as `bucket` makes them: consecutive in order of completion, or of first use. What forward gathers last and
-    backward reads first is gathered once. What one trainer gets or gives (`reduce_to`, `give`) has buckets of its own.
+    backward reads first is gathered once. What one trainer gets or gives (`reduce_to`, `give`) has buckets of its own. Compressed
+    gradients that are gathered are joined as what is reduced is: their bytes are what travels of them.
     """
     syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Shard)}
+    caps = {f"{s.variable}.grad": int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
     if not _calls(program, ops.gather_parts, ops.give):
         return program
     program = program.edit()
     known = Inference(mode_of(program.graph))
     for index, members in enumerate(_grouped(_scattered(program, syncs))):
         _join_scattered(program, f"parts.{index}", members, known)
+    compressed = _compressed(program, caps)
     gathered = [
         (members, _join_gathered(program, f"whole.{index}", members, known))
-        for index, members in enumerate(_grouped(_gathered(program, syncs)))
+        for index, members in enumerate(_grouped(_gathered(program, syncs, {member.start for member in compressed})))
     ]
+    for index, members in enumerate(_grouped(compressed)):
+        _join_gathered(program, f"compressed.{index}", members, known)
     ahead = [(members, *nodes) for members, nodes in gathered if members[0].ahead is not None]
     once = _gathered_once(ahead)
     remove_dead(program.graph)
@@ -95,14 +111,30 @@ def _scattered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
         (wait,) = start.users
         (source,), channel, _ = start.args
         sync = syncs[str(channel).removesuffix(".grad")]
-        found.append(Member(start, wait, source, str(channel), source.meta["val"].nbytes, int(sync.bucket_mb * 2**20)))
+        found.append(
+            Member(start, wait, (source,), str(channel), source.meta["val"].nbytes, int(sync.bucket_mb * 2**20))
+        )
     return found
 
 
-def _gathered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
+def _compressed(program: Program, caps: Mapping[str, int]) -> list[Member]:
+    """In the order in which they are complete."""
+    found = []
+    for start in program.graph.find_nodes(op="call_function", target=ops.gather_parts):
+        sources, channel, _ = start.args
+        if channel in caps:
+            (wait,) = start.users
+            nbytes = sum(source.meta["val"].nbytes for source in sources)
+            found.append(Member(start, wait, tuple(sources), channel, nbytes, caps[channel]))
+    return found
+
+
+def _gathered(program: Program, syncs: Mapping[str, Shard], others: Container[Node]) -> list[Member]:
     """In the order in which they are waited for."""
     found = []
     for start in _calls(program, ops.gather_parts, ops.give):
+        if start in others:
+            continue
         (wait,) = start.users
         (source,), channel, number = start.args
         trainers = 1 if start.target is ops.give else number
@@ -110,7 +142,7 @@ def _gathered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
         sync, nbytes = syncs.get(name.partition(AS)[0]), source.meta["val"].nbytes * trainers
         cap = None if sync is None else int(sync.bucket_mb * 2**20)
         ahead = sync.prefetch if sync is not None and _is_kept(source) else None
-        found.append(Member(start, wait, source, str(channel), nbytes, cap, again, ahead))
+        found.append(Member(start, wait, (source,), str(channel), nbytes, cap, again, ahead))
     return sorted(found, key=lambda member: member.wait)
 
 
@@ -161,17 +193,19 @@ def _join_scattered(program: Program, channel: str, members: Bucket, known: Infe
 def _join_gathered(program: Program, channel: str, members: Bucket, known: Inference) -> tuple[Node, Node]:
     graph, (target, number) = program.graph, members[0].way
     sizes = [size for member in members for size in member.wait.args[2]]  # type: ignore[union-attr]
-    sources = [member.source for member in members]
+    sources = [source for member in members for source in member.sources]
+    dtypes = [[name for member in members for name in member.wait.args[3]]] if members[0].dtypes is None else []  # type: ignore[union-attr]
     calls = [source for source in sources if source.op != "placeholder"]
     with graph.inserting_after(max(calls)) if calls else graph.inserting_before(min(m.wait for m in members)):
         started = known.call(graph, target, sources, channel, number)
         started.meta[INSIDE] = tuple(member.name for member in members)
     with graph.inserting_before(min(member.wait for member in members)):
-        waited = known.call(graph, ops.wait_whole, started, channel, sizes)
-        parts = [known.call(graph, getitem, waited, index) for index, _ in enumerate(members)]
-    for member, part in zip(members, parts, strict=True):
+        waited = known.call(graph, ops.wait_whole, started, channel, sizes, *dtypes)
+        parts = [known.call(graph, getitem, waited, index) for index, _ in enumerate(sources)]
+    for member in members:
+        own, parts = parts[: len(member.sources)], parts[len(member.sources) :]
         for pick in list(member.wait.users):
-            pick.replace_all_uses_with(part)
+            pick.replace_all_uses_with(own[pick.args[1]])  # type: ignore[index]
             graph.erase_node(pick)
         graph.erase_node(member.wait)
         graph.erase_node(member.start)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from syncwright.passes.insert import behind, read_variable
-from syncwright.plan.compression import Cast, Compression, ErrorFeedback, PowerSGD
+from syncwright.plan.compression import Cast, Compression, ErrorFeedback, Int8, PowerSGD, TopK
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference
 
@@ -26,7 +26,7 @@ def compressed(
             output({"w.residual": sub(%t, to_copy(%c, f32))})
     """
     match by:
-        case None | PowerSGD():  # whose matrices `power_sgd` has reduced
+        case None | PowerSGD() | TopK() | Int8() | ErrorFeedback(TopK() | Int8()):  # what other passes leave
             return program, sent
         case Cast(dtype):
             with behind(sent):

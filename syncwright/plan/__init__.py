@@ -12,7 +12,7 @@ resolve, check            Rules -> Plan; does a Plan fit a program and a cluster
 """
 
 from syncwright.plan.check import check
-from syncwright.plan.compression import Cast, Compression, ErrorFeedback, PowerSGD
+from syncwright.plan.compression import Cast, Compression, ErrorFeedback, Int8, PowerSGD, TopK
 from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
 from syncwright.plan.partition import Blocks, Even, Hashed, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
@@ -46,6 +46,7 @@ __all__ = [
     "Geo",
     "Hash",
     "Hashed",
+    "Int8",
     "LeastLoaded",
     "Local",
     "LocalSteps",
@@ -65,6 +66,7 @@ __all__ = [
     "Sharing",
     "Small",
     "Sync",
+    "TopK",
     "Uncuttable",
     "Uneven",
     "Update",

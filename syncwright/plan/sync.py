@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from syncwright.errors import PlanError
-from syncwright.plan.compression import Compression, PowerSGD
+from syncwright.plan.compression import Compression, PowerSGD, TopK, gathered_as
 from syncwright.plan.outer import Geo, Mean, Outer
 from syncwright.plan.partition import Partition, Whole
 from syncwright.plan.placement import Placement, RoundRobin
-from syncwright.typed import RARE, Amount, Count, Index, check_fields
+from syncwright.typed import RARE, Amount, Count, Index, check_fields, tag
 
 _WHOLE, _IN_TURN, _MEAN = Whole(), RoundRobin(), Mean()
 Wire = Literal["float16", "bfloat16", "float32"]
@@ -211,6 +211,11 @@ class Shard:
                 "Shard: found compress: power_sgd, but factors are of a whole matrix, and a trainer gets its own part of one. "
                 "Share the variable by all_reduce, or compress by cast or error_feedback."
             )
+        if (by := gathered_as(self.compress)) is not None:
+            raise PlanError(
+                f"Shard: found compress: {tag(type(by))}, but what it sends cannot be added up on the way, so every trainer "
+                "would get all of it and not its own part of the sum. Share the variable by all_reduce, or compress by cast."
+            )
 
 
 def _check_device(name: str) -> None:
@@ -248,7 +253,15 @@ class LocalSteps:
         check_fields(self, PlanError)
         if isinstance(self.over, ParameterServer):
             self._check_servers(self.over)
-        elif self.is_geo:
+            return
+        top = gathered_as(self.over.compress)
+        if isinstance(top, TopK) and (top.momentum or top.warmup_steps):
+            name = "momentum" if top.momentum else "warmup_steps"
+            raise PlanError(
+                f"LocalSteps.over: found all_reduce with compress: top_k and {name}: {getattr(top, name):g}, but what is "
+                f"exchanged is no gradient, and comes every few steps. Leave {name} out of top_k."
+            )
+        if self.is_geo:
             raise PlanError(
                 "LocalSteps.outer: found geo over all_reduce, expected it over parameter_server: a server adds each trainer's "
                 "difference as it comes, and nobody waits for the others. Say over: parameter_server as well."

@@ -1,0 +1,34 @@
+"""Gradients compressed in every way, over sockets and many buckets: what the loopback computes, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import syncwright
+from syncwright.runtime.launch import launch
+from tests.scripts import compressed
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.mark.parametrize("shared", ["1", "0"])
+def test_every_compression_in_buckets_of_its_own(shared: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    """In memory that trainers share, and over sockets."""
+    environment = {**environment, "SYNCWRIGHT_SHARED_MEMORY": shared}
+    script = str(Path(compressed.__file__))
+    assert launch(script, [str(tmp_path)], trainers=2, servers=0, environment=environment) == 0
+    job = syncwright.loopback(
+        compressed.step, *compressed.build(), plan=compressed.PLAN, trainers=2, check_replicas=True
+    )
+    losses = [
+        float(job.step([compressed.batch(rank, at) for rank in range(2)]))  # type: ignore[arg-type]
+        for at in range(compressed.STEPS)
+    ]
+    for rank in range(2):
+        values, found = torch.load(tmp_path / f"{rank}.pt")
+        assert found == losses
+        for name, value in job.state_dict()["model"].items():
+            assert torch.equal(values[name], value), name
