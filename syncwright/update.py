@@ -151,8 +151,8 @@ def _writes_by_parameter(program: Program, follows: Mapping[str, str]) -> dict[s
         match variable.role:
             case Role.PARAM:
                 found[name].append(name)
-            case Role.STATE:
-                found.setdefault(str(variable.of), []).append(name)
+            case Role.STATE if variable.of is not None:
+                found.setdefault(variable.of, []).append(name)
             case _ if name in follows:
                 found[follows[name]].append(name)
     return found

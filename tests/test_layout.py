@@ -119,6 +119,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     sizes
     sparse_adam
     initial
+    scaling
     state
     functional
     sparse
