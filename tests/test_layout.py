@@ -155,6 +155,7 @@ passes          one rewrite of the whole program per file
     gather_rows
     bucket
     power_sgd
+    keep_unsent
     bucket_parts
     flatten
     tidy

@@ -127,11 +127,12 @@ class _Kept:
 
 
 def _unscale(grads: list[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
-    """`_amp_foreach_non_finite_check_and_unscale_`: what clipping asks of gradients, a norm of each and one of these."""
-    norms = [aten.linalg_vector_norm.default(g, float("inf")) for g in grads if g.numel()]
-    if norms:
-        largest = aten.linalg_vector_norm.default(torch.stack(norms), float("inf"))
-        found_inf.copy_(torch.where(largest < float("inf"), found_inf, torch.ones_like(found_inf)))
+    """`_amp_foreach_non_finite_check_and_unscale_`: 0 times what is not finite is NaN, and so is a sum with it.
+
+    Such sums are cut, and added up over roles, as any sum is; also those of no numbers at all.
+    """
+    sums = [(grad * 0.0).sum() for grad in grads]
+    found_inf.copy_(torch.where(torch.stack(sums).sum() == 0, found_inf, torch.ones_like(found_inf)))
     for grad in grads:
         grad.mul_(inv_scale)
 
