@@ -16,6 +16,7 @@ from syncwright.capture.state import Binding
 from syncwright.capture.step import capture_step
 from syncwright.errors import CaptureError, LoweringError
 from syncwright.lower import lower
+from syncwright.nn import HashEmbedding
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.flat import flat_parts
 from syncwright.plan import Shard
@@ -537,6 +538,30 @@ def test_rows_of_tables_are_looked_at_and_skipped(plan: str, kind: str) -> None:
     trained(job, given)
     assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == numbers == NUMBERS[-1]
     check_close(dict(model.state_dict()), expected)
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["", "clip"])
+def test_tables_of_any_ids_skip_with_the_others(clip: bool) -> None:
+    """Rows on two servers, of which one has none of a batch; the head is all-reduced."""
+    torch.manual_seed(0)
+    scaler, model = scaler_of(), nn.Sequential(HashEmbedding(3, capacity=64, seed=1), nn.Linear(3, 1))
+    job = syncwright.loopback(
+        *(scaled(scaler, clip), model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        plan="parallax",
+        trainers=2,
+        servers=2,
+    )
+    before: list[dict] = []
+    for finite, numbers in zip(FINITE, NUMBERS, strict=True):
+        y = torch.ones(2, 1, 1)
+        y[1] = 1.0 if finite else torch.inf
+        job.step([(torch.tensor([3]), y[0]), (torch.tensor([3]), y[1])])
+        found = trained(job, [])
+        assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == numbers
+        kept = {name: found[name] for name in ("0.weight", "1.weight")}
+        same = [torch.equal(kept[name], value) for each in before[-1:] for name, value in each.items()]
+        assert not any(same) if finite else all(same)
+        before.append(kept)
 
 
 @pytest.mark.parametrize(
