@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from syncwright.capture.state import Binding
+from syncwright.capture.step import capture_step
 from syncwright.errors import PlanError
 from syncwright.plan import Local, LocalSteps, Plan
 from syncwright.program import Program, Role, Variable
@@ -90,6 +91,8 @@ def check_plan(
     _refuse_independent(program, plan)
     _refuse_by_id(program)
     binding = Binding(first.model, first.optimizer, first.state)
+    if any(variable.of is None for variable in program.of_role(Role.STATE)):
+        capture_step(first.step, binding, first.optimizer, first.batch)  # which meets the scalers of the step
     kept, mixing = Kept(binding), mixing_in(first.model, program)
 
     def run(what: str, steps_of: Iterator[T]) -> tuple[Values, T]:

@@ -31,7 +31,7 @@ from syncwright.schema import argument
 from syncwright.selection import Selection
 from syncwright.split import grad_variable
 from syncwright.text import op_name
-from syncwright.update import Join, Updates, find_updates
+from syncwright.update import Join, Updates, find_marks, find_updates
 from syncwright.verify import verify, verify_after, verify_job
 
 Pass = Callable[[Program, Plan], Program]
@@ -65,6 +65,7 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
     """The job of steps that are all alike."""
     check_lookups(program, plan)
     _check_gathered(program, plan)
+    _check_scaled(program, plan)
     _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
     step = program
     for each in pipeline(passes, without):
@@ -185,6 +186,30 @@ def _check_replicated(updates: Updates, plan: Plan) -> None:
                 "replicas of it would drift apart. Expected an update made from the parameter, its gradient, its state and "
                 "hyper-parameters. Move what differs in front of backward(), or share the variable by: local."
             )
+
+
+def _check_scaled(program: Program, plan: Plan) -> None:
+    """All trainers scale alike and skip the same steps, or each does so for itself alone."""
+    scale = next((v.name for v in program.of_role(Role.STATE) if v.of is None), None)
+    if scale is None:
+        return
+    syncs = {s.variable: s.sync for s in plan.sharings if s.variable in find_marks(program)}
+    arriving = [name for name, sync in syncs.items() if isinstance(sync, ParameterServer) and not sync.in_step]
+    if arriving:
+        raise LoweringError(
+            f"'{arriving[0]}' is updated asynchronously, but the step scales its loss by '{scale}', which follows from all "
+            "gradients of a step; here each is applied as it comes. Expected updates in step. Say mode: sync, or train in "
+            "bfloat16 or float32, without a GradScaler."
+        )
+    alone = {name: sync for name, sync in syncs.items() if isinstance(sync, Local | LocalSteps)}
+    if plan.trainers > 1 and 0 < len(alone) < len(syncs):
+        name = next(iter(alone))
+        shared = next(each for each in syncs if each not in alone)
+        raise LoweringError(
+            f"'{name}' is {_word(alone[name])} and '{shared}' is shared, but the step scales its loss by '{scale}', "
+            "which follows from the gradients of both; trainers would scale differently. Expected all variables to be shared, or "
+            "none. Share them all, or train in bfloat16 or float32, without a GradScaler."
+        )
 
 
 def _check_gathered(program: Program, plan: Plan) -> None:

@@ -7,7 +7,8 @@ Every node behind a gradient mark gets one of these meanings; `v` is a parameter
     Cut(v)      aligned with v and made elementwise from it: a piece of it needs only that piece of v
     Rows(v)     aligned with v's axis 0: made row by row
     Whole(v)    needs all of v at once
-    Joined      made from reductions, or from several variables: a global value, or on the way to one
+    Joined      made from reductions, from several variables, or from state of no parameter (a loss scale): a global value,
+                or on the way to one
     Foreign     reads the batch or the forward: only a trainer can compute it
 """
 
@@ -119,6 +120,8 @@ class _Reader:
                 return Free()
             case Role.PARAM:
                 return Cut(variable.name) if variable.own is None else Whole(variable.own.of)
+            case Role.STATE if variable.of is None:
+                return Joined()
             case Role.STATE:
                 owner = self.program.variables.get(str(variable.of))
                 if owner is None or variable.own is not None:
@@ -181,12 +184,12 @@ def _made_from(node: Node, buffer: str, new: Mapping[Node, str], program: Progra
 
 
 def _region(program: Program, marks: set[Node], follows: Mapping[str, str]) -> set[Node]:
-    """Ancestors of everything an update writes, stopping at the marks."""
+    """Ancestors of everything an update writes, stopping at the marks. State of no parameter is written by no update."""
     results = program.results
     roots = [
         results[v.name]
         for v in program.variables.values()
-        if v.name in results and (v.role in (Role.PARAM, Role.STATE) or v.name in follows)
+        if v.name in results and (v.role is Role.PARAM or (v.role is Role.STATE and v.of) or v.name in follows)
     ]
     seen: set[Node] = set()
     while roots:
@@ -250,11 +253,17 @@ def _combine(node: Node, given: list[Meaning]) -> Meaning:
 
 def _pointwise(node: Node, given: Sequence[Meaning], aligned: Sequence[Meaning], parameter: str) -> Meaning:
     if not aligned:
-        return Joined() if any(isinstance(g, Joined) for g in given) else Scalar(parameter)
+        joined = any(isinstance(g, Joined) for g in given) and not _is_choice(node, given)
+        return Joined() if joined else Scalar(parameter)
     for kind in (Whole, Rows):
         if any(isinstance(g, kind) for g in aligned):
             return kind(parameter)
     return Cut(parameter)
+
+
+def _is_choice(node: Node, given: Sequence[Meaning]) -> bool:
+    """`where` of a global condition and of two numbers that every owner has (a step count that a skipped step leaves alone)."""
+    return node.target is aten.where.self and not any(isinstance(g, Joined) for g in given[1:])
 
 
 def is_partial(node: Node) -> bool:

@@ -37,11 +37,12 @@ class Kept:
         self._tensors = [(slot, slot.get(), slot.get().detach().clone()) for slot in slots]
         self._grads = [(tensor, copy.deepcopy(tensor.grad)) for _, tensor, _ in self._tensors]
         self._optimizers = [(o, _copied_state(o), _copied_groups(o)) for o in binding.optimizers.values()]
+        self._scalers = [(slot, slot.get().clone()) for slot in binding.scaled.values()]
         self._random = torch.get_rng_state()
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """The user's own tensors, gradients, optimizer state, settings and random stream are as they were."""
+        """The user's own tensors, gradients, optimizer state, settings, loss scales and random stream are as they were."""
         for slot, tensor, value in self._tensors:
             slot.set(tensor)
             tensor.copy_(value)
@@ -52,6 +53,8 @@ class Kept:
             optimizer.state.update({parameter: _copied(held) for parameter, held in state.items()})
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(_copied(settings))
+        for slot, number in self._scalers:
+            slot.write(number)
         torch.set_rng_state(self._random)
 
 

@@ -69,11 +69,14 @@ def places(parts: Split) -> dict[Node, Place]:
         if isinstance(meaning, Owned) and meaning.of in parts.pieces and node not in marks:
             found[node] = Owners(meaning.of)
     for join in parts.updates.joins:
+        if not join.partials:  # made from state of no parameter, which trainers have: theirs
+            continue
         served = [p for p in join.parameters if p in parts.pieces]
         if not served:
             continue
         alone = len(join.parameters) == 1 and len(parts.pieces[served[0]]) == 1
-        found |= dict.fromkeys(join.nodes, Owners(served[0]) if alone else Server(parts.reducer))
+        nodes = [node for node in join.nodes if node.op != "placeholder"]
+        found |= dict.fromkeys(nodes, Owners(served[0]) if alone else Server(parts.reducer))
         found |= {n: Owners(p) for n, p in join.partials.items() if p in parts.pieces and n not in marks}
     placeholders, results = parts.program.placeholders, parts.program.results
     for parameter, names in parts.owned.items():

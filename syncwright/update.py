@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from syncwright.meaning import (
@@ -23,6 +24,8 @@ from syncwright.meaning import (
     is_partial,
 )
 from syncwright.program import Program, Role
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +85,18 @@ def find_updates(program: Program) -> Updates:
     meanings = find_meanings(program, marks, follows)
     joins = _joins(program, meanings)
     return Updates(_updates(program, marks, meanings, joins, follows), joins, marks, meanings)
+
+
+def skipped_by(program: Program, name: str) -> Node | None:
+    """The condition on which a step leaves a variable as it was: that a gradient is not finite, under a loss scale.
+
+    %c of `output({"w": where(%c, w, %new)})`; None for a variable that every step changes.
+    """
+    old, new = program.placeholders.get(name), program.results.get(name)
+    if old is None or new is None or new.target is not aten.where.self or new.args[1] is not old:
+        return None
+    condition: Node = new.args[0]  # type: ignore[assignment]
+    return condition if condition.meta["val"].dim() == 0 else None
 
 
 def _joins(program: Program, meanings: Mapping[Node, Meaning]) -> tuple[Join, ...]:
@@ -151,8 +166,8 @@ def _writes_by_parameter(program: Program, follows: Mapping[str, str]) -> dict[s
         match variable.role:
             case Role.PARAM:
                 found[name].append(name)
-            case Role.STATE:
-                found.setdefault(str(variable.of), []).append(name)
+            case Role.STATE if variable.of is not None:
+                found.setdefault(variable.of, []).append(name)
             case _ if name in follows:
                 found[follows[name]].append(name)
     return found

@@ -193,3 +193,25 @@ def test_every_trainer_computes_again_with_its_own_masks(plan):
     found = check(descend, model, optimizer, (torch.randn(6, 4), torch.randn(6, 2)), plan=plan, trainers=3)
     assert not found.beyond
     assert len(found.mixing) == 1
+
+
+@pytest.mark.parametrize("plan", ["all_reduce", "zero3", "parameter_server"])
+def test_a_loss_scale_is_compared_and_put_back(plan):
+    """A scale that grows in the second of three steps, in all three ways of training."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+    def scaled(model, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    model, optimizer, batch = linear()
+    before = held(model, optimizer)
+    found = check(scaled, model, optimizer, batch, plan)
+    assert not found.beyond
+    assert {"scaler.scale", "scaler.growth_tracker"} <= {d.variable.name for d in found.differences}
+    assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == (8.0, 0)
+    torch.testing.assert_close(held(model, optimizer), before, rtol=0, atol=0)

@@ -93,6 +93,11 @@ def late_state() -> object:
     return syncwright.capture(misuse.plain, built, misuse.LateState(built.parameters()), *BATCH)
 
 
+class OtherScaler(torch.amp.GradScaler):
+    def step(self, optimizer, *args, **kwargs):
+        return super().step(optimizer, *args, **kwargs)
+
+
 def not_a_module_as_state() -> object:
     built = model()
     state = {"ema": torch.zeros(2)}
@@ -112,7 +117,9 @@ CAPTURE: dict[str, Case] = {
     "a log line": lambda: captured(misuse.logs),
     "scheduler.step() in the step": scheduled,
     "a learning rate set in the step": lambda: captured(misuse.changes_rate),
-    "GradScaler in the step": lambda: captured(misuse.scaled(torch.amp.GradScaler("cpu"))),
+    "GradScaler without update()": lambda: captured(misuse.scaled_without_update(torch.amp.GradScaler("cpu"))),
+    "GradScaler with a closure": lambda: captured(misuse.scaled_with_closure(torch.amp.GradScaler("cpu"))),
+    "a GradScaler that steps otherwise": lambda: captured(misuse.scaled(OtherScaler("cpu"))),
     "a closure": lambda: captured(misuse.closure),
     "LBFGS": lambda: captured(misuse.closure, torch.optim.LBFGS),
     "a seed in the step": lambda: captured(misuse.seeds),
@@ -249,8 +256,11 @@ def test_a_refused_step_leaves_the_users_objects_as_they_were():
     scaler = torch.amp.GradScaler("cpu")
     before = scaler.state_dict()
     with pytest.raises(CaptureError):
-        captured(misuse.scaled(scaler))
+        captured(misuse.scaled_without_update(scaler))
     assert scaler.state_dict() == before
+    assert scaler._scale is None
+    assert not scaler._per_optimizer_states
+    assert "_maybe_opt_step" not in vars(scaler)
     assert repr(torch.ones(1)) == "tensor([1.])"
     assert torch.optim.lr_scheduler.StepLR.step is torch.optim.lr_scheduler.LRScheduler.step
 

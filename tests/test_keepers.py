@@ -143,6 +143,43 @@ def test_a_trainer_without_examples_takes_part(stage):
     check_close(state_of(job.model, job.optimizer), state_of(alone, its))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_that_is_skipped_is_skipped_by_all(kind, stage):
+    """The third batch overflows, on one trainer."""
+
+    def build() -> tuple[nn.Module, tuple[torch.optim.Optimizer, ...], torch.amp.GradScaler, Callable]:
+        model, scaler = Net(), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+        def scaled(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...], x: torch.Tensor, y: torch.Tensor):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            return loss
+
+        return model, OPTIMIZERS[kind](model), scaler, scaled
+
+    given = batches(5)
+    given[2][1][1] = float("inf")
+    alone, its, scaler, the_step = build()
+    for batch in given:
+        the_step(alone, its, *batch)
+    model, optimizers, other, the_step = build()
+    job = syncwright.loopback(the_step, model, optimizers, plan=Rules(Shard(stage)), trainers=2)
+    for x, y in given:
+        job.step(list(zip(x.chunk(2), y.chunk(2), strict=True)))
+    job.sync()
+    check_close(state_of(model, optimizers), state_of(alone, its))
+    assert other.get_scale() == scaler.get_scale() == 16.0
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_nobody_else_holds_it(stage):
     job = job_of(muon, Shard(stage), 3)

@@ -120,6 +120,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     sizes
     sparse_adam
     initial
+    scaling
     state
     functional
     sparse
@@ -158,6 +159,7 @@ passes          one rewrite of the whole program per file
     bucket
     power_sgd
     gather_compressed
+    keep_unsent
     bucket_parts
     flatten
     tidy

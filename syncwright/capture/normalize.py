@@ -98,6 +98,8 @@ class _Builder:
             self.made[node] = self.made[self.draws[node]]
         elif target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
+        elif (chosen := _unwritten(node)) is not None:
+            self.made[node] = self.made[chosen]
         elif (statistic := _unchanged_statistic(node)) is not None:
             self.made[node] = self.made[statistic]
         elif target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":  # type: ignore[union-attr]
@@ -209,6 +211,23 @@ def _as_example(val: FakeTensor) -> torch.Tensor:
     sizes, strides = ([private.plain_size(size) for size in each] for each in (val.shape, val.stride()))
     with val.fake_mode:
         return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+
+
+def _unwritten(node: Node) -> Node | None:
+    """Where nothing is written, what a choice between an old and a new value does not need copied: the old value, which only
+    `where` reads, and the choice, which only the copy into the old value's place reads.
+
+    before  %old = clone(%w), %c = where(%skipped, %old, %new), %k = copy(%new, %c)
+    after   %c = where(%skipped, %w, %new)
+    """
+    where, target = torch.ops.aten.where.self, node.target
+    if target is torch.ops.aten.clone.default and all(user.target is where for user in node.users):
+        return node.args[0]  # type: ignore[return-value]
+    if target is not torch.ops.aten.copy.default or node.args[1].target is not where:  # type: ignore[union-attr]
+        return None
+    old, chosen = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    alike = (old.shape, old.dtype, old.stride()) == (chosen.shape, chosen.dtype, chosen.stride())
+    return node.args[1] if alike and len(node.args[1].users) == 1 else None  # type: ignore[return-value, union-attr]
 
 
 def _unchanged_statistic(node: Node) -> Node | None:

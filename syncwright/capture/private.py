@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.amp.grad_scaler import GradScaler, OptState, _refresh_per_optimizer_state
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -28,19 +30,25 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "changed_scaling",
     "compiling",
     "dynamic_tensor",
     "fake_mode",
     "guards_of",
     "host_number",
+    "is_between_steps",
     "make_fx",
     "newest_call",
     "no_printing",
     "plain_size",
+    "scaler_number",
+    "set_scaler_number",
     "size_symbol",
+    "skipping",
     "specialised",
     "symbol_of",
     "symbolic_extremes",
+    "without_own_scaling",
 ]
 
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -173,6 +181,62 @@ def symbolic_extremes(scopes: list[dict]) -> Iterator[None]:
     finally:
         for scope, name in changed:
             scope.pop(name, None)
+
+
+_NUMBERS = {"scale": torch.float32, "growth_tracker": torch.int32}
+
+
+def scaler_number(scaler: GradScaler, key: str) -> torch.Tensor:
+    """A scaler's `scale` or `growth_tracker`, of no axes; its own tensor once it has one. Public: `state_dict()`, a copy."""
+    held = vars(scaler)
+    own = held[f"_{key}"]
+    return torch.full((), held[f"_init_{key}"], dtype=_NUMBERS[key], device=held["_device"]) if own is None else own
+
+
+def set_scaler_number(scaler: GradScaler, key: str, value: object) -> object:
+    """Puts another tensor there, or none; gives the one that was there. Public: `load_state_dict`, of numbers."""
+    before = vars(scaler)[f"_{key}"]
+    setattr(scaler, f"_{key}", value)
+    return before
+
+
+@contextmanager
+def skipping(scaler: GradScaler, step: Callable) -> Iterator[None]:
+    """While open, no optimizer has been unscaled or stepped, and `step(optimizer, {"found_inf_per_device": ...}, ...)` is
+    what steps one. Public: none; `GradScaler.step` asks for values."""
+    before = scaler._per_optimizer_states
+    scaler._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+    scaler._maybe_opt_step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del scaler._maybe_opt_step
+        scaler._per_optimizer_states = before
+
+
+def is_between_steps(scaler: GradScaler) -> bool:
+    """Whether no optimizer has been unscaled or stepped since the last `update()`. Public: none."""
+    return all(state["stage"] is OptState.READY for state in scaler._per_optimizer_states.values())
+
+
+def changed_scaling(kind: type[GradScaler]) -> list[str]:
+    """What a class does otherwise than torch's. Public: none."""
+    names = ("unscale_", "step", "update", "_unscale_grads_", "_maybe_opt_step")
+    return [name for name in names if getattr(kind, name) is not getattr(GradScaler, name)]
+
+
+@contextmanager
+def without_own_scaling(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, a fused optimizer leaves it to the scaler to unscale and to skip. Public: `fused=False`, from the beginning."""
+    held, key = vars(optimizer), "_step_supports_amp_scaling"
+    before = held.get(key)
+    held[key] = False
+    try:
+        yield
+    finally:
+        held[key] = before
+        if before is None:
+            del held[key]
 
 
 @contextmanager

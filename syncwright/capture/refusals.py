@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from syncwright.capture import private
@@ -24,15 +23,6 @@ def refusals() -> Iterator[None]:
             "Expected the schedule to advance outside. Call it after trainer.step(...)."
         )
 
-    def refuse_scaling(self, outputs):
-        if not self.is_enabled():
-            return outputs
-        raise CaptureError(
-            f"{current_line()}: GradScaler.scale() inside the training step; whether a scaled step counts is decided by its "
-            "gradients, which have no value while the step is captured. Expected a step without loss scaling: train in "
-            "bfloat16 or float32, or build GradScaler(enabled=False)."
-        )
-
     def refuse_print() -> str:
         raise _printed(current_line())
 
@@ -41,8 +31,6 @@ def refusals() -> Iterator[None]:
         for kind in kinds:
             undo.callback(setattr, kind, "step", vars(kind)["step"])
             kind.step = refuse_schedule  # type: ignore[method-assign]
-        undo.callback(setattr, GradScaler, "scale", GradScaler.scale)
-        GradScaler.scale = refuse_scaling  # type: ignore[method-assign]
         undo.enter_context(private.no_printing(refuse_print))
         yield
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from syncwright.capture.initial import BEGUN, ignores_dampening, initial_state
+from syncwright.capture.scaling import NUMBERS, ScalerSlot, factors
 from syncwright.capture.sparse_adam import is_sparse_adam
 from syncwright.deferred.tensor import Deferred, become
 from syncwright.errors import CaptureError
@@ -73,6 +75,7 @@ class Binding:
     Changes when the user's objects change: it reads and writes them. `optimizers` is one optimizer, a tuple or a dict.
     `tables` are the modules whose rows are ids' as they come, by the names of their weights.
     `lazy` are the parameters of which an update leaves rows that no lookup touches as they are (SparseAdam's).
+    `scalers` are those that captured steps scale their loss by, in the order in which they were met.
     """
 
     def __init__(self, model: nn.Module, optimizer: object, state: Mapping[str, nn.Module] | None = None):
@@ -88,6 +91,9 @@ class Binding:
         self.modules: dict[str, list[ModuleSlot]] = {}
         self.states: dict[str, StateSlot] = {}
         self.hypers: dict[str, HyperSlot] = {}
+        self.scalers: list[GradScaler] = []
+        self.scaled: dict[str, ScalerSlot] = {}
+        self.scaler_states: list[dict] = []
         self._unborn: dict[str, Value] = {}
         self.tables: dict[str, HashTable] = {}
         self._add_module(model, "", Role.PARAM)
@@ -118,7 +124,20 @@ class Binding:
                 found[name] = torch.tensor(1.0 if held else 0.0)
             else:
                 found[name] = _as_tensor(held[slot.key] if slot.key in held else self._unborn[name])
-        return found
+        return {**found, **{name: slot.get() for name, slot in self.scaled.items()}}
+
+    def add_scaler(self, scaler: GradScaler) -> None:
+        """From now on the scaler's scale and count are variables: `scaler.scale`, `scaler.growth_tracker`; of a second one
+        `scaler.1.scale`."""
+        number = len(self.scalers)
+        label = f"scaler.{number}" if number else "scaler"
+        self.scalers.append(scaler)
+        if number < len(self.scaler_states):
+            scaler.load_state_dict(self.scaler_states[number])
+        for key in NUMBERS:
+            slot = ScalerSlot(scaler, key)
+            self.scaled[f"{label}.{key}"] = slot
+            self._add_variable(Variable(f"{label}.{key}", Role.STATE, (), slot.get().dtype))
 
     def held(self, name: str) -> torch.Tensor | None:
         """The user's own object behind a variable, where it is a tensor: a module's, or an optimizer's state; None: there is
@@ -169,7 +188,7 @@ class Binding:
             for each in self.optimizers.values()
             for index, group in enumerate(each.param_groups)
         )
-        return modes, trained, flags
+        return modes, trained, flags, tuple(map(factors, self.scalers))
 
     @functools.cached_property
     def _hyper_keys(self) -> set[tuple[int, int, str]]:
@@ -182,11 +201,15 @@ class Binding:
             if name in self.modules:
                 assert isinstance(value, torch.Tensor), f"{name} is a tensor of a module"
                 _write_tensor(self.modules[name][0].get(), value)
+            elif name in self.scaled:
+                assert isinstance(value, torch.Tensor), f"{name} is a tensor of a scaler"
+                self.scaled[name].write(value)
             elif name in self.states and values.get(f"{self.variables[name].of}.{BEGUN}", 1) != 0:
                 self._write_state(self.states[name], name, value)
 
     def state_dict(self, optimizer: object) -> dict[str, object]:
-        """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied."""
+        """`{"model": ..., "optimizer": ...}` as the user's objects hold them now, copied; of a step that scales its loss also
+        `"scaler"`, of several scalers a list."""
         match optimizer:
             case dict():
                 states: object = {key: each.state_dict() for key, each in optimizer.items()}
@@ -194,10 +217,17 @@ class Binding:
                 states = [each.state_dict() for each in optimizer]
             case _:
                 states = optimizer.state_dict()  # type: ignore[attr-defined]
-        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": states})
+        found = {"model": self.model.state_dict(), "optimizer": states}
+        scalers = [each.state_dict() for each in self.scalers] or self.scaler_states
+        if scalers:
+            found["scaler"] = scalers if len(scalers) > 1 else scalers[0]
+        return copy.deepcopy(found)
 
     def load_state_dict(self, optimizer: object, state: Mapping[str, object]) -> None:
-        """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects."""
+        """The inverse of `state_dict`; also takes what a plain PyTorch run saved of the same objects.
+
+        A scaler that no captured step has used yet takes its part when one does.
+        """
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
         states: Any = state["optimizer"]
         match optimizer:
@@ -209,6 +239,10 @@ class Binding:
                 saved = [states]
         for each, its in zip(self.optimizers.values(), saved, strict=True):
             each.load_state_dict(copy.deepcopy(its))
+        scaled: Any = state.get("scaler", [])
+        self.scaler_states = scaled if isinstance(scaled, list) else [scaled]
+        for scaler, its in zip(self.scalers, self.scaler_states, strict=False):
+            scaler.load_state_dict(its)
 
     def _write_state(self, slot: StateSlot, name: str, value: Value) -> None:
         if slot.key == BEGUN:
@@ -234,6 +268,8 @@ class Binding:
                     slot.set(values[name])
             for each in self.optimizers.values():
                 self._swap_optimizer(each, values, hypers, undo)
+            for name, slot in self.scaled.items():
+                slot.swap(values[name], undo)
             yield Swap(self, values)
 
     def _swap_optimizer(self, each: Optimizer, values, hypers, undo: ExitStack) -> None:

@@ -40,6 +40,7 @@ def wrap_optimizers(
             names = {id(given[name]): name for name in binding.modules}
             original = partial(sparse_adam_update, each, names, lookups.touched)
         each.step = _stepper(each, original, lookups, on_tensors)  # type: ignore[method-assign]
+        undo.enter_context(private.without_own_scaling(each))
 
 
 def _stepper(each: torch.optim.Optimizer, original: Callable, lookups: SparseLookups, on_tensors: bool) -> Callable:

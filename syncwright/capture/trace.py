@@ -19,6 +19,7 @@ from syncwright.capture.functional import NotCovered, without_writes
 from syncwright.capture.lines import current_line
 from syncwright.capture.means import Lines, partial_means
 from syncwright.capture.refusals import check_after, explain, refusals
+from syncwright.capture.scaling import SCALING, ScalerMet, check_updated, wrap_scalers
 from syncwright.capture.sparse import SparseLookups
 from syncwright.capture.state import Binding
 from syncwright.capture.stepping import BranchOnState, wrap_optimizers
@@ -68,12 +69,17 @@ def trace(
     """Traces `step(model, optimizer, *batch)`. `remote`: see `Unbounded`.
 
     Optimizer arithmetic stays in host doubles (bit-equal to eager) where the optimizer never branches on a step count;
-    where it does (RAdam, ASGD), it is traced again as for `capturable=True`, its step counts in float64 tensors.
+    where it does (RAdam, ASGD), it is traced again as for `capturable=True`, its step counts in float64 tensors. It is also
+    where it scales the loss by a scaler that the binding has not met before: its scale is a variable then.
     """
-    try:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=False, remote=remote).run()
-    except BranchOnState:
-        return _Trace(step, binding, optimizer, batch, inputs, on_tensors=True, remote=remote).run()
+    on_tensors = False
+    while True:
+        try:
+            return _Trace(step, binding, optimizer, batch, inputs, on_tensors=on_tensors, remote=remote).run()
+        except BranchOnState:
+            on_tensors = True
+        except ScalerMet as met:
+            binding.add_scaler(met.scaler)
 
 
 def returned_shapes(
@@ -225,8 +231,10 @@ class _Trace:
             self.draws = undo.enter_context(Draws())
             undo.enter_context(Lines(current_line))
             wrap_optimizers(self.binding, lookups, given, self.on_tensors, undo)
+            wrap_scalers(self.binding.scalers, undo)
             result = self._run_step(given)
             check_after(swap, hypers)
+            check_updated(self.binding.scalers)
             self.draws.check_end()
             self.modes = self.binding.modes()
             return self._results(result, swap)
@@ -238,7 +246,7 @@ class _Trace:
         try:
             with torch.enable_grad():
                 return self.step(self.binding.model, self.optimizer, *batch)
-        except (CaptureError, BranchOnState):
+        except (CaptureError, BranchOnState, ScalerMet):
             raise
         except Exception as error:
             raise explain(error, self.step) from error
@@ -267,4 +275,4 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
     return legit.default(x, weight, bias, mean, variance, training, momentum, eps)
 
 
-_PURE = {torch.ops.aten.native_batch_norm.default: _batch_norm, **each_by_itself()}
+_PURE = {torch.ops.aten.native_batch_norm.default: _batch_norm, **each_by_itself(), **SCALING}

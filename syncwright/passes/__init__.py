@@ -15,6 +15,7 @@ from syncwright.passes.gather_compressed import gather_compressed
 from syncwright.passes.gather_rows import gather_rows
 from syncwright.passes.join_served import join_served
 from syncwright.passes.join_tables import join_tables
+from syncwright.passes.keep_unsent import keep_unsent
 from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.power_sgd import power_sgd
@@ -27,7 +28,10 @@ _PLACING = (
     *(clip_per_trainer, join_tables, compact_lookups, note_lookups, shard_parameters, join_served),
     *(serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
-_SENDING = (gather_rows, power_sgd, gather_compressed, average_gradients, average_values, bucket, bucket_parts)
+_SENDING = (
+    *(gather_rows, power_sgd, gather_compressed, average_gradients, average_values, keep_unsent),
+    *(bucket, bucket_parts),
+)
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)

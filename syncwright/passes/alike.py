@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.meaning import is_pointwise
+from syncwright.meaning import is_partial, is_pointwise
 from syncwright.place import is_served
 from syncwright.program import Program, Role, Variable
 from syncwright.shapes import substitute
@@ -112,10 +112,19 @@ def _owners(program: Program) -> dict[Node, str | None]:
     for node in reversed(program.graph.nodes):
         if node.op != "call_function":
             continue
-        mine = {owners.get(u) for u in node.users if u.op != "output" and u.target is not ops.gather_parts}
+        users = [u for u in node.users if u.op != "output" and u.target is not ops.gather_parts]
+        mine = {owners.get(u) for u in users if not (_is_unscaled(node) and is_partial(u))}
         mine |= {owners[node]} if node in owners else set()
         owners[node] = mine.pop() if len(mine) == 1 else None
     return {n: owners[n] for n in program.graph.nodes if owners.get(n) is not None and n.op == "call_function"}
+
+
+def _is_unscaled(node: Node) -> bool:
+    """A gradient by a number of all updates (the inverse of a loss scale): for a norm of it, it is computed once more."""
+    if node.target is not aten.mul.Tensor or not _has_axes(node):
+        return False
+    number = node.args[1]
+    return isinstance(number, Node) and isinstance(number.meta["val"], torch.Tensor) and not _has_axes(number)
 
 
 def _parts(program: Program) -> dict[str, Variable]:

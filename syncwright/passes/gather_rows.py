@@ -17,7 +17,7 @@ from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks, followed
 from syncwright.passes.average import Mean, read_mean, wait_before
 from syncwright.passes.compact_lookups import is_updated_whole
-from syncwright.passes.insert import behind, read_variable
+from syncwright.passes.insert import behind, read_variable, times_number
 from syncwright.plan import AllGather, Plan, Sharing
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, mode_of
@@ -50,7 +50,7 @@ def gather_rows(program: Program, plan: Plan) -> Program:
         gradient.gather(wanted[name], plan.trainers, mean)
         program = _Update(program, gradient, known).on_rows() if wanted[name].rows == "touched" else program
         for user in list(mark.users):
-            user.replace_input_with(mark, gradient.rows if _is_norm(user) else gradient.dense())
+            user.replace_input_with(mark, gradient.rows if _needs_rows(user) else gradient.dense())
     remove_dead(program.graph)
     return program
 
@@ -175,8 +175,15 @@ class _Update:
                 self._refuse(node, f"makes what is also written to '{name}'")
         for node in nodes:
             for user in node.users:
-                if user not in nodes and user.op != "output":
+                if user not in nodes and user.op != "output" and not self._adds_up(node, user):
                     self._refuse(node, f"makes what {user.name} reads, outside of it")
+
+    def _adds_up(self, node: Node, user: Node) -> bool:
+        """Whether a reader adds up a multiple of the gradient, of which the other rows are zeros."""
+        source = times_number(node)
+        while source.target in (aten.clone.default, aten.slice.Tensor):
+            source = times_number(source.args[0])  # type: ignore[arg-type]
+        return source is self.gradient.mark and _needs_rows(user)
 
     def _taken(self, sources: Sequence[Node]) -> tuple[dict[Node, Node], Node]:
         """The rows of what the update reads, as they are before it, and the last node that stands in front of it."""
@@ -206,8 +213,10 @@ def _has_axes(node: Node) -> bool:
     return isinstance(val, torch.Tensor) and val.dim() > 0
 
 
-def _is_norm(node: Node) -> bool:
-    """A norm to which zeros add nothing, also of no numbers at all."""
+def _needs_rows(node: Node) -> bool:
+    """A norm or a sum of a multiple to which zeros add nothing, also of no numbers at all."""
+    if times_number(node) is not node:
+        return all(user.target is aten.sum.default for user in node.users)
     order = node.args[1] if len(node.args) > 1 else 2
     return node.target is aten.linalg_vector_norm.default and not node.args[2:] and 0 < order < math.inf  # type: ignore[operator]
 

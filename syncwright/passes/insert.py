@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from syncwright.program import Program, Role, Variable, new_placeholder
 
+aten = torch.ops.aten
 WEIGHT = "batch.weight"
 TOTAL = "batch.total"
 """The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
@@ -40,6 +41,18 @@ def item(found: Node, index: int) -> Node:
     node = found.graph.call_function(operator.getitem, (found, index))
     node.meta["val"] = found.meta["val"][index]
     return node
+
+
+def times_number(node: Node) -> Node:
+    """What a value is a multiple of, by numbers: %g of `mul(mul(%g, 0.5), %coefficient)`; itself where it is none."""
+    while node.target is aten.mul.Tensor and not _has_axes(node.args[1]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _has_axes(value: object) -> bool:
+    val = value.meta["val"] if isinstance(value, Node) else None
+    return isinstance(val, torch.Tensor) and val.dim() > 0
 
 
 def made_of(nodes: Iterable[Node]) -> set[Node]:

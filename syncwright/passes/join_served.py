@@ -105,7 +105,8 @@ def _join(program: Program, run: list[Member], known: Inference) -> Program:
     graph.erase_node(end)
     program = join_updates(program, run, name, {marks[0]: gradient}, known)
     for member, offset in zip(run, offsets, strict=True):
-        others = [user for user in member.gradient.users if user not in member.nodes]
+        own = set(member.nodes)
+        others = [user for user in member.gradient.users if user not in own or not own.issuperset(user.users)]
         if others:
             with graph.inserting_before(gradient.next):
                 view = view_of(program, gradient, offset, member.parameter, known)

@@ -14,7 +14,7 @@ from syncwright.errors import LoweringError
 from syncwright.meaning import Cut, Free, is_partial
 from syncwright.passes.average import Mean, averaged, read_mean, scaled
 from syncwright.passes.compress import compressed
-from syncwright.passes.insert import before_first_use, behind, first_call, read_rank
+from syncwright.passes.insert import before_first_use, behind, first_call, read_rank, times_number
 from syncwright.passes.keep_whole import keep_whole
 from syncwright.passes.read_gathered import read_gathered
 from syncwright.passes.share_globals import combined
@@ -180,9 +180,10 @@ class _Sharding:
         reduction.replace_all_uses_with(whole)
 
     def _without_padding(self, node: Node, reduction: Node) -> Node:
-        """A part in which nothing that is behind the variable's end changes a reduction. (Behind a gradient's are zeros.)"""
+        """A part in which nothing that is behind the variable's end changes a reduction. (Behind a gradient's are zeros, also
+        of one that is multiplied by a number.)"""
         part, own, neutral = self.parts[node], self._own, _neutral(reduction)
-        if not own.is_padded or (neutral == 0 and node is self.updates.marks[self.name]):
+        if not own.is_padded or (neutral == 0 and times_number(node) is self.updates.marks[self.name]):
             return part
         graph = self.program.graph
         self.program, rank = read_rank(self.program)

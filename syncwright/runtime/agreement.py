@@ -17,7 +17,7 @@ from syncwright.update import followed
 
 def replicated(program: Program, plan: Plan, values: Iterable[str]) -> list[str]:
     """Which of a trainer's `values` are to be equal on all trainers: what is all-reduced or gathered, with its state and what
-    follows it, and other buffers that are not local."""
+    follows it, other buffers that are not local, and state of no parameter (a loss scale)."""
     shared = {s.variable for s in plan.sharings if isinstance(s.sync, Collective)}
     buffers, follows = dict(plan.buffers), followed(program)
     found = []
@@ -25,6 +25,8 @@ def replicated(program: Program, plan: Plan, values: Iterable[str]) -> list[str]
         owner = follows.get(variable.name, variable.of or variable.name)
         if variable.role is Role.BUFFER and owner == variable.name:
             is_shared = communicates(plan) and buffers.get(owner) != "local"
+        elif variable.role is Role.STATE and variable.of is None:
+            is_shared = communicates(plan)
         else:
             is_shared = owner in shared
         found += [variable.name] if is_shared else []

@@ -21,7 +21,7 @@ from syncwright.capture.axes import Axes, dynamic_axes, joined
 from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.cut.of_trainer import has_keepers, of_trainer
-from syncwright.errors import BatchError, LoweringError
+from syncwright.errors import BatchError, CaptureError, LoweringError
 from syncwright.job import Job
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
@@ -145,6 +145,7 @@ class Programs:
         self._dynamic: Kept[Captured] = Kept()
         self._step, self._binding, self._optimizer = step, binding, optimizer
         self._served: str | None = None
+        self._scalers = 0
         self._make_plan, self._without, self._compile, self._busy = plan, without, compile, busy
         self.latest: Prepared | None = None
         self._plan: Plan | None = None
@@ -158,6 +159,7 @@ class Programs:
         prepared = self._kept.find(given)
         if prepared is None:
             prepared = self._prepare(given)
+            given = Given.of(batch, self._binding)  # of which the step has shown a scaler, maybe
             self._kept.keep(given.key(prepared.captured.program), prepared)
         self.latest = prepared
         return prepared
@@ -203,9 +205,21 @@ class Programs:
             return known
         self._axes = joined(self._axes, dynamic_axes(given.batch, self._dynamic_shapes))
         captured = capture_step(self._step, self._binding, self._optimizer, given.batch, self._axes)
+        given = Given.of(given.batch, self._binding)
+        self._check_scalers()
         if _is_dynamic(captured):
             self._dynamic.keep(given.key(captured.program), captured)
         return captured
+
+    def _check_scalers(self) -> None:
+        """All trainers begin with all variables."""
+        if self._plan is None:
+            self._scalers = len(self._binding.scalers)
+        elif len(self._binding.scalers) > self._scalers:
+            raise CaptureError(
+                f"the step scales its loss by {len(self._binding.scalers)} GradScalers, the first one by {self._scalers}. "
+                "Expected every step to use the same ones. Decide before the first step, and not by the batch, whether to scale."
+            )
 
     def _warn(self, captured: Captured, plan: Plan) -> None:
         """Of means that the number of a trainer's examples is no weight for."""

@@ -122,7 +122,8 @@ class Session:
         """Captured steps. Reads the user's objects anew at the first call: a schedule may have been built since."""
         if self._programs is None:
             given = self.training
-            self.binding = Binding(given.model, given.optimizer, given.state)
+            loaded, self.binding = self.binding.scaler_states, Binding(given.model, given.optimizer, given.state)
+            self.binding.scaler_states = loaded
             self._programs = Programs(
                 *(given.step, self.binding, given.optimizer, given.plan, given.without, given.compile),
                 busy=self._busy,

@@ -67,7 +67,7 @@ def plan_table(program: Program, plan: Plan, unbucketed: Job) -> Table:
 
 def plan_notes(program: Program, plan: Plan, job: Job) -> list[str]:
     """What the table does not say: optimizer state, tied weights, the number of messages, the plan's own notes."""
-    states = program.of_role(Role.STATE)
+    states = [variable for variable in program.of_role(Role.STATE) if variable.of is not None]
     tied = [f"{v.name} is also {', '.join(v.aliases)}" for v in program.variables.values() if v.aliases]
     kept = f"{counted(len(states), 'variable')} of optimizer state ({size_text(sum(v.nbytes for v in states))})"
     where = [f"{kept}: each where its parameter is updated"] if states else []

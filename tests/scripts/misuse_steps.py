@@ -175,6 +175,29 @@ def scaled(scaler):
     return step
 
 
+def scaled_without_update(scaler):
+    def step(model, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        return loss
+
+    return step
+
+
+def scaled_with_closure(scaler):
+    def step(model, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer, lambda: loss)
+        scaler.update()
+        return loss
+
+    return step
+
+
 def returns_matrix(model, optimizer, x, y):
     plain(model, optimizer, x, y)
     return x.t() @ x
