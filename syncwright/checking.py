@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from syncwright.capture.state import Binding
 from syncwright.capture.step import capture_step
@@ -19,7 +20,7 @@ from syncwright.program import Program, Role, Variable
 from syncwright.reference import Gradients, Kept, Values, concatenated, split, values_of
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import loopback
-from syncwright.runtime.sharding import part_of
+from syncwright.runtime.sharding import leading_size, part_of
 from syncwright.typed import tag
 from syncwright.verify import draws_random
 
@@ -61,6 +62,8 @@ class Check:
     mixing     what joins the examples of a batch, so that only the parts are a reference
     weights    with which the parts' gradients add up to that of the whole batch, where the plan has others: its
                `reduce`, or the count of examples, is not the loss's
+    together   trainers normalise by all examples (`sync_batch_norm`): in place of the parts, which are another computation,
+               stands the whole batch with its examples in reverse
     """
 
     plan: Plan
@@ -68,6 +71,7 @@ class Check:
     differences: tuple[Difference, ...]
     mixing: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    together: bool = False
 
     @property
     def beyond(self) -> tuple[Difference, ...]:
@@ -94,6 +98,12 @@ def check_plan(
     if any(variable.of is None for variable in program.of_role(Role.STATE)):
         capture_step(first.step, binding, first.optimizer, first.batch)  # which meets the scalers of the step
     kept, mixing = Kept(binding), mixing_in(first.model, program)
+    together = plan.sync_batch_norm and any(map(_normalizes_batch, program.graph.nodes))
+    if together and any(map(draws_random, program.graph.nodes)):
+        raise PlanError(
+            f"sync_batch_norm: found a step that also draws at random ({', '.join(mixing)}), expected one of both: no run on one "
+            "device has the trainers' streams and normalises by all examples. Verify without dropout, or without sync_batch_norm."
+        )
 
     def run(what: str, steps_of: Iterator[T]) -> tuple[Values, T]:
         kept.put_back()
@@ -107,15 +117,26 @@ def check_plan(
             kept.put_back()
 
     job, _ = run("the plan", _job(first, plan, steps, without))
-    parts, gradients = run("one device, part by part", split(first, binding, plan, steps))
     whole, weights = None, ()
-    if not mixing:
+    if together:
+        turned = replace(first, batch=_in_reverse(first.batch))
+        parts, _ = run("one device, the examples in reverse", concatenated(turned, binding, steps))
+        whole, _ = run("one device, the whole batch", concatenated(first, binding, steps))
+        mixing = ()
+    else:
+        parts, gradients = run("one device, part by part", split(first, binding, plan, steps))
+    if not (mixing or together):
         whole, of_whole = run("one device, the whole batch", concatenated(first, binding, steps))
         mixing, weights = _how_parts_join(gradients, of_whole)
     shown = [v for v in binding.variables.values() if v.role in (Role.PARAM, Role.STATE) or v.name in program.writes]
     reference, trusted = None if mixing else whole, not weights
     differences = tuple(_difference(v, job, parts, reference, trusted) for v in shown)
-    return Check(plan, steps, differences, mixing, weights)
+    return Check(plan, steps, differences, mixing, weights, together)
+
+
+def _in_reverse(batch: tuple) -> tuple:
+    count = leading_size(batch)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.flip(0) if t.dim() and len(t) == count else t, batch)
 
 
 def mixing_in(model: nn.Module, program: Program) -> tuple[str, ...]:

@@ -140,6 +140,7 @@ passes          one rewrite of the whole program per file
     compress
     alike
     flat
+    sync_batch_norm
     clip_per_trainer
     compact_lookups
     note_lookups

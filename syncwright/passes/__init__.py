@@ -22,10 +22,11 @@ from syncwright.passes.power_sgd import power_sgd
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.shard_parameters import shard_parameters
 from syncwright.passes.share_globals import share_globals
+from syncwright.passes.sync_batch_norm import sync_batch_norm
 from syncwright.passes.tidy import tidy
 
 _PLACING = (
-    *(clip_per_trainer, join_tables, compact_lookups, note_lookups, shard_parameters, join_served),
+    *(sync_batch_norm, clip_per_trainer, join_tables, compact_lookups, note_lookups, shard_parameters, join_served),
     *(serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
 _SENDING = (

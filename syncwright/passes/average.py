@@ -13,6 +13,7 @@ from syncwright.meaning import find_marks, followed
 from syncwright.passes.compress import compressed
 from syncwright.passes.insert import (
     KEPT,
+    SAME,
     TOTAL,
     before_first_use,
     behind,
@@ -77,7 +78,7 @@ def average_values(program: Program, plan: Plan) -> Program:
         variable = program.variables[name]
         if variable.role is Role.OUTPUT:
             program = _returned(program, plan, variable, node)
-        elif variable.role is Role.BUFFER and name not in follows:
+        elif variable.role is Role.BUFFER and name not in follows and SAME not in node.meta:
             program = _buffer(program, plan, name, node, policies.get(name, "mean"))
     return program
 

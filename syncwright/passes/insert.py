@@ -18,6 +18,8 @@ TOTAL = "batch.total"
 """The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
 FIRST = "trainer.first"
 RANK = "trainer.rank"
+SAME = "same"
+"""In the meta of what all trainers compute alike: it is not averaged."""
 KEPT = "kept"
 """In the meta of trainer 0's contribution to a buffer: the buffer whose old value it is where trainer 0 runs no step."""
 

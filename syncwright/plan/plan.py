@@ -19,7 +19,7 @@ from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip", "hosts")
+_RARE = ("clip", "sync_batch_norm", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -113,6 +113,7 @@ class Plan:
     notes     sentences about what a reader of the rules would not expect
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
     hosts     how many trainers each host has, in the order of their numbers, where something is merged or copied on hosts
+    sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     """
 
     digest: str
@@ -124,6 +125,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     clip: Clip = "global"
     hosts: tuple[Count, ...] = ()
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -190,6 +192,7 @@ class Plan:
             "buffers": dict(self.buffers),
             "notes": self.notes,
             **({"clip": self.clip} if self.clip != "global" else {}),
+            **({"sync_batch_norm": True} if self.sync_batch_norm else {}),
             **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
@@ -212,6 +215,7 @@ class Plan:
             "buffers": tuple((name, decode(node, BufferPolicy)) for name, node in buffers.items()),
             "notes": decode(nodes["notes"], tuple[str, ...]),
             "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
+            "sync_batch_norm": decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
             "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:

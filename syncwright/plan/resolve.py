@@ -88,8 +88,29 @@ def resolve(
         buffers=_buffers(rules, written, [sync for _, sync, _ in chosen], notes),
         notes=tuple(notes),
         clip=rules.clip,
+        sync_batch_norm=_normalized_together(rules, chosen),
         hosts=_hosts(rules, sharings, (trainers,) if hosts is None else tuple(hosts)),
     )
+
+
+def _normalized_together(rules: Rules, chosen: Sequence[tuple[Variable, Sync, tuple[int, ...]]]) -> bool:
+    """Whether trainers normalise together, which takes a step in common and one weight for each trainer's examples."""
+    if not rules.sync_batch_norm:
+        return False
+    for variable, sync, _ in chosen:
+        if isinstance(sync, LocalSteps) or (isinstance(sync, ParameterServer) and not sync.in_step):
+            raise PlanError(
+                f"{rules.source}: found sync_batch_norm: true with {variable.name!r}, which has no step in common. Expected "
+                "trainers that take every step together. Share it in step, or take sync_batch_norm out."
+            )
+    if {"mean", "sum"} <= {
+        sync.reduce for _, sync, _ in chosen if isinstance(sync, AllReduce | Shard | ParameterServer)
+    }:
+        raise PlanError(
+            f"{rules.source}: found sync_batch_norm: true with gradients averaged and others added up. Expected "
+            "one of both, as what is normalised has one gradient. Give all variables the same `reduce`."
+        )
+    return True
 
 
 def _hosts(rules: Rules, sharings: Sequence[Sharing], hosts: tuple[int, ...]) -> tuple[int, ...]:

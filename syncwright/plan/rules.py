@@ -31,7 +31,7 @@ _DEFAULT = 'Add a line such as "default: all_reduce".'
 _PATTERN = 'Write a line such as - "embed.*": parameter_server.'
 _BUFFER = 'Write a line such as - "*.running_mean": trainer0.'
 _SHARING = "Write one of them."
-_KEYS = ("default", "variables", "buffers", "clip", "uncuttable")
+_KEYS = ("default", "variables", "buffers", "clip", "sync_batch_norm", "uncuttable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Rules:
     buffers     (pattern, "mean" | "trainer0" | "local") for buffers that the step writes; likewise
     clip        what a norm of several gradients is of: the trainers' merged gradients, or each trainer's own, before they
                 are merged
+    sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (what a
                 person wrote is meant), or "keep_whole" with a note in the plan (named strategies)
     source      what errors call these rules: the file's name
@@ -53,6 +54,7 @@ class Rules:
     buffers: tuple[tuple[str, BufferPolicy], ...] = ()
     uncuttable: Uncuttable = "refuse"
     clip: Clip = "global"
+    sync_batch_norm: bool = False
     source: str = field(default="rules", compare=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class Rules:
             buffers=_lines(nodes.get("buffers"), BufferPolicy, _BUFFER),
             uncuttable=decode(uncuttable, Uncuttable) if uncuttable else "refuse",
             clip=decode(clip, Clip) if clip else "global",
+            sync_batch_norm=decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
             source=top.source,
         )
 
@@ -94,6 +97,7 @@ class Rules:
             "variables": [{pattern: encode(sync)} for pattern, sync in self.patterns],
             "buffers": [{pattern: policy} for pattern, policy in self.buffers],
             "clip": self.clip if self.clip != "global" else None,
+            "sync_batch_norm": self.sync_batch_norm,
             "uncuttable": self.uncuttable if self.uncuttable != "refuse" else None,
         }
         return write({key: value for key, value in document.items() if value}, flow=_tags_of(self))

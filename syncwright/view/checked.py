@@ -45,6 +45,11 @@ def check_notes(check: Check) -> list[str]:
     lines = [
         "the whole batch and the parts are plain PyTorch on one device; the floor is how far these two are apart",
     ]
+    if check.together:
+        lines = [
+            "trainers normalise by all examples (sync_batch_norm), as the whole batch on one device does; in place of the parts "
+            "stands the whole batch with its examples in reverse, and the floor is how far these two are apart"
+        ]
     if check.mixing:
         lines = [
             f"compared with the parts only, as on N virtual batches: {', '.join(check.mixing)} "
