@@ -308,6 +308,29 @@ def test_norms_of_pieces_combine(norm_type: float, mixed: bool) -> None:
         torch.testing.assert_close(value, expected.get_parameter(name), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_a_server_of_whose_rows_none_is_looked_up_has_a_part_in_the_norm(norm_type: float) -> None:
+    """Rows 0 to 3 of 8 are looked up: the second server's part is that of zeros."""
+
+    def step(model, optimizer, ids, y):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(ids), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=norm_type)
+        optimizer.step()
+        return loss
+
+    torch.manual_seed(0)
+    model = nn.Embedding(8, 2).double()
+    expected = deepcopy(model)
+    ids, y = torch.tensor([[0, 1], [3, 1]]), torch.randn(2, 2, 2, dtype=torch.float64)
+    job = start(step, model, Rules(ParameterServer(partition=syncwright.plan.Even(2))), 2, 2)
+    job.step([(ids[0], y[0]), (ids[1], y[1])])
+    job.sync()
+    step(expected, torch.optim.SGD(expected.parameters(), lr=1.0), ids.flatten(), y.flatten(0, 1))
+    torch.testing.assert_close(model.weight, expected.weight, rtol=1e-12, atol=1e-14)
+
+
 def test_a_mean_in_an_update_keeps_the_variable_whole() -> None:
     """What pieces cannot add up is not cut: a named strategy says so in the plan."""
 

@@ -143,6 +143,8 @@ def update_touched(compute: Compute, program: Program, inputs: Mapping[str, obje
 
     before  reads w, w.sum (f32[1000,4]) and w.grad (rows 3 and 7)
     after   w and w.sum with rows 3 and 7 changed: the same tensors
+
+    A program that makes a number of no rows (a norm) is given a row of zeros, as all other rows of a gradient are.
     """
     gradient = next(value for value in inputs.values() if isinstance(value, RowGradient))
     ids, kept = gradient.ids, {}
@@ -155,6 +157,9 @@ def update_touched(compute: Compute, program: Program, inputs: Mapping[str, obje
             given[name] = read_rows(value, ids)
         else:
             given[name] = value
+    if not kept and not len(gradient.rows):
+        empty = next(name for name, value in inputs.items() if isinstance(value, RowGradient))
+        given[empty] = gradient.rows.new_zeros(1, *gradient.rows.shape[1:])
     results = dict(compute(program, given))
     for name in [name for name in results if name in kept]:
         rows = results[name]
