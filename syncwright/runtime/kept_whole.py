@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from syncwright.runtime.gathers import Pieces, lay_out, rounded
+from syncwright.runtime.scatters import added_up
 from syncwright.runtime.shared_memory import HostGroup, Turn
 from syncwright.runtime.transport import Work
 
@@ -35,20 +36,16 @@ class HostSumToOne:
 
     def __init__(self, group: HostGroup, tensors: Sequence[torch.Tensor], keeper: int, note: str):
         self._group, self._is_keeper = group, group.rank == keeper
+        self._count = sum(each.numel() for each in tensors)
         self._turn: Turn | None = group.begin_with(
-            sum(each.numel() for each in tensors), tensors[0].dtype, note, lambda whole: _write(whole, tensors)
+            self._count, tensors[0].dtype, note, lambda whole: _write(whole, tensors)
         )
         self.own = tensors[0].new_empty(0)
 
     def done(self) -> bool:
         """Waits until all have written; the keeper adds up in the order of trainers. Then True."""
         if self._turn is not None:
-            first, second, *others = [part for _, part in self._group.parts(self._turn)]
-            if self._is_keeper:
-                self.own = torch.add(first, second)
-                for part in others:
-                    self.own.add_(part)
-            self._group.end(self._turn)
+            self.own = added_up(self._group, self._turn, 0, self._count if self._is_keeper else 0)
             self._turn = None
         return True
 

@@ -70,10 +70,16 @@ class HostScattered:
         """Waits for the others' parts, adds them in the order of trainers, then True."""
         if self._turn is not None:
             start = self._group.rank * self._count
-            first, second, *others = [part[start : start + self._count] for _, part in self._group.parts(self._turn)]
-            self.own = torch.add(first, second)
-            for part in others:
-                self.own.add_(part)
-            self._group.end(self._turn)
+            self.own = added_up(self._group, self._turn, start, start + self._count)
             self._turn = None
         return True
+
+
+def added_up(group: HostGroup, turn: Turn, start: int, stop: int) -> torch.Tensor:
+    """Waits until all have written; the sum of their elements [start, stop), in the order of trainers. Ends the turn."""
+    first, second, *others = [part[start:stop] for _, part in group.parts(turn)]
+    total = torch.add(first, second)
+    for part in others:
+        total.add_(part)
+    group.end(turn)
+    return total
