@@ -53,6 +53,7 @@ tree            trees of values, such as batches
 place           where each node of a whole program runs
 program         Program, Variable, Role
 items           rows of tensors, read and written as bytes
+kernels         what operators on rows and elements compute
 ops             communication, as operators of a graph
 schema          a node's arguments by name
 dead            dead nodes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from syncwright import ops
+from syncwright import kernels, ops
 from syncwright.dead import is_random, remove_dead
 from syncwright.passes.alike import Member, members
 from syncwright.passes.flat import join_updates, row_layout
@@ -39,7 +39,7 @@ def join_tables(program: Program, plan: Plan) -> Program:
     for the parts of it, by their own names. A request, an answer and a push cost as much as a thousand rows.
 
     Left alone: tables with an id of padding, with weights per id, of which a global value (a norm) is made; and tables with
-    which there would be more rows than ids are made distinct by marks for (`ops.MOST_MARKS`).
+    which there would be more rows than ids are made distinct by marks for (`kernels.MOST_MARKS`).
     """
     travelling = {s.variable: s for s in plan.sharings if s.rows and _travels_whole(s, plan)}
     if len(travelling) < 2:
@@ -165,7 +165,7 @@ def _form(table: _Table) -> tuple[object, ...]:
 def _cut(group: Sequence[_Table]) -> Iterator[list[_Table]]:
     run: list[_Table] = []
     for table in group:
-        if run and sum(each.rows for each in run) + table.rows > ops.MOST_MARKS:
+        if run and sum(each.rows for each in run) + table.rows > kernels.MOST_MARKS:
             yield run
             run = []
         run.append(table)

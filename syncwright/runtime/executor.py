@@ -37,7 +37,7 @@ class Port(Protocol):
         ...
 
     def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
-        """The rows of these ids (see `ops.distinct`); None while they are not there."""
+        """The rows of these ids (see `kernels.distinct`); None while they are not there."""
         ...
 
     def pull(self, channel: str, later: bool, when: str, on_host: Form | None) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from syncwright import ops
+from syncwright import kernels
 from syncwright.items import write_rows
 from syncwright.job import Job, Table
 from syncwright.runtime.messages import Message, PullRows, Rows
@@ -121,7 +121,7 @@ class RowClient:
         return request
 
     def _ask(self, table: Table, ids: torch.Tensor, pull: Callable[[str], PullRows]) -> Request:
-        count = ops.distinct(ids)
+        count = kernels.distinct(ids)
         return self._send_for(ids, count, _parts(table, ids[:count]), pull)
 
     def _send_for(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from syncwright import ops
+from syncwright import kernels
 from syncwright.items import read_rows, write_rows
 from syncwright.job import Channel
 from syncwright.program import Program, Role, Variable
@@ -85,10 +85,10 @@ class Standing:
 
 
 def standing_anywhere(ids: Sequence[torch.Tensor]) -> list[Parted]:
-    """Like `Standing.parted`, of any ids on any device; by marks where there are such (see `ops.marks_for`)."""
+    """Like `Standing.parted`, of any ids on any device; by marks where there are such (see `kernels.marks_for`)."""
     if ids[0].device.type != "cpu":
         return [part.to(ids[0].device) for part in by_sorting([each.cpu() for each in ids])]
-    marks = ops.marks_for(ids)
+    marks = kernels.marks_for(ids)
     return by_sorting(ids) if marks is None else Standing(marks).parted(ids)
 
 
