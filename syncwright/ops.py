@@ -5,8 +5,8 @@
 Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 
     unique(ids, padding)                   the distinct ids, in any order, with the last one again and again behind them, to as
-                                           many as are given (see `kernels.distinct`); then for each tensor of ids the places of its ids
-                                           among them. `padding` from 0 on: this id comes first, in one more place, whether it
+                                           many as are given (`kernels.distinct`); then for each tensor of ids the places of its
+                                           ids among them. `padding` from 0 on: this id comes first, in one more place, whether it
                                            is given or not
     join_ids(ids, rows, names)             the ids of several tables, of so many rows each, in the table in which one's rows
                                            are below another's; one table's behind another's, flat. `IndexError` for an id
