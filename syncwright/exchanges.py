@@ -31,8 +31,6 @@ from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.update import find_updates
 
-_PLAIN = Optimizer.of("SGD", lr=1.0)
-"""The optimizer of a mean, and of differences that are added."""
 _NONE: Mapping[str, BufferPolicy] = MappingProxyType({})
 
 
@@ -49,6 +47,12 @@ class OuterStep:
     plan: Plan
     interface: Interface
     hypers: Mapping[str, float]
+
+
+def _plain() -> Optimizer:
+    """The optimizer of a mean, and of differences that are added. (Made when it is used: with its first optimizer torch imports
+    what takes as long as the rest of it, and not every process needs one.)"""
+    return Optimizer.of("SGD", lr=1.0)
 
 
 def outer_steps(program: Program, plan: Plan) -> list[OuterStep]:
@@ -100,7 +104,7 @@ def _outer_step(
     program: Program, plan: Plan, sync: LocalSteps, names: Sequence[str], buffers: Mapping[str, BufferPolicy]
 ) -> OuterStep:
     """The mean, or the update of an outer optimizer."""
-    outer = sync.outer if isinstance(sync.outer, Optimizer) else _PLAIN
+    outer = sync.outer if isinstance(sync.outer, Optimizer) else _plain()
     given = _Given(program, names, buffers, outer)
     is_served = served_by(sync) is not None
     captured = given.capture(meet_at_servers if is_served else meet, (given.latest,))
@@ -121,7 +125,7 @@ def _geo_steps(program: Program, plan: Plan, sync: LocalSteps, names: Sequence[s
 
 
 def _geo(program: Program, plan: Plan, sync: LocalSteps, names: Sequence[str]) -> OuterStep:
-    given = _Given(program, names, {}, _PLAIN)
+    given = _Given(program, names, {}, _plain())
     its = {name: torch.zeros_like(tensor) for name, tensor in given.latest.items()}
     captured = given.capture(geo(plan.trainers), (given.latest, its))
     read, results = _inputs(captured), captured.outputs
@@ -131,7 +135,7 @@ def _geo(program: Program, plan: Plan, sync: LocalSteps, names: Sequence[str]) -
 
 
 def _geo_of_rows(program: Program, plan: Plan, sync: LocalSteps, name: str) -> OuterStep:
-    given = _Given(program, [name], {}, _PLAIN)
+    given = _Given(program, [name], {}, _plain())
     count = _looked_up(program, name, sync.every)
     some = given.latest[name].new_zeros((count, *given.latest[name].shape[1:]))
     batch = torch.zeros(count, dtype=torch.int64, device=some.device), some, torch.zeros_like(some)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
+from torch._guards import Source
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.amp.grad_scaler import GradScaler, OptState, _refresh_per_optimizer_state
@@ -66,7 +66,7 @@ def host_number(mode: FakeTensorMode, value: float, label: str) -> torch.SymFloa
     """A traced Python float that stands at `value`: a branch on it becomes a guard. Public: none."""
     env = mode.shape_env
     assert env is not None, "fake_mode() gives every mode a shape environment"
-    source = ConstantSource(label)
+    source = _source(label)
     symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     number = env.create_symfloatnode(symbol, hint=value, source=source)
     assert isinstance(number, torch.SymFloat)
@@ -79,6 +79,13 @@ class Specialised(NamedTuple):
     symbol: str
     size: int
     where: str
+
+
+def _source(label: str) -> Source:
+    """What messages call a symbol. Imported where a step is captured: what only launches or looks at jobs needs no Dynamo."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(label)
 
 
 class _Env(ShapeEnv):
@@ -100,7 +107,7 @@ def dynamic_tensor(mode: FakeTensorMode, value: torch.Tensor, axes: Sequence[int
     sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(value.dim())]
     context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * value.dim())  # type: ignore[arg-type]
     whole = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    fake = mode.from_tensor(whole, static_shapes=False, source=ConstantSource(label), symbolic_context=context)
+    fake = mode.from_tensor(whole, static_shapes=False, source=_source(label), symbolic_context=context)
     if value.is_contiguous():
         return fake
     with mode:
