@@ -31,7 +31,7 @@ from tests.pairwise import pairs_of, pairwise_cover
 FACTORS = (
     tuple(zoo.OPTIMIZERS),
     tuple(zoo.MODELS),
-    (*PARTS.values(), RAGGED, (3, 2), IDLE, (1, 1, 0), (0, 1, 2)),
+    (*PARTS.values(), RAGGED, (3, 2), IDLE, (0, 1, 2)),
     tuple(PLANS),
     SERVERS,
     tuple(DTYPES),
