@@ -58,6 +58,7 @@ ops             communication, as operators of a graph
 schema          a node's arguments by name
 dead            dead nodes
 shapes          fake values of new nodes
+held            what a run holds, in bytes
 regions         where a program turns from forward to backward
 text            Program to stable text and back
     words
@@ -163,6 +164,7 @@ passes          one rewrite of the whole program per file
     gather_compressed
     keep_unsent
     bucket_parts
+    recompute
     flatten
     tidy
 global_batch    lookups that only the whole batch can tell

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncwright
 from syncwright import AllReduce, LocalSteps, ParameterServer, Rules, Shard
+from syncwright.held import most_at_once
 from syncwright.plan.compression import Cast, ErrorFeedback
 from syncwright.runtime.loopback import Loopback
 from syncwright.text import parse
-from syncwright.view.memory import Memory, memory_of, most_at_once
+from syncwright.view.memory import Memory, memory_of
 
 BATCH = 16
 PLANS = {

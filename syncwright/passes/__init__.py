@@ -19,6 +19,7 @@ from syncwright.passes.keep_unsent import keep_unsent
 from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.power_sgd import power_sgd
+from syncwright.passes.recompute import recompute
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.shard_parameters import shard_parameters
 from syncwright.passes.share_globals import share_globals
@@ -31,7 +32,7 @@ _PLACING = (
 )
 _SENDING = (
     *(gather_rows, power_sgd, gather_compressed, average_gradients, average_values, keep_unsent),
-    *(bucket, bucket_parts),
+    *(bucket, bucket_parts, recompute),
 )
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)

@@ -15,11 +15,11 @@ from syncwright.near import did_you_mean
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
 from syncwright.plan.sync import AllGather, Shard, Sync, joins_hosts, served_by
-from syncwright.typed import Count, Index, check_fields, decode, encode
+from syncwright.typed import Count, Index, Size, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip", "sync_batch_norm", "hosts")
+_RARE = ("clip", "sync_batch_norm", "memory_gb", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -114,6 +114,7 @@ class Plan:
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
     hosts     how many trainers each host has, in the order of their numbers, where something is merged or copied on hosts
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
+    memory_gb  gigabytes (2**30 bytes) that a trainer may hold at once in a step; None: as many as it takes
     """
 
     digest: str
@@ -126,6 +127,7 @@ class Plan:
     clip: Clip = "global"
     hosts: tuple[Count, ...] = ()
     sync_batch_norm: bool = False
+    memory_gb: Size | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -193,6 +195,7 @@ class Plan:
             "notes": self.notes,
             **({"clip": self.clip} if self.clip != "global" else {}),
             **({"sync_batch_norm": True} if self.sync_batch_norm else {}),
+            **({"memory_gb": self.memory_gb} if self.memory_gb is not None else {}),
             **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
@@ -216,6 +219,7 @@ class Plan:
             "notes": decode(nodes["notes"], tuple[str, ...]),
             "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
             "sync_batch_norm": decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
+            "memory_gb": decode(nodes["memory_gb"], Size) if "memory_gb" in nodes else None,
             "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:

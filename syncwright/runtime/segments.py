@@ -14,13 +14,14 @@ from syncwright.dead import is_random
 from syncwright.program import Program
 from syncwright.regions import turn
 from syncwright.schema import argument
-from syncwright.shapes import is_host
+from syncwright.shapes import is_host, substitute
 
 aten = torch.ops.aten
 MOST_SEGMENTS = 8
 HEAVY_NBYTES = 1 << 20
 LONG_FORWARD = 24
-"""So many nodes of forward, and more, are a segment of their own."""
+"""So many nodes of forward, and more, are a segment of their own; fewer only where backward computes some of them again, which
+Inductor is not to join."""
 
 _VIEWS = frozenset(
     {
@@ -80,6 +81,7 @@ class _Cutter:
         self.nodes = [n for n in program.graph.nodes if n.op == "call_function"]
         self.views = _views(program)
         self.turn, self.loose = turn(program), _loose(self.nodes)
+        self.long = 1 if _computes_again(self.nodes, self.turn) else LONG_FORWARD
         self.enough = max(8, len(self.nodes) // MOST_SEGMENTS)
         self.items: list[Item] = []
         self.open = Segment()
@@ -89,7 +91,7 @@ class _Cutter:
 
     def run(self) -> Cut:
         for node in self.nodes:
-            if node is self.turn and len(self.open.nodes) >= LONG_FORWARD:
+            if node is self.turn and len(self.open.nodes) >= self.long:
                 self._close()
             if node in self.views or node in self.placed or _is_constant(node):
                 continue
@@ -194,6 +196,25 @@ def _is_counter(node: Node) -> bool:
         for n in node.all_input_nodes
         if not is_host(n.meta["val"])
     ) and not all(is_host(n.meta["val"]) for n in node.all_input_nodes)
+
+
+def _computes_again(nodes: Sequence[Node], first: Node | None) -> bool:
+    """Whether some operation of forward, on the same values, stands behind the first node of backward once more."""
+    if first is None:
+        return False
+    numbers: dict[tuple, int] = {}
+    number_of: dict[Node, int] = {}
+    early = 0
+    for node in nodes:
+        if node is first:
+            early = len(numbers)
+        args = substitute((node.args, node.kwargs), lambda each: ("value", number_of.get(each, each.name)))
+        key = (node.target, repr(args))
+        known = numbers.get(key)
+        if known is not None and known < early and node.all_input_nodes and not getattr(node.target, "is_view", False):
+            return True
+        number_of[node] = numbers.setdefault(key, len(numbers))
+    return False
 
 
 def _views(program: Program) -> set[Node]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import getitem
 
-import torch
-from torch.fx import Node
-
-from syncwright import ops
 from syncwright.cut.of_trainer import has_keepers, of_trainer
+from syncwright.held import most_at_once, read_nbytes
 from syncwright.job import Job, ServerPart
 from syncwright.program import Program, Role, Variable
 from syncwright.view.tables import Table, size_text
@@ -96,7 +92,7 @@ def _of_server(job: Job, part: ServerPart) -> Memory:
     names = {v.name for v in part.holds}
     given = [c.variable for c in job.channels.values() if c.server == part.rank]
     waiting = job.plan.trainers * _nbytes(v for v in given if v.name not in names)
-    running = max((most_at_once(p) - _read(p) for p in part.programs), default=0)
+    running = max((most_at_once(p) - read_nbytes(p) for p in part.programs), default=0)
     held = _nbytes(part.holds)
     return Memory(
         _nbytes(v for v in part.holds if v.role is Role.PARAM),
@@ -108,82 +104,3 @@ def _of_server(job: Job, part: ServerPart) -> Memory:
 
 def _nbytes(variables: Iterable[Variable]) -> int:
     return sum(v.nbytes for v in variables if v.unbounded is None)
-
-
-def _read(program: Program) -> int:
-    return sum(map(_size, program.placeholders.values()))
-
-
-def most_at_once(program: Program) -> int:
-    """Bytes of the tensors that an interpreted run holds at its fullest, what it reads and writes among them. A value is there
-    from where it is made until nothing reads it, or a look at it, any more.
-
-    %a = exp(x), %b = neg(%a), %c = add(%b, 1), output(%c)   3 times x: x, and two at a time
-    """
-    memory = _Memory(program)
-    now = most = _read(program)
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        now += memory.made(node)
-        most = max(most, now)
-        now -= memory.freed(node)
-    return most
-
-
-class _Memory:
-    """Which node's memory each node's value lies in, and when it ends."""
-
-    def __init__(self, program: Program):
-        self._roots: dict[Node, Node] = {}
-        for node in program.graph.nodes:
-            self._roots[node] = self._roots.get(source, source) if (source := _looked_at(node)) is not None else node
-        last: dict[Node, Node] = {}
-        for node in program.graph.nodes:
-            for used in (node, *node.all_input_nodes):
-                last[self._roots[used]] = node
-        kept = {self._roots[node] for node in program.results.values()}
-        self._ends: Mapping[Node, list[Node]] = {}
-        ends: dict[Node, list[Node]] = {}
-        for root, node in last.items():
-            if root.op == "call_function" and root not in kept and node.op != "output":
-                ends.setdefault(node, []).append(root)
-        self._ends = ends
-
-    def made(self, node: Node) -> int:
-        return _size(node) if self._roots[node] is node else 0
-
-    def freed(self, node: Node) -> int:
-        return sum(map(_size, self._ends.get(node, ())))
-
-
-def _looked_at(node: Node) -> Node | None:
-    """The value in whose memory a node's lies."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
-        return None
-    if node.target in (getitem, ops.gradient, ops.wait) or getattr(node.target, "is_view", False):
-        return node.args[0]
-    return None
-
-
-def _size(node: Node) -> int:
-    """Bytes of what a node gives; of the start of a collective, those that are on their way."""
-    match node.target:
-        case ops.reduce_scatter | ops.gather_parts:
-            trainers, own = node.args[2], node.args[0]
-            parts = sum(map(_of_value, (each.meta["val"] for each in own)))  # type: ignore[union-attr]
-            return parts if node.target is ops.reduce_scatter else parts * int(trainers)  # type: ignore[arg-type]
-        case ops.reduce_to | ops.give:
-            return sum(_of_value(each.meta["val"]) for each in node.args[0])  # type: ignore[union-attr]
-    return _of_value(node.meta.get("val"))
-
-
-def _of_value(val: object) -> int:
-    if isinstance(val, list | tuple):
-        return sum(map(_of_value, val))
-    if not isinstance(val, torch.Tensor):
-        return 0
-    numel = 1
-    for size, stride in zip(val.shape, val.stride(), strict=True):
-        numel *= int(size) if stride else 1
-    return numel * val.element_size()
