@@ -83,6 +83,7 @@ plan            how each variable is shared
     outer
     compression
     sync
+    groups
     rules
     plan
     spans
@@ -164,6 +165,7 @@ passes          one rewrite of the whole program per file
     keep_unsent
     bucket_parts
     flatten
+    reduce_by_node
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
@@ -186,6 +188,7 @@ runtime         what runs a job
     gathers
     scatters
     kept_whole
+    groups
     collectives
     wire
     bundles
