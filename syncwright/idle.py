@@ -60,14 +60,17 @@ def _is_common(node: Node) -> bool:
 
 
 def _kept_without(program: Program, results: dict[str, Node], total: Node) -> tuple[Program, dict[str, Node]]:
-    """Parameters of a group, and their state, stay as they are where its total is 0."""
+    """Parameters of a group, and their state, stay as they are where its total is 0; their gradients are zeros then."""
     graph, known, variables = program.graph, Inference(mode_of(program.graph)), program.variables
     updated = {n for n in results if variables[n].role is Role.PARAM and total in made_of([results[n]])}
-    wanted = [n for n in results if n in updated or (variables[n].role is Role.STATE and variables[n].of in updated)]
-    for name in wanted:
+    with graph.inserting_after(total):
+        there = known.call(graph, aten.gt.Scalar, total, 0)
+    with graph.inserting_after(there):
+        divisor = known.call(graph, aten.where.ScalarOther, there, total, 1.0)
+    total.replace_all_uses_with(divisor, lambda user: user not in (there, divisor))
+    for name in [n for n in results if n in updated or variables[n].of in updated]:
         program, old = read_variable(program, variables[name], results[name].meta["val"])
         with graph.inserting_before(program.output):
-            there = known.call(graph, aten.gt.Scalar, total, 0)
             results[name] = known.call(graph, aten.where.self, there, results[name], old)
     return program, results
 

@@ -44,8 +44,9 @@ def reduce_by_node(program: Program, plan: Plan) -> Program:
     works = [_Work(node, plan.groups, known) for node in _starts(program) if argument(node, "group") == BY_NODE]
     points = _points(program, works)
     later = [work.later(points) for work in works]
-    for work, (second, third) in zip(works, later, strict=True):
-        work.rewrite(points[work.start], second, third)
+    started = [work.begin(points[work.start]) for work in works]
+    for work, first, (second, third) in zip(works, started, later, strict=True):
+        work.go_on(first, second, third)
     for point in points.values():
         program.graph.erase_node(point)
     return program
@@ -85,19 +86,36 @@ class _Work:
         second, third, *_ = [*between, points[self.wait], points[self.wait]]
         return second, third
 
-    def rewrite(self, here: Node, second: Node, third: Node) -> None:
-        whole = self.start.target is ops.all_reduce
-        own = self._first(here, second)
-        across = ACROSS if not whole or self.groups.is_even else FIRSTS
-        over = self._started(second, ops.all_reduce, own, f"{self._channel}{OVER}", across)
-        with self.start.graph.inserting_before(third if whole else self.wait):
+    def begin(self, here: Node) -> Node:
+        """Starts what trainers of a host reduce, in place of all."""
+        if self.start.target is not ops.all_reduce:
+            put_argument(self.start, "group", NODE)
+            return self.start
+        if self.groups.is_even:
+            return self._started(
+                here, ops.reduce_scatter, [self.start.args[0]], self._channel, self.groups.hosts[0], NODE
+            )
+        return self._started(here, ops.all_reduce, self.start.args[0], self._channel, NODE)
+
+    def go_on(self, first: Node, second: Node, third: Node) -> None:
+        """The further phases, in place of the wait.
+
+        first          what trainers of a host have started
+        second, third  where the others begin
+        """
+        graph, whole = self.start.graph, self.start.target is ops.all_reduce
+        parts = self.groups.is_even or not whole
+        with graph.inserting_before(second):
+            own = self._call(ops.wait_own if parts else ops.wait, first, self._channel)
+        over = self._started(second, ops.all_reduce, own, f"{self._channel}{OVER}", ACROSS if parts else FIRSTS)
+        with graph.inserting_before(third if whole else self.wait):
             summed = self._call(ops.wait, over, over.args[1])
         if whole:
             summed = self._back(third, summed)
         self.wait.replace_all_uses_with(summed)
-        self.start.graph.erase_node(self.wait)
+        graph.erase_node(self.wait)
         if whole:
-            self.start.graph.erase_node(self.start)
+            graph.erase_node(self.start)
 
     @property
     def _channel(self) -> str:
@@ -111,23 +129,6 @@ class _Work:
             node = self._call(target, *args)
         node.meta[INSIDE] = self.start.meta.get(INSIDE, ())
         return node
-
-    def _first(self, here: Node, then: Node) -> Node:
-        """What trainers of a host have reduced: started here, there at the next point."""
-        wait = ops.wait_own
-        if self.start.target is not ops.all_reduce:
-            put_argument(self.start, "group", NODE)
-            started = self.start
-        elif self.groups.is_even:
-            among = self.groups.hosts[0], NODE
-            started = self._started(here, ops.reduce_scatter, [self.start.args[0]], self._channel, *among)
-        else:
-            wait, started = (
-                ops.wait,
-                self._started(here, ops.all_reduce, self.start.args[0], self._channel, NODE),
-            )
-        with self.start.graph.inserting_before(then):
-            return self._call(wait, started, self._channel)
 
     def _back(self, point: Node, summed: Node) -> Node:
         """What hosts have reduced, whole on every trainer where it is waited for."""
