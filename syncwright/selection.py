@@ -84,11 +84,15 @@ class Own:
 
     def is_with(self, trainer: int) -> bool:
         """Whether a trainer has a part."""
-        return self.keeper in (None, trainer % self.trainers)
+        return self.keeper in (None, self.place(trainer))
+
+    def place(self, trainer: int) -> int:
+        """A trainer's number among those that have all of it."""
+        return trainer % self.trainers if self.group else trainer
 
     def bounds(self, trainer: int) -> tuple[int, int]:
         """Which elements a trainer's part has; none where the variable has fewer than trainers before it keep."""
         if self.keeper is not None:
             return (0, self.numel) if self.is_with(trainer) else (0, 0)
-        start = min(trainer % self.trainers * self.count, self.numel)
+        start = min(self.place(trainer) * self.count, self.numel)
         return start, min(start + self.count, self.numel)

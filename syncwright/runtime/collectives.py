@@ -92,7 +92,7 @@ class Collectives:
     def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> Work:
         """Starts the sum of `tensor` over the trainers of a group, in place."""
         its = self._group(group)
-        if its.is_alone:
+        if its.is_alone or not tensor.numel():  # of what one of each host keeps the others have nothing
             return Done()
         if (host := its.shared(tensor)) is not None:
             return host.all_reduce(tensor, note)
