@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given as any_of
+from hypothesis import strategies as st
 from torch import nn
 
 import syncwright
@@ -22,13 +25,16 @@ from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED
 from syncwright.passes.average import rows_of_pieces
 from syncwright.plan import Cast, ErrorFeedback, Groups, Int8, Plan, PowerSGD, TopK, is_within
+from syncwright.plan.groups import fault
 from syncwright.planning import make_plan
 from syncwright.program import Program
+from syncwright.regions import turn
 from syncwright.runtime.intercept import FirstStep
 from syncwright.runtime.loopback import Loopback
 from syncwright.schema import argument
 from syncwright.text import parse, to_text
 from syncwright.verify import causes, verify_job
+from syncwright.view.look import look
 
 HOSTS = (2, 2)
 BYTE = 2.0**-20
@@ -37,6 +43,7 @@ ALL = AllReduce()
 HIERARCHICAL = AllReduce(hierarchical=True)
 NODE = AllReduce(over="node")
 HYBRID = Shard(3, within="node")
+BY_HOST = (NODE, HIERARCHICAL, HYBRID)
 Batch = tuple[torch.Tensor, ...]
 
 
@@ -175,9 +182,30 @@ def test_groups_have_every_trainer_once():
     ]
 
 
+@any_of(st.lists(st.integers(0, 3), min_size=6, max_size=6), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_every_trainer_is_in_one_group(colours, hosts):
+    """Whatever is said of whom: lists of trainers (colour 0 is in none), or hosts."""
+    lists = [[k for k, its in enumerate(colours) if its == colour] for colour in (1, 2, 3)]
+    over = [each for each in lists if each]
+    syncs = [AllReduce(over=over)] if over else []  # type: ignore[arg-type]
+    for groups, sync in [
+        *((Groups(6), sync) for sync in syncs),
+        *((Groups(sum(hosts), tuple(hosts)), s) for s in BY_HOST),
+    ]:
+        if fault(sync, groups) is not None:
+            continue
+        for name in (groups.of(sync), *groups.needed([sync])):
+            members = groups.members(name)
+            assert sorted(k for each in members for k in each) == list(range(groups.trainers))
+            assert all(groups.around(name, k) == each for each in members for k in each)
+            assert is_within(members, groups.members(""))
+        if not over or len(over) > 1 or len(over[0]) < 6:
+            assert sync not in syncs or set(map(tuple, over)) <= set(groups.alike(sync))
+
+
 def test_what_is_alone_or_all_together_needs_none():
     """One host is all trainers, and a hierarchy of hosts of one trainer each is flat."""
-    for sync in (NODE, HIERARCHICAL, HYBRID):
+    for sync in BY_HOST:
         assert Groups(4, (4,)).of(sync) == ""
     assert Groups(2, (1, 1)).of(HIERARCHICAL) == ""
     job = train(job_of("hybrid", (1, 1)), batches((2, 3), 1))
@@ -353,6 +381,19 @@ def test_phases_do_not_all_begin_at_the_wait():
     assert across < last, "while backward runs"
 
 
+@pytest.mark.parametrize("hosts", [(2, 2), (3, 1)], ids=str)
+def test_where_backward_begins_is_seen_through_phases(hosts):
+    """The loss is made of none of the gradients that lie in its bucket."""
+    program = captured()
+    turns = [
+        turn(lower(program, make_plan(Rules(sync), program, 4, 0, hosts)).trainer["step"])
+        for sync in (ALL, HIERARCHICAL)
+    ]
+    assert turns[0] is not None
+    assert turns[1] is not None
+    assert turns[0].name == turns[1].name
+
+
 def test_verify_finds_one_device():
     rules = Rules.of(HIERARCHICAL, {"first.*": HYBRID})
     program = captured()
@@ -371,6 +412,12 @@ def captured(step: Callable = clipped, make: Callable = sgd) -> Program:
     model = Net()
     optimizer = make(model)
     return capture_step(step, Binding(model, optimizer), optimizer, batches((2,), 1)[0][0]).program
+
+
+def test_a_script_is_looked_at_as_on_its_hosts(monkeypatch):
+    monkeypatch.setenv("SYNCWRIGHT_HOSTS", "2,2")
+    found = look(str(Path(__file__).parent / "scripts" / "groups.py"), ["unused"], trainers=4)
+    assert found.plan.hosts == (2, 2)
 
 
 def test_exchanges_go_by_host():
@@ -459,16 +506,14 @@ def test_what_cannot_be_cut_each_host_keeps(stage):
 
 def test_states_go_from_and_to_other_plans():
     given = batches((3, 2, 4, 1), 4)
-    job = train(job_of(HYBRID), given[:2])
-    other = job_of(Shard(1), (4,))
-    train(other, given[:1])
-    other.load_state_dict(job.state_dict())
-    train(other, given[2:])
-    back = train(job_of(Shard(1, within="node")), given[:1])
-    back.load_state_dict(train(job_of(ALL), given[:2]).state_dict())
-    train(back, given[2:])
-    for each in (other, back):
-        check_close(trained(each), one_device(given))
+    first, second, third = job_of(HYBRID), job_of(ALL, (4,)), job_of(Shard(1, within="node"))
+    train(first, given[:2])
+    train(second, given[:1])
+    second.load_state_dict(first.state_dict())
+    train(second, given[2:3])
+    train(third, given[:1])
+    third.load_state_dict(second.state_dict())
+    check_close(trained(train(third, given[3:])), one_device(given))
 
 
 def test_evaluation_and_deferred_ones():
@@ -512,11 +557,10 @@ def test_a_loss_that_is_scaled_is_one_device():
 
 
 def test_narrow_gradients_travel_narrow():
-    job = train(job_of(replace(HYBRID, compress=Cast("bfloat16")), step=apart), given := batches((3, 2, 4, 1)))
+    job = train(job_of(replace(HYBRID, compress=Cast("bfloat16"))), given := batches((3, 2, 4, 1)))
     across = [n for n in starts(job) if argument(n, "group") == "across"]
     assert {node.meta["val"].dtype for node in across} == {torch.bfloat16}
-    flat = train(job_of(Shard(3, compress=Cast("bfloat16")), (4,), step=apart), given)
-    check_close(trained(job), trained(flat), 0.1)
+    check_close(trained(job), one_device(given), 0.01)
 
 
 # --- in pieces -------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def loopback(
         job.state_dict()["model"]["fc.weight"]
 
     Everything above the transport is what real processes run. Interpreted. `hosts`: how many trainers each host has, in the
-    order of their numbers, for plans that merge on hosts; default: all are on one.
+    order of their numbers, for plans to which it matters who shares one; default: all are on one.
     """
     source = plan
     training = Training(
