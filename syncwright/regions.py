@@ -72,12 +72,11 @@ def _joined(reduced: object) -> Node | None:
     is_reduced = False
     while isinstance(reduced, Node) and reduced.target in _WAY:
         is_reduced |= reduced.target is ops.all_reduce
-        source = reduced.args[0]
-        if isinstance(source, list | tuple) and len(source) > 1:
+        sources = reduced.all_input_nodes
+        if len(sources) != 1:
             return None
-        reduced = source[0] if isinstance(source, list | tuple) else source
-    found = is_reduced and isinstance(reduced, Node) and reduced.target is aten.cat.default
-    return reduced if found else None
+        reduced = sources[0]
+    return reduced if is_reduced and isinstance(reduced, Node) and reduced.target is aten.cat.default else None
 
 
 _WAY = frozenset(

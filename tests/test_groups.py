@@ -636,7 +636,9 @@ def test_what_differs_between_groups_does_not_reach_what_is_equal():
     message = "'first.bias' is reduced over: node, but its gradient takes part in a global value .* 'second.bias'"
     with pytest.raises(LoweringError, match=message):
         lower(program, make_plan(rules, program, 4, 0, HOSTS))
-    with pytest.raises(PlanError, match=r"reduced over: node.*normalised together"):
+    with pytest.raises(
+        PlanError, match=r"'first.weight': found it reduced over some trainers with sync_batch_norm: true"
+    ):
         make_plan(Rules(NODE, sync_batch_norm=True), program, 4, 0, HOSTS)
     with pytest.raises(PlanError, match=r"LocalSteps.over: found all_reduce with over: node"):
         LocalSteps(2, over=NODE)

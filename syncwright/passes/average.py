@@ -246,8 +246,8 @@ def rows_of_pieces(val: torch.Tensor, piece_mb: float | None) -> list[int]:
     if piece_mb is None or val.dim() == 0 or val.nbytes <= piece_mb * 2**20:
         return [val.shape[0] if val.dim() else 1]
     rows = max(1, int(piece_mb * 2**20 * val.shape[0] // val.nbytes))
-    count = -(-val.shape[0] // rows)
-    return [len(each) for each in torch.arange(val.shape[0]).tensor_split(count)]
+    least, larger = divmod(val.shape[0], count := -(-val.shape[0] // rows))
+    return [least + (index < larger) for index in range(count)]
 
 
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:

@@ -136,6 +136,11 @@ class Plan:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
             if (wrong := fault(sharing.sync, self.groups)) is not None:
                 raise PlanError(f"variable {sharing.variable!r}: found {wrong[0]}, expected {wrong[1]}. {wrong[2]}")
+            if self.sync_batch_norm and len(self.groups.members(self.groups.of(sharing.sync))) > 1:
+                raise PlanError(
+                    f"variable {sharing.variable!r}: found it reduced over some trainers with sync_batch_norm: true, expected "
+                    "gradients of all, whose examples are normalised together. Leave over or sync_batch_norm out."
+                )
             if isinstance(sharing.sync, Shard) and sharing.keeper is not None:
                 self._check_keeper(sharing.variable, sharing.keeper, self.groups.cut_among(sharing.sync))
         used = any(sharing.owners for sharing in self.sharings)

@@ -33,7 +33,6 @@ from syncwright.plan.sync import (
     Sync,
     asks_for_hosts,
     served_by,
-    shown,
 )
 from syncwright.program import Role, Variable
 
@@ -107,11 +106,6 @@ def _normalized_together(rules: Rules, chosen: Sequence[tuple[Variable, Sync, tu
             raise PlanError(
                 f"{rules.source}: found sync_batch_norm: true with {variable.name!r}, which has no step in common. Expected "
                 "trainers that take every step together. Share it in step, or take sync_batch_norm out."
-            )
-        if isinstance(sync, AllReduce) and sync.over != "all":
-            raise PlanError(
-                f"{rules.source}: found sync_batch_norm: true with {variable.name!r}, which is reduced over: {shown(sync.over)}. "
-                "Expected gradients of all trainers, whose examples are normalised together. Leave over or sync_batch_norm out."
             )
     if {"mean", "sum"} <= {
         sync.reduce for _, sync, _ in chosen if isinstance(sync, AllReduce | Shard | ParameterServer)
