@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from syncwright.capture.state import Binding
 from syncwright.capture.step import capture_step
 from syncwright.errors import PlanError
-from syncwright.plan import Local, LocalSteps, Plan
+from syncwright.plan import AllReduce, Plan, shown
 from syncwright.program import Program, Role, Variable
 from syncwright.reference import Gradients, Kept, Values, concatenated, split, values_of
 from syncwright.runtime.intercept import FirstStep
@@ -215,10 +215,12 @@ def _difference(variable: Variable, job: Values, parts: Values, whole: Values | 
 
 def _refuse_independent(program: Program, plan: Plan) -> None:
     for sharing in plan.sharings:
-        alone = isinstance(sharing.sync, Local | LocalSteps)
+        alone = len(plan.groups.alike(sharing.sync)) > 1
         if alone and sharing.variable in program.writes and plan.trainers > 1:
+            found = tag(type(sharing.sync))
+            found += f" over: {shown(sharing.sync.over)}" if isinstance(sharing.sync, AllReduce) else ""
             raise PlanError(
-                f"variable {sharing.variable!r}: found {tag(type(sharing.sync))}, expected a sharing that keeps trainers equal: "
+                f"variable {sharing.variable!r}: found {found}, expected a sharing that keeps trainers equal: "
                 "no run on one device equals trainers that each train a copy of their own. Share it, or verify with one trainer."
             )
 

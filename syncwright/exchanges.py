@@ -26,7 +26,18 @@ from syncwright.meaning import followed
 from syncwright.meeting_steps import geo, geo_of_rows, meet, meet_at_servers
 from syncwright.passes.average import communicates
 from syncwright.passes.compact_lookups import READS
-from syncwright.plan import AllReduce, BufferPolicy, Geo, LocalSteps, Mean, Optimizer, ParameterServer, Plan, served_by
+from syncwright.plan import (
+    AllReduce,
+    BufferPolicy,
+    Geo,
+    LocalSteps,
+    Mean,
+    Optimizer,
+    ParameterServer,
+    Plan,
+    asks_for_hosts,
+    served_by,
+)
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.update import find_updates
@@ -197,7 +208,8 @@ def _plan(
     """The plan by which an outer step of these variables is lowered."""
     sharings = tuple(replace(plan.sharing(name), sync=sync) for name in names)
     servers, reducer = (plan.servers, plan.reducer) if any(s.owners for s in sharings) else (0, None)
-    return Plan(plan.digest, plan.trainers, servers, reducer, sharings, tuple(buffers.items()))
+    hosts = plan.hosts if asks_for_hosts(sync) else ()
+    return Plan(plan.digest, plan.trainers, servers, reducer, sharings, tuple(buffers.items()), hosts=hosts)
 
 
 def _check_cut(program: Program, plan: Plan, outer: Optimizer) -> None:

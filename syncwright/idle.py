@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
-from syncwright.passes.insert import KEPT, TOTAL, read_first, read_variable
+from syncwright.passes.insert import KEPT, TOTAL, made_of, read_first, read_variable
+from syncwright.plan import ALL
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.schema import argument
 from syncwright.shapes import Inference, mode_of
@@ -30,11 +31,17 @@ def idle(program: Program) -> Program:
     own batch (a norm of reduced gradients) it sends as everybody does. A buffer that is trainer 0's stays as
     it was where trainer 0 has nothing: its contribution is the old value.
 
-    It also writes the reduced total of all weights, where there is one: 0 where no trainer has an example.
+    It also writes the reduced total of all weights, where there is one: 0 where no trainer has an example. What is made with the
+    total of a group stays as it was where this is 0, and so does the state of what no gradient has come for.
     """
     program, tainted = _silence(program.edit())
-    results = {name: n for name, n in program.results.items() if n not in tainted}
-    total = next((n for n in program.graph.nodes if TOTAL in n.meta), None)
+    alone = {name for name, n in program.results.items() if n in tainted and program.variables[name].role is Role.PARAM}
+    left = [n for n in program.results if program.variables[n].of in alone and program.variables[n].role is Role.STATE]
+    results = {name: n for name, n in program.results.items() if n not in tainted and name not in left}
+    totals = {str(n.meta[TOTAL]): n for n in program.graph.nodes if TOTAL in n.meta}
+    for total in [total for group, total in totals.items() if group]:
+        program, results = _kept_without(program, results, total)
+    total = totals.get(ALL)
     if total is not None:
         results[TOTAL] = total
         program = replace(program, variables={**program.variables, TOTAL: _total(total)})
@@ -50,6 +57,22 @@ def idle(program: Program) -> Program:
 def _is_common(node: Node) -> bool:
     """Whether others rely on it that each trainer does this."""
     return node.target in {*ops.SENDS, *ops.WAITS} or (node.target is ops.pull and bool(argument(node, "on_host")))
+
+
+def _kept_without(program: Program, results: dict[str, Node], total: Node) -> tuple[Program, dict[str, Node]]:
+    """Parameters of a group, and their state, stay as they are where its total is 0; their gradients are zeros then."""
+    graph, known, variables = program.graph, Inference(mode_of(program.graph)), program.variables
+    updated = {n for n in results if variables[n].role is Role.PARAM and total in made_of([results[n]])}
+    with graph.inserting_after(total):
+        there = known.call(graph, aten.gt.Scalar, total, 0)
+    with graph.inserting_after(there):
+        divisor = known.call(graph, aten.where.ScalarOther, there, total, 1.0)
+    total.replace_all_uses_with(divisor, lambda user: user not in (there, divisor))
+    for name in [n for n in results if n in updated or variables[n].of in updated]:
+        program, old = read_variable(program, variables[name], results[name].meta["val"])
+        with graph.inserting_before(program.output):
+            results[name] = known.call(graph, aten.where.self, there, results[name], old)
+    return program, results
 
 
 def _total(node: Node) -> Variable:

@@ -10,6 +10,7 @@ import torch
 
 from syncwright import ops
 from syncwright.plan import Collective, LocalSteps, ParameterServer, Plan, served_by
+from syncwright.plan.groups import Members
 from syncwright.plan.plan import Travelling
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
@@ -300,6 +301,12 @@ class Job:
     def joins_hosts(self) -> bool:
         """Whether trainers of one host do something together."""
         return any(channel.on_host for channel in self.channels.values()) or bool(self.copied)
+
+    @property
+    def groups(self) -> dict[str, Members]:
+        """The groups that trainers make when they start."""
+        groups = self.plan.groups
+        return {name: groups.members(name) for name in groups.needed(s.sync for s in self.plan.sharings)}
 
     @property
     def staleness(self) -> int | None:

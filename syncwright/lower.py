@@ -23,9 +23,23 @@ from syncwright.passes import COMPILED, PIPELINE
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.flat import flat_parts
+from syncwright.passes.insert import in_group
 from syncwright.passes.join_served import as_joined
 from syncwright.passes.share_globals import parts_of
-from syncwright.plan import AllGather, Collective, Local, LocalSteps, ParameterServer, Plan, plan_at, starts_of
+from syncwright.plan import (
+    AllGather,
+    AllReduce,
+    Collective,
+    Local,
+    LocalSteps,
+    ParameterServer,
+    Plan,
+    Sync,
+    is_within,
+    plan_at,
+    shown,
+    starts_of,
+)
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.selection import Selection
@@ -201,14 +215,13 @@ def _check_scaled(program: Program, plan: Plan) -> None:
             "gradients of a step; here each is applied as it comes. Expected updates in step. Say mode: sync, or train in "
             "bfloat16 or float32, without a GradScaler."
         )
-    alone = {name: sync for name, sync in syncs.items() if isinstance(sync, Local | LocalSteps)}
-    if plan.trainers > 1 and 0 < len(alone) < len(syncs):
-        name = next(iter(alone))
-        shared = next(each for each in syncs if each not in alone)
+    alike = {name: plan.groups.alike(sync) for name, sync in syncs.items()}
+    if plan.trainers > 1 and len(set(alike.values())) > 1:
+        name, shared = (max(alike, key=lambda each: len(alike[each])), min(alike, key=lambda each: len(alike[each])))
         raise LoweringError(
-            f"'{name}' is {_word(alone[name])} and '{shared}' is shared, but the step scales its loss by '{scale}', "
-            "which follows from the gradients of both; trainers would scale differently. Expected all variables to be shared, or "
-            "none. Share them all, or train in bfloat16 or float32, without a GradScaler."
+            f"'{name}' is {_word(syncs[name])} and '{shared}' is {_word(syncs[shared])}, but the step scales its loss by "
+            f"'{scale}', which follows from the gradients of both; trainers would scale differently. Expected all variables to "
+            "be shared among the same trainers, or none. Share them so, or train in bfloat16 or float32, without a GradScaler."
         )
 
 
@@ -235,21 +248,29 @@ def _check_arriving(join: Join, plan: Plan) -> None:
 
 
 def _check_local(join: Join, plan: Plan) -> None:
-    """A global value that local variables take part in differs between trainers: it may not reach shared ones."""
-    alone = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Local | LocalSteps)}
-    local = alone.keys() & set(join.parameters)
-    shared = set(join.readers) - local
-    if plan.trainers > 1 and shared and local & set(join.partials.values()):
-        name = sorted(local)[0]
-        raise LoweringError(
-            f"'{name}' is {_word(alone[name])}, but its gradient takes part in a global value (at {join.values[0].name}) that "
-            f"the update of '{sorted(shared)[0]}' reads; its trainers would drift apart. Expected global values of shared "
-            "gradients only. Clip local and shared parameters apart, or share them all."
-        )
+    """A global value that differs between trainers may not reach variables that are equal on them: it does where a gradient takes
+    part that is reduced among fewer."""
+    syncs = {s.variable: s.sync for s in plan.sharings}
+    for name in sorted(set(join.partials.values()) & syncs.keys() if plan.trainers > 1 else ()):
+        own = plan.groups.alike(syncs[name])
+        reader = next((r for r in sorted(join.readers) if not is_within(plan.groups.alike(syncs[r]), own)), None)
+        if reader is not None:
+            raise LoweringError(
+                f"'{name}' is {_word(syncs[name])}, but its gradient takes part in a global value (at {join.values[0].name}) "
+                f"that the update of '{reader}' reads; its trainers would drift apart. Expected global values of gradients "
+                "that are shared among the same trainers. Clip these parameters apart, or share them alike."
+            )
 
 
-def _word(sync: Local | LocalSteps) -> str:
-    return "local" if isinstance(sync, Local) else "local between exchanges"
+def _word(sync: Sync) -> str:
+    match sync:
+        case Local():
+            return "local"
+        case LocalSteps():
+            return "local between exchanges"
+        case AllReduce(over=over) if over != "all":
+            return f"reduced over: {shown(over)}"
+    return "shared"
 
 
 def _applied(each: Pass, program: Program, plan: Plan) -> Program:
@@ -294,7 +315,10 @@ def communications(program: Program) -> list[Node]:
 
 def _digest(step: Program, servers: Sequence[ServerPart], hosts: Sequence[int]) -> str:
     """Equal on all roles that derived the same job. Batch shapes are left out."""
-    lines = [f"{n.target} {n.args[1]}" for n in communications(step)]
+    lines = [
+        " ".join([str(n.target), str(n.args[1]), *in_group(str(argument(n, "group") or ""))])
+        for n in communications(step)
+    ]
     lines += [f"{n.args[1]} on host" for n in communications(step) if argument(n, "on_host")]
     lines += [repr(replace(v, aliases=())) for v in step.variables.values() if v.role in (Role.PARAM, Role.STATE)]
     lines += [f"hosts {hosts}"] if hosts else []

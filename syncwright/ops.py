@@ -5,9 +5,9 @@
 Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 
     unique(ids, padding)                   the distinct ids, in any order, with the last one again and again behind them, to as
-                                           many as are given (`kernels.distinct`); then for each tensor of ids the places of its
-                                           ids among them. `padding` from 0 on: this id comes first, in one more place, whether it
-                                           is given or not
+                                           many as are given (see `kernels.distinct`); then for each tensor of ids the places of
+                                           its ids among them. `padding` from 0 on: this id comes first, in one more place,
+                                           whether it is given or not
     join_ids(ids, rows, names)             the ids of several tables, of so many rows each, in the table in which one's rows
                                            are below another's; one table's behind another's, flat. `IndexError` for an id
                                            that its table does not have, by the tables' names
@@ -43,19 +43,23 @@ read, and its result is what is read there:
     send(x, channel)                       from a server to another: of several owners' values, the first
     gather(x, channel, parts)              from the owners of the pieces of a variable to a server: their values, stacked
 
-In the program of a trainer:
+In the program of a trainer. Those with a `group` (its name, see `plan.groups`) are among the trainers of this one's group, which
+count from 0 in it; without one, among all:
 
-    all_reduce(x, channel)                 starts the sum of x over all trainers
+    all_reduce(x, channel, group)          starts the sum of x over all trainers
     wait(x, channel)                       its result
-    reduce_scatter(xs, channel, trainers)  starts the sums of several tensors over all trainers. Of each, laid out flat and cut
+    reduce_scatter(xs, channel, trainers, group)
+                                           starts the sums of several tensors over all trainers. Of each, laid out flat and cut
                                            into parts of one size with zeros behind its end, a trainer gets its own part
     wait_own(x, channel)                   its result: these parts, one behind another
-    gather_parts(xs, channel, trainers)    starts to give all trainers the parts of several tensors that each has
+    gather_parts(xs, channel, trainers, group)
+                                           starts to give all trainers the parts of several tensors that each has
     wait_whole(x, channel, sizes, dtypes)  its result: of each so many elements, flat. `dtypes`: by torch's names, where values
                                            of several are gathered
-    reduce_to(xs, channel, trainer)        starts the sums of several tensors over all trainers, for one of them: its result, by
+    reduce_to(xs, channel, trainer, group)
+                                           starts the sums of several tensors over all trainers, for one of them: its result, by
                                            `wait_own`, are the sums, flat, one behind another
-    give(xs, channel, trainer)             starts to give all trainers what one of them has; on the others `xs` says its sizes.
+    give(xs, channel, trainer, group)      starts to give all trainers what one of them has; on the others `xs` says its sizes.
                                            Its result comes by `wait_whole`
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
@@ -82,13 +86,13 @@ NAMESPACE = "syncwright"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define("gradient(Tensor x, str name) -> Tensor")
-_library.define("all_reduce(Tensor x, str channel) -> Tensor")
+_library.define("all_reduce(Tensor x, str channel, str group='') -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
-_library.define("reduce_scatter(Tensor[] xs, str channel, int trainers) -> Tensor")
+_library.define("reduce_scatter(Tensor[] xs, str channel, int trainers, str group='') -> Tensor")
 _library.define("wait_own(Tensor x, str channel) -> Tensor")
-_library.define("gather_parts(Tensor[] xs, str channel, int trainers) -> Tensor")
-_library.define("reduce_to(Tensor[] xs, str channel, int trainer) -> Tensor")
-_library.define("give(Tensor[] xs, str channel, int trainer) -> Tensor")
+_library.define("gather_parts(Tensor[] xs, str channel, int trainers, str group='') -> Tensor")
+_library.define("reduce_to(Tensor[] xs, str channel, int trainer, str group='') -> Tensor")
+_library.define("give(Tensor[] xs, str channel, int trainer, str group='') -> Tensor")
 _library.define("wait_whole(Tensor x, str channel, int[] sizes, str[]? dtypes=None) -> Tensor[]")
 _library.define("sum_on_host(Tensor x, str channel) -> Tensor")
 _library.define("wait_on_host(Tensor x, str channel) -> Tensor")
@@ -142,18 +146,18 @@ torch.library.register_fake(f"{NAMESPACE}::send", _same, lib=_library)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::reduce_scatter", lib=_library)
-def _reduce_scatter(xs: list[torch.Tensor], channel: str, trainers: int) -> torch.Tensor:
+def _reduce_scatter(xs: list[torch.Tensor], channel: str, trainers: int, group: str = "") -> torch.Tensor:
     return xs[0].new_empty([sum(-(-x.numel() // trainers) for x in xs)])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::reduce_to", lib=_library)
-def _reduce_to(xs: list[torch.Tensor], channel: str, trainer: int) -> torch.Tensor:
+def _reduce_to(xs: list[torch.Tensor], channel: str, trainer: int, group: str = "") -> torch.Tensor:
     return xs[0].new_empty([sum(x.numel() for x in xs)])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gather_parts", lib=_library)
 @torch.library.register_fake(f"{NAMESPACE}::give", lib=_library)
-def _gather_parts(xs: list[torch.Tensor], channel: str, trainers: int) -> torch.Tensor:
+def _gather_parts(xs: list[torch.Tensor], channel: str, trainers: int, group: str = "") -> torch.Tensor:
     return xs[0].new_empty([0])
 
 

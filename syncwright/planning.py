@@ -118,7 +118,7 @@ def _check_hosts(plan: Plan, hosts: Sequence[int] | None) -> None:
     if plan.hosts and hosts is not None and tuple(hosts) != plan.hosts:
         raise PlanError(
             f"plan: made for hosts with {_listed(plan.hosts)} trainers, found {_listed(hosts) or 'unknown ones'}. Expected the "
-            "same, as it merges or copies on hosts. Start the job so (SYNCWRIGHT_HOSTS says who is where), or make the plan anew."
+            "same, as it shares by hosts. Start the job so (SYNCWRIGHT_HOSTS says who is where), or make the plan anew."
         )
 
 

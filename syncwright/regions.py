@@ -55,11 +55,9 @@ def _in_bucket(pick: Node) -> list[Node] | None:
     split, index = pick.args
     if not (isinstance(split, Node) and split.target is aten.split_with_sizes.default):
         return None
-    wait, sizes = split.args
-    if not (isinstance(wait, Node) and wait.target is ops.wait and wait.args[0].target is ops.all_reduce):  # type: ignore
-        return None
-    joined: Node = wait.args[0].args[0]  # type: ignore[union-attr,assignment]
-    if joined.target is not aten.cat.default:
+    waited, sizes = split.args
+    joined = _joined(waited)
+    if joined is None:
         return None
     start = sum(sizes[:index])  # type: ignore[index]
     parts: Sequence[Node] = joined.args[0]  # type: ignore[assignment]
@@ -67,3 +65,23 @@ def _in_bucket(pick: Node) -> list[Node] | None:
     begins = [0, *stops[:-1]]
     stop = start + sizes[index]  # type: ignore[index]
     return [part for part, a, b in zip(parts, begins, stops, strict=True) if a < stop and b > start]
+
+
+def _joined(reduced: object) -> Node | None:
+    """What a bucket was joined from, by its reduced form, also where that was made in phases; None where it is no such."""
+    is_reduced = False
+    while isinstance(reduced, Node) and reduced.target in _WAY:
+        is_reduced |= reduced.target is ops.all_reduce
+        sources = reduced.all_input_nodes
+        if len(sources) != 1:
+            return None
+        reduced = sources[0]
+    return reduced if is_reduced and isinstance(reduced, Node) and reduced.target is aten.cat.default else None
+
+
+_WAY = frozenset(
+    {
+        *(ops.all_reduce, ops.wait, ops.reduce_scatter, ops.wait_own, ops.gather_parts, ops.give, ops.wait_whole),
+        *(getitem, aten.view.default),
+    }
+)

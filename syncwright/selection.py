@@ -57,12 +57,15 @@ class Own:
     (3, 3) among 2 trainers: elements [0, 5) and [5, 9), and a zero.
 
     keeper  the trainer whose own is all of it, and the others have none; None: every trainer has a part
+    group   whose trainers have all of it among them (see `plan.groups`): these count from 0 in each, so that trainers of one
+            place in their groups have the same part
     """
 
     of: str
     shape: tuple[int, ...]
     trainers: int
     keeper: int | None = None
+    group: str = ""
 
     @property
     def numel(self) -> int:
@@ -81,11 +84,15 @@ class Own:
 
     def is_with(self, trainer: int) -> bool:
         """Whether a trainer has a part."""
-        return self.keeper in (None, trainer)
+        return self.keeper in (None, self.place(trainer))
+
+    def place(self, trainer: int) -> int:
+        """A trainer's number among those that have all of it."""
+        return trainer % self.trainers if self.group else trainer
 
     def bounds(self, trainer: int) -> tuple[int, int]:
         """Which elements a trainer's part has; none where the variable has fewer than trainers before it keep."""
         if self.keeper is not None:
-            return (0, self.numel) if trainer == self.keeper else (0, 0)
-        start = min(trainer * self.count, self.numel)
+            return (0, self.numel) if self.is_with(trainer) else (0, 0)
+        start = min(self.place(trainer) * self.count, self.numel)
         return start, min(start + self.count, self.numel)

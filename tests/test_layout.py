@@ -84,6 +84,7 @@ plan            how each variable is shared
     outer
     compression
     sync
+    groups
     rules
     plan
     spans
@@ -166,6 +167,7 @@ passes          one rewrite of the whole program per file
     bucket_parts
     recompute
     flatten
+    reduce_by_node
     tidy
 global_batch    lookups that only the whole batch can tell
 idle            the program of a trainer without examples
@@ -188,6 +190,7 @@ runtime         what runs a job
     gathers
     scatters
     kept_whole
+    groups
     collectives
     wire
     bundles

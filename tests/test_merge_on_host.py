@@ -277,7 +277,7 @@ def test_a_plan_holds_its_hosts() -> None:
         make_plan(Rules(ON_HOST), program, 4, 2, ())
     for hosts in ((), (2, 1)):
         with pytest.raises(
-            PlanError, match=r"hosts: found \[.*\], expected .* 4 together, as '0.weight' is merged or copied on hosts"
+            PlanError, match=r"hosts: found \[.*\], expected .* 4 together, as '0.weight' is shared with merge_on_host"
         ):
             replace(plan, hosts=hosts)
 

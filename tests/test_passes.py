@@ -18,10 +18,12 @@ from syncwright.idle import idle
 from syncwright.job import ServerPart
 from syncwright.lower import lower
 from syncwright.passes.flat import flat_parts
+from syncwright.passes.insert import peers_of
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role
 from syncwright.runtime.flat_values import laid_flat
 from syncwright.runtime.own_parts import own_part
+from syncwright.schema import argument
 from syncwright.text import parse, to_text
 from syncwright.verify import verify, verify_after
 from tests.mirrored import known_pulls, run_mirrored, some_values, truth_of
@@ -69,6 +71,9 @@ def test_a_pass_does_nothing_for_one_device(name):
 
 def check_same_results(before: Program, after: Program, plan: Plan) -> None:
     """Where all trainers have one batch, a step computes what one device computes, to the bit; so do servers' parts."""
+    if any(argument(node, "group") for node in after.graph.nodes if node.target in ops.SENDS):
+        check_same_groups(before, after, plan)
+        return
     if any(variable.own is not None for variable in after.variables.values()):
         check_same_parts(before, after, plan)
         return
@@ -121,6 +126,23 @@ def check_nothing_is_lost(before: Program, after: Program, plan: Plan) -> None:
     for name in [n for n in expected if f"{n}.residual" not in found and before.variables[n].role is Role.PARAM]:
         most = (expected[name] - values[name]).abs().max()
         assert float((found[name] - expected[name]).abs().max()) <= float(most) / 254 + 1e-6, name
+
+
+def check_same_groups(before: Program, after: Program, plan: Plan) -> None:
+    """The same, where trainers reduce in groups."""
+    values = {**some_values(after), **some_values(before)}
+    given = cut_values(after, values, plan.trainers)
+    for name in plan.groups.needed(sharing.sync for sharing in plan.sharings):
+        for trainer, each in enumerate(given):
+            each[peers_of(name).name] = len(plan.groups.around(name, trainer))
+    found, expected = (run_together(program, given, plan.groups) for program in (after, before))
+    own = {v.name: v.own for v in after.variables.values() if v.own is not None}
+    for trainer, (mine, its) in enumerate(zip(found, expected, strict=True)):
+        for name, value in mine.items():
+            other = its[name] if name in its else own_part(its[own[name].of], own[name], trainer)
+            if name in own:
+                value, other = real_part(value, own[name], trainer), real_part(other, own[name], trainer)
+            assert bits(value) == bits(other), (name, trainer)
 
 
 def check_same_parts(before: Program, after: Program, plan: Plan) -> None:

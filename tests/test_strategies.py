@@ -48,6 +48,7 @@ def test_the_registry_lists_the_fixed_strategies():
     assert list(STRATEGIES) == [
         "independent",
         "all_reduce",
+        "partitioned_all_reduce",
         "parameter_server",
         "parameter_server_balanced",
         "parameter_server_partitioned",
@@ -58,6 +59,7 @@ def test_the_registry_lists_the_fixed_strategies():
         "zero1",
         "zero2",
         "zero3",
+        "hybrid",
         "local_sgd",
         "diloco",
         "geo",
@@ -158,9 +160,10 @@ def test_a_table_whose_name_holds_pattern_characters_is_served():
         (
             "all-reduce",
             {},
-            "strategy: found 'all-reduce', expected one of independent, all_reduce, parameter_server, "
-            "parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, staged, replicated_served, "
-            "parallax, zero1, zero2, zero3, local_sgd, diloco, geo. Did you mean 'all_reduce'?",
+            "strategy: found 'all-reduce', expected one of independent, all_reduce, partitioned_all_reduce, "
+            "parameter_server, parameter_server_balanced, parameter_server_partitioned, parameter_server_uneven, "
+            "staged, replicated_served, parallax, zero1, zero2, zero3, hybrid, local_sgd, diloco, geo. "
+            "Did you mean 'all_reduce'?",
         ),
         (
             "parameter_server_partitioned",

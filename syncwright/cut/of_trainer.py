@@ -11,6 +11,7 @@ from torch.fx import Node
 from syncwright import ops
 from syncwright.dead import is_effect, remove_dead
 from syncwright.program import Program, Variable, set_results
+from syncwright.schema import argument
 from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
@@ -33,8 +34,10 @@ def of_trainer(program: Program, trainer: int) -> Program:
         return program
     program = program.edit()
     known = Inference(mode_of(program.graph))
+    among = {v.own.group: v.own for v in program.variables.values() if v.own is not None}
     for node in program.graph.find_nodes(op="call_function", target=ops.give):
-        if node.args[2] != trainer:
+        group = str(argument(node, "group"))
+        if group in among and node.args[2] != among[group].place(trainer):
             with program.graph.inserting_before(node):
                 sizes = [_size_of(program, value, known) for value in node.args[0]]  # type: ignore[union-attr]
             node.args = (sizes, *node.args[1:])

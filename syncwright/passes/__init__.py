@@ -20,6 +20,7 @@ from syncwright.passes.merge_on_host import merge_on_host
 from syncwright.passes.note_lookups import note_lookups
 from syncwright.passes.power_sgd import power_sgd
 from syncwright.passes.recompute import recompute
+from syncwright.passes.reduce_by_node import reduce_by_node
 from syncwright.passes.serve_parameters import serve_parameters
 from syncwright.passes.shard_parameters import shard_parameters
 from syncwright.passes.share_globals import share_globals
@@ -35,8 +36,8 @@ _SENDING = (
     *(bucket, bucket_parts, recompute),
 )
 
-PIPELINE = (*_PLACING, *_SENDING, tidy)
-COMPILED = (*_PLACING, *_SENDING, flatten, tidy)
+PIPELINE = (*_PLACING, *_SENDING, reduce_by_node, tidy)
+COMPILED = (*_PLACING, *_SENDING, flatten, reduce_by_node, tidy)
 
 JOINING = ("bucket", "bucket_parts", "join_served", "join_tables")
 """Passes without which every variable's communication stands alone, as a table of variables shows it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import getitem
 
 import torch
 from torch.fx import Node
@@ -18,17 +21,20 @@ from syncwright.passes.insert import (
     before_first_use,
     behind,
     first_call,
+    in_group,
     read_first,
     read_share,
+    read_size,
     read_weight,
 )
 from syncwright.place import Server, put
-from syncwright.plan import AllReduce, Collective, ParameterServer, Plan
-from syncwright.plan.compression import Compression
+from syncwright.plan import ALL, BY_NODE, AllReduce, Collective, ParameterServer, Plan, Shard
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, call, is_host, mode_of
 
 aten = torch.ops.aten
+PIECE = " piece "
+"""Of a channel by which one piece of a gradient travels."""
 
 
 def average_gradients(program: Program, plan: Plan) -> Program:
@@ -38,7 +44,8 @@ def average_gradients(program: Program, plan: Plan) -> Program:
     after   %g = gradient(%mm, "w"), %a = all_reduce(mul(%g, share), "w.grad"), %m = div(wait(%a), %total), %new = sub(w, %m)
 
     A gradient is scaled by weight / trainers before the sum; the sum is divided by the sum of these weights, which is
-    exactly 1 for equal batches (then the result is DDP's, bit for bit).
+    exactly 1 for equal batches (then the result is DDP's, bit for bit). Trainers, and their weights, are those of the
+    variable's group.
     """
     chosen = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, AllReduce)}
     if plan.trainers == 1 or not chosen:
@@ -52,12 +59,11 @@ def average_gradients(program: Program, plan: Plan) -> Program:
         for name, mark in find_marks(program).items()
         if name in chosen and name in written and name not in factored and f"{name}.grad" not in gathered
     }
-    known, mean = Inference(mode_of(program.graph)), None
-    if any(chosen[name].reduce == "mean" for name in marks):
-        program, mean = read_mean(program, plan)
+    known = Inference(mode_of(program.graph))
+    program, means = read_means(program, plan, {name: chosen[name] for name in marks})
     for name, mark in marks.items():
-        used = mean if chosen[name].reduce == "mean" else None
-        program = _average(program, mark, name, used, chosen[name].compress, known)
+        value = _Value(mark, list(mark.users), means.get(name), plan.groups.of(chosen[name]))
+        program = _average(program, value, name, chosen[name], known)
     return program
 
 
@@ -142,7 +148,8 @@ def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: st
         if how == "mean":
             program, mean = read_mean(program, plan)
         known = Inference(mode_of(program.graph))
-        reduced = _reduced(program, node, name, mean, [program.output], known)
+        value = _Value(node, [program.output], mean)
+        reduced = _summed(value, scaled(node, mean, known), name, known)
     else:
         program, reduced = _through_reducer(program, plan, node, name, how)
     set_results(program, {**program.results, name: reduced})
@@ -157,22 +164,27 @@ class Mean:
     total: Node
 
 
-def _average(
-    program: Program, mark: Node, parameter: str, mean: Mean | None, by: Compression | None, known: Inference
-) -> Program:
-    users = list(mark.users)
-    if not users:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Value:
+    """What is reduced for its users, and in which group."""
+
+    node: Node
+    users: list[Node]
+    mean: Mean | None
+    group: str = ALL
+
+
+def _average(program: Program, value: _Value, parameter: str, sync: AllReduce, known: Inference) -> Program:
+    if not value.users:
         return program
-    sent = scaled(mark, mean, known)
-    program, sent = compressed(program, sent, parameter, by, known)
-    reduced = _summed(program, mark, sent, f"{parameter}.grad", mean, users, known)
-    for user in users:
-        user.replace_input_with(mark, reduced)
+    sent = scaled(value.node, value.mean, known)
+    program, sent = compressed(program, sent, parameter, sync.compress, known)
+    rows = rows_of_pieces(sent.meta["val"], sync.piece_mb)
+    summed = _summed if len(rows) == 1 else partial(_summed_in_pieces, rows)
+    reduced = summed(value, sent, f"{parameter}.grad", known)
+    for user in value.users:
+        user.replace_input_with(value.node, reduced)
     return program
-
-
-def _reduced(program: Program, node: Node, channel: str, mean: Mean | None, users: list[Node], known) -> Node:
-    return _summed(program, node, scaled(node, mean, known), channel, mean, users, known)
 
 
 def scaled(node: Node, mean: Mean | None, known: Inference) -> Node:
@@ -201,15 +213,41 @@ def _as(value: Node, node: Node, known: Inference) -> Node:
     return known.call(node.graph, aten._to_copy.default, value, dtype=dtype)
 
 
-def _summed(
-    program: Program, node: Node, started: Node, channel: str, mean: Mean | None, users: list[Node], known: Inference
-) -> Node:
-    """The reduced value of what is sent for `node`."""
-    graph = program.graph
-    with behind(started):
-        started = known.call(graph, ops.all_reduce, started, channel)
-    with before_first_use(users):
-        return averaged(known.call(graph, ops.wait, started, channel), node, mean, known)
+def _summed(value: _Value, sent: Node, channel: str, known: Inference) -> Node:
+    """The reduced value, of what is sent for it."""
+    graph = sent.graph
+    with behind(sent):
+        started = known.call(graph, ops.all_reduce, sent, channel, *in_group(value.group))
+    with before_first_use(value.users):
+        return averaged(known.call(graph, ops.wait, started, channel), value.node, value.mean, known)
+
+
+def _summed_in_pieces(rows: list[int], value: _Value, sent: Node, channel: str, known: Inference) -> Node:
+    """Like `_summed`, each so many rows by themselves."""
+    graph, works = sent.graph, list[Node]()
+    with behind(sent):
+        point = graph.call_function(aten.zeros.default, ([0],))
+    with graph.inserting_before(point):
+        cut = known.call(graph, aten.split_with_sizes.default, sent, rows)
+        for index, _ in enumerate(rows):
+            piece = known.call(graph, getitem, cut, index)
+            works.append(known.call(graph, ops.all_reduce, piece, f"{channel}{PIECE}{index}", *in_group(value.group)))
+    graph.erase_node(point)
+    with before_first_use(value.users):
+        pieces = [known.call(graph, ops.wait, work, work.args[1]) for work in works]
+        return averaged(known.call(graph, aten.cat.default, pieces), value.node, value.mean, known)
+
+
+def rows_of_pieces(val: torch.Tensor, piece_mb: float | None) -> list[int]:
+    """How many rows each piece of a gradient has; one piece where it is no larger.
+
+    (10, 4) of f32, 16 bytes a row, in pieces of at most 64 bytes  ->  [4, 3, 3]
+    """
+    if piece_mb is None or val.dim() == 0 or val.nbytes <= piece_mb * 2**20:
+        return [val.shape[0] if val.dim() else 1]
+    rows = max(1, int(piece_mb * 2**20 * val.shape[0] // val.nbytes))
+    least, larger = divmod(val.shape[0], count := -(-val.shape[0] // rows))
+    return [least + (index < larger) for index in range(count)]
 
 
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:
@@ -225,22 +263,33 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
         return program, call(program.graph, mode, ops.pull_value, merged, name)
 
 
-def read_mean(program: Program, plan: Plan) -> tuple[Program, Mean]:
-    """The trainers' weights and their sum / trainers, as a tensor; reduced once, with the first value that is."""
+def read_means(program: Program, plan: Plan, syncs: Mapping[str, AllReduce | Shard]) -> tuple[Program, dict[str, Mean]]:
+    """What makes a mean of each variable's gradient, of those that have one, over the trainers of its group."""
+    means: dict[str, Mean] = {}
+    groups = {name: plan.groups.of(sync) for name, sync in syncs.items() if sync.reduce == "mean"}
+    for group in dict.fromkeys(groups.values()):
+        program, mean = read_mean(program, plan, ALL if group == BY_NODE else group)
+        means |= {name: mean for name, its in groups.items() if its == group}
+    return program, means
+
+
+def read_mean(program: Program, plan: Plan, group: str = ALL) -> tuple[Program, Mean]:
+    """The weights of a group's trainers and their sum / trainers, as a tensor; reduced once, with the first value that is."""
     program, weight = read_weight(program)
-    graph, mode = program.graph, mode_of(program.graph)
-    known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == TOTAL), None)
+    program, size = read_size(program, plan.groups, group)
+    graph, mode, channel = program.graph, mode_of(program.graph), f"{TOTAL} {group}".strip()
+    known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == channel), None)
     if known is not None:
-        return program, Mean(read_share(weight, plan.trainers), next(iter(known.users)))
+        return program, Mean(read_share(weight, size), next(iter(known.users)))
     wide = any(v.dtype is torch.float64 for v in program.of_role(Role.PARAM))
     with graph.inserting_before(first_call(graph)):
         own = call(graph, mode, aten.scalar_tensor.default, weight, dtype=torch.float64 if wide else torch.float32)
-        started = call(graph, mode, ops.all_reduce, own, TOTAL)
+        started = call(graph, mode, ops.all_reduce, own, channel, *in_group(group))
     with graph.inserting_before(graph.output_node()):
-        summed = call(graph, mode, ops.wait, started, TOTAL)
-        total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
-        total.meta[TOTAL] = True
-    return program, Mean(read_share(weight, plan.trainers), total)
+        summed = call(graph, mode, ops.wait, started, channel)
+        total = call(graph, mode, aten.div.Tensor, summed, size)
+        total.meta[TOTAL] = group
+    return program, Mean(read_share(weight, size), total)
 
 
 def wait_before(mean: Mean, user: Node) -> None:

@@ -11,8 +11,11 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
-from syncwright.plan import AllReduce, Plan
+from syncwright.passes.average import PIECE
+from syncwright.passes.insert import in_group
+from syncwright.plan import ALL, BY_NODE, AllReduce, Plan
 from syncwright.program import Program
+from syncwright.schema import argument
 from syncwright.shapes import Inference, mode_of
 
 aten = torch.ops.aten
@@ -32,6 +35,11 @@ class Member:
     cap: int | None
 
     @property
+    def group(self) -> str:
+        """Of the trainers that reduce it."""
+        return str(argument(self.start, "group"))
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.start.meta["val"].dtype
 
@@ -47,7 +55,8 @@ def bucket(program: Program, plan: Plan) -> Program:
     after   %c = cat([%x, %y]), %a = all_reduce(%c, "bucket.0"), ..., %w = wait(%a), %p, %q = split(%w)
 
     A bucket starts when its last member is complete and is waited for where the first of it is used. Values that are
-    not gradients (the weights, the loss) ride with the next gradient of their dtype, whatever the cap.
+    not gradients (the weights, the loss) ride with the next gradient of their dtype, whatever the cap. Groups of trainers have
+    buckets of their own.
     Sizes [20, 10, 5, 40, 1] with cap 32 give [20, 10], [5], [40], [1] (PyTorch DDP's rule, in order of completion).
     """
     reduced = {s.variable: int(s.sync.bucket_mb * 2**20) for s in plan.sharings if isinstance(s.sync, AllReduce)}
@@ -68,20 +77,23 @@ def _members(program: Program, caps: Mapping[str, int]) -> list[Member]:
         if node.target is ops.all_reduce:
             (wait,) = node.users
             val = node.meta["val"]
-            found.append(Member(node, wait, val.numel() * val.element_size(), caps.get(str(node.args[1]))))
+            cap = caps.get(str(node.args[1]).partition(PIECE)[0])
+            found.append(Member(node, wait, val.numel() * val.element_size(), cap))
     return found
 
 
 def _group(members: list[Member]) -> list[list[Member]]:
-    """Next fit per dtype: a bucket is closed by a member that does not fit, and never opened again."""
+    """Next fit per dtype: a bucket is closed by a member that does not fit, and never opened again. Those of other trainers have
+    buckets of their own."""
     groups: list[list[Member]] = []
-    riding: dict[torch.dtype, list[Member]] = {}
-    current: list[Member] = []
+    riding: dict[tuple[torch.dtype, str], list[Member]] = {}
+    open_: dict[str, list[Member]] = {}
     for member in members:
         if member.cap is None:
-            riding.setdefault(member.dtype, []).append(member)
+            riding.setdefault((member.dtype, member.group), []).append(member)
             continue
-        riders = riding.pop(member.dtype, [])
+        current = open_.get(member.group, [])
+        riders = riding.pop((member.dtype, ALL if member.group == BY_NODE else member.group), [])
         early = [rider for rider in riders if rider.wait < member.start]
         if early:  # what gathered rows are divided by may be waited for before any gradient is complete
             groups.append(early)
@@ -89,8 +101,8 @@ def _group(members: list[Member]) -> list[list[Member]]:
         if current and _fits(current, member, riders):
             current += [*riders, member]
         else:
-            current = [*riders, member]
-            groups.append(current)
+            open_[member.group] = [*riders, member]
+            groups.append(open_[member.group])
     return groups + [group for left in riding.values() for group in _in_time(left)]
 
 
@@ -116,16 +128,17 @@ def _fits(group: list[Member], member: Member, riders: list[Member]) -> bool:
 def _join(program: Program, channel: str, members: list[Member], known: Inference) -> None:
     graph = program.graph
     last, first_wait = max(m.start for m in members), min(m.wait for m in members)
+    group = next((m.group for m in members if m.cap is not None), members[0].group)
     inside = tuple(str(m.start.args[1]) for m in sorted(members, key=lambda m: m.cap is None))  # gradients first
     if len(members) == 1:
         members[0].start.meta[INSIDE] = inside
-        members[0].start.args = (members[0].start.args[0], channel)
+        members[0].start.args = (members[0].start.args[0], channel, *in_group(group))
         members[0].wait.args = (members[0].start, channel)
         return
     with graph.inserting_before(last):
         flat = [known.call(graph, aten.reshape.default, m.start.args[0], [m.numel]) for m in members]
         joined = known.call(graph, aten.cat.default, flat)
-        started = known.call(graph, ops.all_reduce, joined, channel)
+        started = known.call(graph, ops.all_reduce, joined, channel, *in_group(group))
         started.meta[INSIDE] = inside
     with graph.inserting_before(first_wait):
         waited = known.call(graph, ops.wait, started, channel)

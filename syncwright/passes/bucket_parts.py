@@ -58,8 +58,8 @@ class Member:
 
     @property
     def way(self) -> tuple[object, ...]:
-        """How it travels: between all trainers, or to or from one of them."""
-        return self.start.target, self.start.args[2]
+        """How it travels: between trainers of which group, or to or from one of them."""
+        return self.start.target, *self.start.args[2:]
 
 
 Bucket = list[Member]
@@ -109,7 +109,7 @@ def _scattered(program: Program, syncs: Mapping[str, Shard]) -> list[Member]:
     found = []
     for start in _calls(program, ops.reduce_scatter, ops.reduce_to):
         (wait,) = start.users
-        (source,), channel, _ = start.args
+        (source,), channel = start.args[:2]
         sync = syncs[str(channel).removesuffix(".grad")]
         found.append(
             Member(start, wait, (source,), str(channel), source.meta["val"].nbytes, int(sync.bucket_mb * 2**20))
@@ -121,7 +121,7 @@ def _compressed(program: Program, caps: Mapping[str, int]) -> list[Member]:
     """In the order in which they are complete."""
     found = []
     for start in program.graph.find_nodes(op="call_function", target=ops.gather_parts):
-        sources, channel, _ = start.args
+        sources, channel = start.args[:2]
         if channel in caps:
             (wait,) = start.users
             nbytes = sum(source.meta["val"].nbytes for source in sources)
@@ -136,7 +136,7 @@ def _gathered(program: Program, syncs: Mapping[str, Shard], others: Container[No
         if start in others:
             continue
         (wait,) = start.users
-        (source,), channel, number = start.args
+        (source,), channel, number = start.args[:3]
         trainers = 1 if start.target is ops.give else number
         name, again = str(channel).removesuffix(f" {AGAIN}"), str(channel).endswith(f" {AGAIN}")
         sync, nbytes = syncs.get(name.partition(AS)[0]), source.meta["val"].nbytes * trainers
@@ -174,10 +174,10 @@ def _fits(group: Bucket, member: Member) -> bool:
 
 
 def _join_scattered(program: Program, channel: str, members: Bucket, known: Inference) -> None:
-    graph, (target, number) = program.graph, members[0].way
+    graph, (target, *among) = program.graph, members[0].way
     counts = [member.start.meta["val"].numel() for member in members]
     with graph.inserting_before(max(member.start for member in members)):
-        started = known.call(graph, target, [member.source for member in members], channel, number)
+        started = known.call(graph, target, [member.source for member in members], channel, *among)
         started.meta[INSIDE] = tuple(member.name for member in members)
     with graph.inserting_before(min(member.wait for member in members)):
         parts = [known.call(graph, ops.wait_own, started, channel)]
@@ -191,13 +191,13 @@ def _join_scattered(program: Program, channel: str, members: Bucket, known: Infe
 
 
 def _join_gathered(program: Program, channel: str, members: Bucket, known: Inference) -> tuple[Node, Node]:
-    graph, (target, number) = program.graph, members[0].way
+    graph, (target, *among) = program.graph, members[0].way
     sizes = [size for member in members for size in member.wait.args[2]]  # type: ignore[union-attr]
     sources = [source for member in members for source in member.sources]
     dtypes = [[name for member in members for name in member.wait.args[3]]] if members[0].dtypes is None else []  # type: ignore[union-attr]
     calls = [source for source in sources if source.op != "placeholder"]
     with graph.inserting_after(max(calls)) if calls else graph.inserting_before(min(m.wait for m in members)):
-        started = known.call(graph, target, sources, channel, number)
+        started = known.call(graph, target, sources, channel, *among)
         started.meta[INSIDE] = tuple(member.name for member in members)
     with graph.inserting_before(min(member.wait for member in members)):
         waited = known.call(graph, ops.wait_whole, started, channel, sizes, *dtypes)

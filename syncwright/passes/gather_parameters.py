@@ -9,7 +9,7 @@ from operator import getitem
 import torch
 
 from syncwright import ops
-from syncwright.passes.insert import before_first_use
+from syncwright.passes.insert import before_first_use, in_group
 from syncwright.program import Program, Variable, new_placeholder
 from syncwright.shapes import Inference, mode_of
 
@@ -37,9 +37,11 @@ def gather_parameters(program: Program, kept: Iterable[Variable]) -> Program:
             read = new_placeholder(program.graph, part, known.fake_of(part))
         with before_first_use(node.users):
             if own.keeper is None:
-                started = known.call(program.graph, ops.gather_parts, [read], own.of, own.trainers)
+                started = known.call(
+                    program.graph, ops.gather_parts, [read], own.of, own.trainers, *in_group(own.group)
+                )
             else:
-                started = known.call(program.graph, ops.give, [read], own.of, own.keeper)
+                started = known.call(program.graph, ops.give, [read], own.of, own.keeper, *in_group(own.group))
             flat = known.call(
                 program.graph, getitem, known.call(program.graph, ops.wait_whole, started, own.of, [own.numel]), 0
             )

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, Node
 
+from syncwright.plan import Groups
 from syncwright.program import Program, Role, Variable, new_placeholder
 
 aten = torch.ops.aten
@@ -18,6 +19,7 @@ TOTAL = "batch.total"
 """The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
 FIRST = "trainer.first"
 RANK = "trainer.rank"
+PEERS = "trainer.peers"
 SAME = "same"
 """In the meta of what all trainers compute alike: it is not averaged."""
 KEPT = "kept"
@@ -103,7 +105,23 @@ def read_rank(program: Program) -> tuple[Program, Node]:
     return read_variable(program, Variable(RANK, Role.HYPER, (), torch.int64), int)
 
 
-def read_share(weight: Node, trainers: int) -> Node:
+def read_size(program: Program, groups: Groups, group: str) -> tuple[Program, int | Node]:
+    """How many trainers this one's group has; where groups differ, as a number on the host."""
+    size = groups.size(group)
+    return (program, size) if size is not None else read_variable(program, peers_of(group), int)
+
+
+def peers_of(group: str) -> Variable:
+    """How many trainers a trainer's group of this name has."""
+    return Variable(f"{PEERS} {group}", Role.HYPER, (), torch.int64)
+
+
+def in_group(group: str) -> tuple[str, ...]:
+    """The last argument of a communication in a group; none where it is among all trainers."""
+    return (group,) if group else ()
+
+
+def read_share(weight: Node, trainers: int | Node) -> Node:
     """weight / trainers: what a trainer's contribution to a mean is multiplied by."""
     share = next((u for u in weight.users if u.target is operator.truediv and u.args[1] == trainers), None)
     if share is None:

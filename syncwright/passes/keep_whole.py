@@ -13,9 +13,9 @@ from syncwright.errors import LoweringError
 from syncwright.meaning import Cut, Rows, Whole
 from syncwright.passes.average import Mean, averaged, scaled
 from syncwright.passes.compress import compressed
-from syncwright.passes.insert import before_first_use, behind, first_call
+from syncwright.passes.insert import before_first_use, behind, first_call, in_group
 from syncwright.passes.read_gathered import read_gathered
-from syncwright.plan import Shard
+from syncwright.plan import ALL, BY_NODE, Shard
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
 from syncwright.selection import Own
 from syncwright.shapes import Inference
@@ -45,6 +45,11 @@ def keep_whole(
             "part only. Expected an update made from the gradient, the parameter and its state. Share it by: local."
         )
     return _Keeping(program, updates, own, sync, mean, known).rewrite()
+
+
+def reduced_among(own: Own) -> tuple[int | str | None, ...]:
+    """The last arguments of the reduction of a gradient: for which trainer, or how many; and by node, where these are its."""
+    return own.trainers if own.keeper is None else own.keeper, *in_group(BY_NODE if own.group else ALL)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +131,7 @@ class _Keeping:
         self.program, sent = compressed(self.program, sent, self.own.of, self.sync.compress, self.known)
         channel = f"{self.own.of}.grad"
         with behind(sent):
-            started = self.known.call(graph, ops.reduce_to, [sent], channel, self.own.keeper)
+            started = self.known.call(graph, ops.reduce_to, [sent], channel, *reduced_among(self.own))
         with before_first_use(users):
             flat = averaged(self.known.call(graph, ops.wait_own, started, channel), mark, self.mean, self.known)
             return self.known.call(graph, aten.view.default, flat, list(mark.meta["val"].shape))
@@ -134,7 +139,7 @@ class _Keeping:
     def _given(self, own: Node, channel: str) -> Node:
         """A value of the keeper's, at the insertion point."""
         graph, val = self.program.graph, own.meta["val"]
-        started = self.known.call(graph, ops.give, [own], channel, self.own.keeper)
+        started = self.known.call(graph, ops.give, [own], channel, self.own.keeper, *in_group(self.own.group))
         waited = self.known.call(graph, ops.wait_whole, started, channel, [val.numel()])
         flat = self.known.call(graph, getitem, waited, 0)
         return self.known.call(graph, aten.view.default, flat, list(val.shape))

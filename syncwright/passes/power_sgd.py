@@ -10,10 +10,10 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.meaning import find_marks
-from syncwright.passes.average import Mean, averaged, read_mean
+from syncwright.passes.average import Mean, averaged, read_means
 from syncwright.passes.bucket import FIRST, SECOND
 from syncwright.passes.compress import residual_name
-from syncwright.passes.insert import before_first_use, behind, read_variable
+from syncwright.passes.insert import before_first_use, behind, in_group, read_variable
 from syncwright.plan import AllReduce, Plan
 from syncwright.plan.compression import PowerSGD
 from syncwright.program import Program, Role, Variable, set_results
@@ -38,16 +38,16 @@ def power_sgd(program: Program, plan: Plan) -> Program:
     wanted = {name: sync for name, sync in chosen.items() if is_factored(sync, program.variables[name])}
     if plan.trainers == 1 or not wanted:
         return program
-    program, mean = program.edit(), None
+    program = program.edit()
     marks = {n: mark for n, mark in find_marks(program).items() if n in wanted and n in program.writes and mark.users}
-    if any(wanted[name].reduce == "mean" for name in marks):
-        program, mean = read_mean(program, plan)
+    program, means = read_means(program, plan, {name: wanted[name] for name in marks})
     known = Inference(mode_of(program.graph))
     begun = []
     for name, mark in marks.items():
         by = wanted[name].compress
         assert isinstance(by, PowerSGD), "looked at before"
-        program, one = _begin(program, name, mark, mean if wanted[name].reduce == "mean" else None, by.rank, known)
+        way = _Way(mark, list(mark.users), means.get(name), plan.groups.of(wanted[name]))
+        program, one = _begin(program, name, way, by.rank, known)
         begun.append(one)
     for together in _in_time(begun):
         last = max(one.started for one in together)
@@ -74,6 +74,16 @@ def _columns(shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Way:
+    """A gradient, who reads it, and in which group it is reduced."""
+
+    mark: Node
+    users: list[Node]
+    mean: Mean | None
+    group: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Factored:
     """One gradient on its way.
 
@@ -82,9 +92,7 @@ class _Factored:
     """
 
     name: str
-    mark: Node
-    users: list[Node]
-    mean: Mean | None
+    way: _Way
     total: Node
     started: Node
 
@@ -102,17 +110,16 @@ def _in_time(begun: list[_Factored]) -> list[list[_Factored]]:
     """Those of which all start before the first of them is read."""
     groups: list[list[_Factored]] = []
     for one in begun:
-        if groups and all(one.started < user for other in groups[-1] for user in other.users):
+        if groups and all(one.started < user for other in groups[-1] for user in other.way.users):
             groups[-1].append(one)
         else:
             groups.append([one])
     return groups
 
 
-def _begin(
-    program: Program, name: str, mark: Node, mean: Mean | None, rank: int, known: Inference
-) -> tuple[Program, _Factored]:
-    graph, val, users = program.graph, mark.meta["val"], list(mark.users)
+def _begin(program: Program, name: str, way: _Way, rank: int, known: Inference) -> tuple[Program, _Factored]:
+    graph, mark, mean = program.graph, way.mark, way.mean
+    val = mark.meta["val"]
     shape = [val.shape[0], _columns(tuple(val.shape))]
     residual = Variable(residual_name(name), Role.STATE, tuple(shape), val.dtype, name, initial=0.0)
     factor = Variable(f"{name}.factor", Role.STATE, (shape[1], rank), val.dtype, name, initial=0.0)
@@ -125,9 +132,9 @@ def _begin(
         sent = mark if mean is None else known.call(graph, aten.mul.Tensor, mark, mean.share)
         total = known.call(graph, aten.add.Tensor, known.call(graph, aten.view.default, sent, shape), left_out)
         left = known.call(graph, aten.mm.default, total, _warm(kept, known))
-        started = known.call(graph, ops.all_reduce, left, f"{name}.grad.{FIRST}")
+        started = known.call(graph, ops.all_reduce, left, f"{name}.grad.{FIRST}", *in_group(way.group))
     graph.erase_node(point)
-    return program, _Factored(name, mark, users, mean, total, started)
+    return program, _Factored(name, way, total, started)
 
 
 def _warm(kept: Node, known: Inference) -> Node:
@@ -144,27 +151,27 @@ def _warm(kept: Node, known: Inference) -> Node:
 
 def _turn(one: _Factored, last: Node, known: Inference) -> _Turned:
     """Behind the last left factor that starts: this one is there, and the right one starts."""
-    graph = one.mark.graph
+    graph = one.total.graph
     point = graph.create_node("call_function", aten.zeros.default, ([0],))
     last.append(point)
     with graph.inserting_before(point):
         summed = known.call(graph, ops.wait, one.started, one.started.args[1])
         left = known.call(graph, getitem, known.call(graph, aten.linalg_qr.default, summed), 0)
         own = known.call(graph, aten.mm.default, known.call(graph, aten.t.default, one.total), left)
-        sent = known.call(graph, ops.all_reduce, own, f"{one.name}.grad.{SECOND}")
+        sent = known.call(graph, ops.all_reduce, own, f"{one.name}.grad.{SECOND}", *in_group(one.way.group))
     graph.erase_node(point)
     return _Turned(left, own, sent)
 
 
 def _end(program: Program, one: _Factored, turned: _Turned, known: Inference) -> Program:
-    graph = program.graph
-    with before_first_use(one.users):
+    graph, way = program.graph, one.way
+    with before_first_use(way.users):
         right = known.call(graph, ops.wait, turned.sent, turned.sent.args[1])
         matrix = known.call(graph, aten.mm.default, turned.left, known.call(graph, aten.t.default, right))
-        summed = known.call(graph, aten.view.default, matrix, list(one.mark.meta["val"].shape))
-        reduced = averaged(summed, one.mark, one.mean, known)
-    for user in one.users:
-        user.replace_input_with(one.mark, reduced)
+        summed = known.call(graph, aten.view.default, matrix, list(way.mark.meta["val"].shape))
+        reduced = averaged(summed, way.mark, way.mean, known)
+    for user in way.users:
+        user.replace_input_with(way.mark, reduced)
     with behind(turned.own):
         back = known.call(graph, aten.t.default, turned.own)
     with behind(back):

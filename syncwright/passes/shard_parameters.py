@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from operator import getitem
 
@@ -12,13 +13,13 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import Cut, Free, is_partial
-from syncwright.passes.average import Mean, averaged, read_mean, scaled
+from syncwright.passes.average import Mean, averaged, read_means, scaled
 from syncwright.passes.compress import compressed
-from syncwright.passes.insert import before_first_use, behind, first_call, read_rank, times_number
-from syncwright.passes.keep_whole import keep_whole
+from syncwright.passes.insert import before_first_use, behind, first_call, in_group, read_rank, times_number
+from syncwright.passes.keep_whole import keep_whole, reduced_among
 from syncwright.passes.read_gathered import read_gathered
 from syncwright.passes.share_globals import combined
-from syncwright.plan import Plan, Shard
+from syncwright.plan import BY_NODE, NODE, Plan, Shard
 from syncwright.program import Program, Role, Variable, new_placeholder, set_results
 from syncwright.selection import Own
 from syncwright.shapes import Inference, mode_of, substitute
@@ -40,25 +41,26 @@ def shard_parameters(program: Program, plan: Plan) -> Program:
 
     What stage 3 reads only as a narrower type, as under autocast, is cast before it is gathered: half the bytes.
     State that is aligned with the parameter is kept in parts like it, and so is a buffer that follows it. A reduction of a
-    part to one number (a norm) is made of the parts' own on all trainers. What cannot be cut one trainer keeps (see
+    part to one number (a norm) is made of the parts' own on all trainers. Within a node, parts are those of its trainers, and
+    gradients are reduced by node (see `reduce_by_node`). What cannot be cut one trainer keeps (see
     `keep_whole`).
     """
     syncs = {s.variable: s.sync for s in plan.sharings if isinstance(s.sync, Shard)}
     keepers = {s.variable: s.keeper for s in plan.sharings if s.keeper is not None}
     if plan.trainers == 1 or not syncs:
         return program
-    program, mean = program.edit(), None
+    program = program.edit()
     updates = find_updates(program)
     syncs = {name: sync for name, sync in syncs.items() if name in updates.by_parameter}
-    if any(sync.reduce == "mean" for sync in syncs.values()):
-        program, mean = read_mean(program, plan)
+    program, means = read_means(program, plan, syncs)
     known = Inference(mode_of(program.graph))
     for name, sync in syncs.items():
-        given = mean if sync.reduce == "mean" else None
+        group = plan.groups.of(sync)
+        own = Own(name, (), plan.groups.cut_among(sync), keepers.get(name), NODE if group == BY_NODE else group)
         if name in keepers:
-            program = keep_whole(program, updates, Own(name, (), plan.trainers, keepers[name]), sync, given, known)
+            program = keep_whole(program, updates, own, sync, means.get(name), known)
         else:
-            program = _Sharding(program, updates, name, sync, given, plan.trainers, known).rewrite()
+            program = _Sharding(program, updates, own, sync, means.get(name), known).rewrite()
     remove_dead(program.graph)
     for node in [node for node in program.placeholders.values() if not node.users]:
         program.graph.erase_node(node)
@@ -69,16 +71,16 @@ def shard_parameters(program: Program, plan: Plan) -> Program:
 class _Sharding:
     """Rewrites one parameter. Changes with every node.
 
+    among    whose parts make up a variable; the parameter's
     readers  of every node of which each trainer computes its own part, in order: who reads it
     parts    by such a node its own part
     """
 
     program: Program
     updates: Updates
-    name: str
+    among: Own
     sync: Shard
     mean: Mean | None
-    trainers: int
     known: Inference
     readers: dict[Node, list[Node]] = field(init=False)
     parts: dict[Node, Node] = field(default_factory=dict)
@@ -104,8 +106,12 @@ class _Sharding:
         return self._written()
 
     @property
+    def name(self) -> str:
+        return self.among.of
+
+    @property
     def _own(self) -> Own:
-        return Own(self.name, self.program.variables[self.name].shape, self.trainers)
+        return replace(self.among, shape=self.program.variables[self.name].shape)
 
     def _is_parameter(self, node: Node) -> bool:
         return node.op == "placeholder" and node.meta["variable"] == self.name
@@ -159,7 +165,7 @@ class _Sharding:
         self.program, sent = compressed(self.program, sent, self.name, self.sync.compress, self.known)
         channel = f"{self.name}.grad"
         with behind(sent):
-            started = self.known.call(graph, ops.reduce_scatter, [sent], channel, self.trainers)
+            started = self.known.call(graph, ops.reduce_scatter, [sent], channel, *reduced_among(self.among))
         with before_first_use(users):
             return averaged(self.known.call(graph, ops.wait_own, started, channel), mark, mean, self.known)
 
@@ -176,7 +182,7 @@ class _Sharding:
             flat = self.known.call(graph, aten.reshape.default, own, [1])
             started = self._started(flat, f"global.{reduction.name}")
         with before_first_use(readers):
-            whole = combined(reduction, self._waited(started, self.trainers), self.known)
+            whole = combined(reduction, self._waited(started, self.among.trainers), self.known)
         reduction.replace_all_uses_with(whole)
 
     def _without_padding(self, node: Node, reduction: Node) -> Node:
@@ -187,6 +193,8 @@ class _Sharding:
             return part
         graph = self.program.graph
         self.program, rank = read_rank(self.program)
+        if own.group:
+            rank = self.known.call(graph, operator.mod, rank, own.trainers)
         first = self.known.call(
             graph, aten.mul.Tensor, self.known.call(graph, aten.full.default, [own.count], own.count), rank
         )
@@ -195,7 +203,8 @@ class _Sharding:
         return self.known.call(graph, aten.where.ScalarOther, there, part, neutral)
 
     def _started(self, part: Node, channel: str) -> Node:
-        return self.known.call(self.program.graph, ops.gather_parts, [part], channel, self.trainers)
+        among = self.among.trainers, *in_group(self.among.group)
+        return self.known.call(self.program.graph, ops.gather_parts, [part], channel, *among)
 
     def _waited(self, started: Node, size: int) -> Node:
         """All trainers' parts of one value, flat."""

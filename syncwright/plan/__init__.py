@@ -4,6 +4,7 @@ compression               what gradients are made of before trainers reduce them
 partition and placement   how a variable is cut, and which server keeps each piece
 outer                     what trainers that train alone make of their values when they exchange them
 sync                      the ways of sharing a variable: the union `Sync`
+groups                    which trainers communicate with each other
 rules                     Rules and their YAML
 plan                      Plan and its YAML
 spans                     which plan holds at a step
@@ -13,6 +14,7 @@ resolve, check            Rules -> Plan; does a Plan fit a program and a cluster
 
 from syncwright.plan.check import check
 from syncwright.plan.compression import Cast, Compression, ErrorFeedback, Int8, PowerSGD, TopK
+from syncwright.plan.groups import ACROSS, ALL, BY_NODE, FIRSTS, NODE, Groups, is_within
 from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
 from syncwright.plan.partition import Blocks, Even, Hashed, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
@@ -29,11 +31,18 @@ from syncwright.plan.sync import (
     ParameterServer,
     Shard,
     Sync,
+    asks_for_hosts,
     joins_hosts,
     served_by,
+    shown,
 )
 
 __all__ = [
+    "ACROSS",
+    "ALL",
+    "BY_NODE",
+    "FIRSTS",
+    "NODE",
     "AllGather",
     "AllReduce",
     "Blocks",
@@ -44,6 +53,7 @@ __all__ = [
     "ErrorFeedback",
     "Even",
     "Geo",
+    "Groups",
     "Hash",
     "Hashed",
     "Int8",
@@ -71,13 +81,16 @@ __all__ = [
     "Uneven",
     "Update",
     "Whole",
+    "asks_for_hosts",
     "axis_length",
     "check",
     "cut",
+    "is_within",
     "joins_hosts",
     "place",
     "plan_at",
     "resolve",
     "served_by",
+    "shown",
     "starts_of",
 ]

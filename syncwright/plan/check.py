@@ -82,5 +82,5 @@ def _check_cluster(plan: Plan, cluster: Cluster) -> None:
         raise ClusterError(
             f"hosts: found the trainers {', '.join(map(str, map(list, found)))} on them, expected hosts of "
             f"{', '.join(map(str, plan.hosts))} trainers, in the order of their numbers, as the plan "
-            "merges or copies on hosts. Start them so, or make the plan anew."
+            "shares by hosts. Start them so, or make the plan anew."
         )

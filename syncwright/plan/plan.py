@@ -12,9 +12,10 @@ from typing import Any, Literal
 from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
+from syncwright.plan.groups import Groups, fault
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Shard, Sync, joins_hosts, served_by
+from syncwright.plan.sync import AllGather, Shard, Sync, asks_for_hosts, served_by
 from syncwright.typed import Count, Index, Size, check_fields, decode, encode
 
 VERSION = 1
@@ -112,7 +113,7 @@ class Plan:
     buffers   (name, policy) for every buffer that the step writes
     notes     sentences about what a reader of the rules would not expect
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
-    hosts     how many trainers each host has, in the order of their numbers, where something is merged or copied on hosts
+    hosts     how many trainers each host has, in the order of their numbers, where it matters who shares a host
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     memory_gb  gigabytes (2**30 bytes) that a trainer may hold at once in a step; None: as many as it takes
     """
@@ -135,11 +136,15 @@ class Plan:
         for sharing in self.sharings:
             for owner in sharing.owners:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
-            if sharing.keeper is not None and sharing.keeper >= self.trainers:
+            if (wrong := fault(sharing.sync, self.groups)) is not None:
+                raise PlanError(f"variable {sharing.variable!r}: found {wrong[0]}, expected {wrong[1]}. {wrong[2]}")
+            if self.sync_batch_norm and len(self.groups.members(self.groups.of(sharing.sync))) > 1:
                 raise PlanError(
-                    f"variable {sharing.variable!r}: found keeper {sharing.keeper}, expected one of the plan's {self.trainers} "
-                    "trainers, which count from 0. Raise `trainers` or name a lower one."
+                    f"variable {sharing.variable!r}: found it reduced over some trainers with sync_batch_norm: true, expected "
+                    "gradients of all, whose examples are normalised together. Leave over or sync_batch_norm out."
                 )
+            if isinstance(sharing.sync, Shard) and sharing.keeper is not None:
+                self._check_keeper(sharing.variable, sharing.keeper, self.groups.cut_among(sharing.sync))
         used = any(sharing.owners for sharing in self.sharings)
         if self.reducer is not None:
             self._check_server(self.reducer, "reducer: found server")
@@ -155,14 +160,27 @@ class Plan:
                 f"Raise `servers` or name a lower one."
             )
 
+    def _check_keeper(self, variable: str, keeper: int, among: int) -> None:
+        if keeper >= among:
+            whose = "the plan's" if among == self.trainers else "a host's"
+            raise PlanError(
+                f"variable {variable!r}: found keeper {keeper}, expected one of {whose} {among} trainers, which count from 0. "
+                "Raise `trainers` or name a lower one."
+            )
+
     def _check_hosts(self) -> None:
-        joined = next((s.variable for s in self.sharings if joins_hosts(s.sync)), None)
+        joined = next(((s.variable, by) for s in self.sharings if (by := asks_for_hosts(s.sync))), None)
         if (self.hosts or joined is not None) and sum(self.hosts) != self.trainers:
-            about = "" if joined is None else f", as {joined!r} is merged or copied on hosts"
+            about = "" if joined is None else f", as {joined[0]!r} is shared with {joined[1]}"
             raise PlanError(
                 f"hosts: found {list(self.hosts)}, expected the number of trainers of each host, {self.trainers} together"
                 f"{about}. Correct `hosts`."
             )
+
+    @property
+    def groups(self) -> Groups:
+        """Which trainers communicate with each other."""
+        return Groups(self.trainers, self.hosts)
 
     def sharing(self, name: str) -> Sharing:
         """How the variable of this name is shared."""

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.by_id import check_shards, on_servers
+from syncwright.plan.groups import Groups
 from syncwright.plan.partition import Hashed, Whole, axis_length, cut
 from syncwright.plan.placement import in_order, least_loaded, place
 from syncwright.plan.plan import Plan, Sharing, Travelling
@@ -30,7 +31,7 @@ from syncwright.plan.sync import (
     ParameterServer,
     Shard,
     Sync,
-    joins_hosts,
+    asks_for_hosts,
     served_by,
 )
 from syncwright.program import Role, Variable
@@ -64,6 +65,7 @@ def resolve(
     parameters = [variable for variable in variables if variable.role is Role.PARAM]
     written = [variable for variable in variables if variable.role is Role.BUFFER]
     _refuse_idle_patterns(rules, parameters, written)
+    groups = Groups(trainers, (trainers,) if hosts is None else tuple(hosts))
     notes: list[str] = []
     chosen: list[tuple[Variable, Sync, tuple[int, ...]]] = []
     for variable in parameters:
@@ -72,12 +74,14 @@ def resolve(
         sync = _last_match(rules.patterns, variable, rules.default) if update is not None else Local()
         if variable.unbounded is not None:
             sync = on_servers(rules.source, variable, sync, update, variable.name in still, notes)
+        if isinstance(sync, Shard):
+            sync = _sharded(variable, sync, groups, notes)
         sync, sizes = _cut(rules, variable, sync, update, servers, notes)
         chosen.append((variable, sync, sizes))
     rows: dict[str, Travelling] = {
         v.name: _rows(rules, v, sync, updates[v.name], v.name in still, notes) for v, sync, _ in chosen
     }
-    sharings = _placed(chosen, rows, servers, _keepers(chosen, updates, trainers, order, notes))
+    sharings = _placed(chosen, rows, servers, _keepers(chosen, updates, groups, order, notes))
     used = [owner for sharing in sharings for owner in sharing.owners]
     return Plan(
         digest=digest,
@@ -90,7 +94,7 @@ def resolve(
         clip=rules.clip,
         sync_batch_norm=_normalized_together(rules, chosen),
         memory_gb=rules.memory_gb,
-        hosts=_hosts(rules, sharings, (trainers,) if hosts is None else tuple(hosts)),
+        hosts=_hosts(rules, sharings, groups.hosts),
     )
 
 
@@ -115,13 +119,13 @@ def _normalized_together(rules: Rules, chosen: Sequence[tuple[Variable, Sync, tu
 
 
 def _hosts(rules: Rules, sharings: Sequence[Sharing], hosts: tuple[int, ...]) -> tuple[int, ...]:
-    """The trainers of each host, where they push or pull together."""
-    joined = next((s for s in sharings if joins_hosts(s.sync)), None)
+    """The trainers of each host, where it matters."""
+    joined = next((s for s in sharings if asks_for_hosts(s.sync)), None)
     if joined is None:
         return ()
     if not hosts:
         raise PlanError(
-            f"{rules.source}: variable {joined.variable!r}: found merge_on_host or copy_on_host, but nothing says which trainers "
+            f"{rules.source}: variable {joined.variable!r}: found {asks_for_hosts(joined.sync)}, but nothing says which trainers "
             "share a host, expected to know it before the job is made. Start trainers with torchrun, as many on each host, or "
             "set SYNCWRIGHT_HOSTS for all roles to the trainers of each host, such as 2,2."
         )
@@ -152,8 +156,6 @@ def _cut(
 ) -> tuple[Sync, tuple[int, ...]]:
     """The sharing that is carried out, and the sizes of its pieces; what was changed is added to `notes`."""
     served = served_by(sync)
-    if isinstance(sync, Shard):
-        sync = _sharded(variable, sync, notes)
     if served is None:
         return sync, (axis_length(variable.shape),)
     if servers == 0:
@@ -191,10 +193,12 @@ def _cut(
     return replace(served, partition=Whole()), (axis_length(variable.shape),)
 
 
-def _sharded(variable: Variable, sync: Shard, notes: list[str]) -> Sync:
+def _sharded(variable: Variable, sync: Shard, groups: Groups, notes: list[str]) -> Sync:
     """Of what has a shape trainers keep even parts, or one keeps all of it."""
-    if not variable.shape:
-        notes.append(f"{variable.name} is all-reduced: one number cannot be cut")
+    alone = groups.trainers > 1 and groups.is_even and groups.cut_among(sync) == 1
+    if not variable.shape or alone:
+        why = "hosts have one trainer each" if alone else "one number cannot be cut"
+        notes.append(f"{variable.name} is all-reduced: {why}")
         return AllReduce(sync.bucket_mb, sync.reduce, sync.compress)
     return sync
 
@@ -202,7 +206,7 @@ def _sharded(variable: Variable, sync: Shard, notes: list[str]) -> Sync:
 def _keepers(
     chosen: Sequence[tuple[Variable, Sync, tuple[int, ...]]],
     updates: Mapping[str, Update | None],
-    trainers: int,
+    groups: Groups,
     order: Sequence[str],
     notes: list[str],
 ) -> dict[str, int]:
@@ -211,12 +215,14 @@ def _keepers(
     first = {name: place for place, name in enumerate(order)}
     used = sorted((v for v, sync in whole if sync.owner == "use_order"), key=lambda v: first.get(v.name, len(first)))
     rest = [v for v, sync in whole if sync.owner == "least_loaded"]
-    found = {v.name: k for v, k in zip(used, in_order([v.numel for v in used], trainers), strict=True)}
-    found |= {v.name: k for v, k in zip(rest, least_loaded([v.numel for v in rest], trainers), strict=True)}
-    for variable, _ in whole if trainers > 1 else ():
+    among = min((groups.cut_among(sync) for _, sync in whole), default=groups.trainers)
+    found = {v.name: k for v, k in zip(used, in_order([v.numel for v in used], among), strict=True)}
+    found |= {v.name: k for v, k in zip(rest, least_loaded([v.numel for v in rest], among), strict=True)}
+    for variable, sync in whole if groups.trainers > 1 else ():
         update = updates[variable.name]
         why = "its update needs the whole tensor" if update == "whole" else f"its update is {update}, not elementwise"
-        notes.append(f"{variable.name} is kept whole by trainer {found[variable.name]}: {why}")
+        where = " of each host" if groups.cut_among(sync) < groups.trainers else ""
+        notes.append(f"{variable.name} is kept whole by trainer {found[variable.name]}{where}: {why}")
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 
 from syncwright.errors import PlanError
-from syncwright.plan.compression import Compression, PowerSGD, TopK, gathered_as
+from syncwright.plan.compression import Compression, ErrorFeedback, Int8, PowerSGD, TopK, gathered_as
 from syncwright.plan.outer import Geo, Mean, Outer
 from syncwright.plan.partition import Partition, Whole
 from syncwright.plan.placement import Placement, RoundRobin
@@ -16,6 +17,7 @@ from syncwright.typed import RARE, Amount, Count, Index, check_fields, tag
 
 _WHOLE, _IN_TURN, _MEAN = Whole(), RoundRobin(), Mean()
 Wire = Literal["float16", "bfloat16", "float32"]
+Over = Literal["all", "node"] | tuple[Index | tuple[Index, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,70 @@ class AllReduce:
     bucket_mb  megabytes (2**20 bytes) of gradients that one collective joins; 0: one collective per variable
     reduce     "mean": weighted by examples; "sum": for losses that are sums
     compress   what gradients are made of before they are reduced; None: they travel as they are
+    over       whose gradients are reduced together: those of "all"; of the trainers of one host ("node"); of these trainers,
+               and every other has a copy of its own ((0, 1)); of the trainers of each of several groups (((0, 1), (2, 3)))
+    hierarchical  trainers of one host reduce first, then hosts among each other: equal to the flat sum but for its order
+    piece_mb   megabytes above which a gradient is cut along its first axis into pieces of whole rows of at most so many, each
+               reduced by itself; None: it travels whole
+
+    Raises PlanError for settings that mean nothing together.
     """
 
     bucket_mb: Amount = 25.0
     reduce: Literal["mean", "sum"] = "mean"
     compress: Compression | None = field(default=None, metadata=RARE)
+    over: Over = field(default="all", metadata=RARE)
+    hierarchical: bool = field(default=False, metadata=RARE)
+    piece_mb: Amount | None = field(default=None, metadata=RARE)
 
     def __post_init__(self) -> None:
+        if isinstance(self.over, list | tuple):
+            object.__setattr__(self, "over", _frozen(self.over))
         check_fields(self, PlanError)
+        if not isinstance(self.over, str):
+            _check_lists(self.over)
+        found = "hierarchical: true" if self.hierarchical else f"over: {shown(self.over)}"
+        if self.hierarchical and self.over != "all":
+            raise PlanError(
+                f"AllReduce: found hierarchical: true with over: {shown(self.over)}, but it is a way for gradients of all "
+                "trainers. Leave hierarchical or over out."
+            )
+        if (self.hierarchical or self.over != "all") and (by := gathered_as(self.compress)) is not None:
+            raise PlanError(
+                f"AllReduce: found {found} with compress: {tag(type(by))}, but what that sends cannot be added up on the way: "
+                f"all trainers gather it from all. Compress by cast, or leave {found.partition(':')[0]} out."
+            )
+        if self.piece_mb is not None and isinstance(self.compress, PowerSGD | TopK | Int8 | ErrorFeedback):
+            raise PlanError(
+                f"AllReduce: found piece_mb: {self.piece_mb:g} with compress: {tag(type(self.compress))}, which makes of a "
+                "gradient what is of all of it. Leave piece_mb out, or compress by cast."
+            )
+
+
+def _frozen(over: Sequence) -> tuple:
+    return tuple(tuple(each) if isinstance(each, list) else each for each in over)
+
+
+def _check_lists(over: tuple) -> None:
+    """Groups are apart, and have somebody."""
+    flat = [each for each in over if isinstance(each, int)]
+    if (flat and len(flat) < len(over)) or not over or () in over:
+        raise PlanError(
+            f"AllReduce.over: found {shown(over)}, expected trainers ([0, 1]) or groups of them ([[0, 1], [2, 3]]), each of at "
+            "least one. Write one of both."
+        )
+    named = flat or [trainer for each in over for trainer in each]
+    twice = next((trainer for trainer in named if named.count(trainer) > 1), None)
+    if twice is not None:
+        raise PlanError(
+            f"AllReduce.over: found trainer {twice} more than once in {shown(over)}, expected each in one group at most: it has "
+            "one copy of the variable. Name it once."
+        )
+
+
+def shown(over: Over) -> str:
+    """As it is written in YAML."""
+    return over if isinstance(over, str) else str([list(e) if isinstance(e, tuple) else e for e in over])
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +245,9 @@ class Shard:
                first use ("use_order")
     reduce     "mean": weighted by examples; "sum": for losses that are sums
     compress   what gradients are made of before they are reduced; None: they travel as they are
+    within     whom it is cut among: "all" trainers, or those of a "node", of which each has all of it (hybrid: FSDP's
+               HYBRID_SHARD); then parts are gathered inside a host, and what the owners of one part have of its gradient is
+               all-reduced across hosts, which all have as many trainers
 
     Raises PlanError for settings that mean nothing together.
     """
@@ -198,6 +259,7 @@ class Shard:
     owner: Literal["least_loaded", "use_order"] = field(default="least_loaded", metadata=RARE)
     reduce: Literal["mean", "sum"] = field(default="mean", metadata=RARE)
     compress: Compression | None = field(default=None, metadata=RARE)
+    within: Literal["all", "node"] = field(default="all", metadata=RARE)
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -254,6 +316,11 @@ class LocalSteps:
         if isinstance(self.over, ParameterServer):
             self._check_servers(self.over)
             return
+        if self.over.over != "all":
+            raise PlanError(
+                f"LocalSteps.over: found all_reduce with over: {shown(self.over.over)}, but all trainers take part in an "
+                "exchange. Take it out."
+            )
         top = gathered_as(self.over.compress)
         if isinstance(top, TopK) and (top.momentum or top.warmup_steps):
             name = "momentum" if top.momentum else "warmup_steps"
@@ -314,3 +381,17 @@ def served_by(sync: Sync) -> ParameterServer | None:
 def joins_hosts(sync: Sync) -> bool:
     """Whether trainers of one host push or pull together."""
     return isinstance(sync, ParameterServer) and (sync.merge_on_host or sync.copy_on_host)
+
+
+def asks_for_hosts(sync: Sync) -> str:
+    """The setting by which it matters who shares a host; nothing where it does not."""
+    match sync:
+        case ParameterServer() if joins_hosts(sync):
+            return "merge_on_host or copy_on_host"
+        case AllReduce(over="node"):
+            return "over: node"
+        case AllReduce(hierarchical=True) | LocalSteps(over=AllReduce(hierarchical=True)):
+            return "hierarchical"
+        case Shard(within="node"):
+            return "within: node"
+    return ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from syncwright.errors import Disagreement
 from syncwright.passes.average import communicates
-from syncwright.plan import Collective, Plan
+from syncwright.plan import ALL, Collective, Plan
+from syncwright.plan.groups import Members
 from syncwright.program import Program, Role
 from syncwright.update import followed
 
@@ -38,14 +39,30 @@ def digest(values: Sequence[object]) -> torch.Tensor:
     return torch.tensor([_hash(value) for value in values], dtype=torch.int64)
 
 
-def check_equal(names: Sequence[str], digests: Sequence[torch.Tensor], step: int) -> None:
-    """Raises `Disagreement` for the first variable whose replicas differ after `step` steps."""
-    for name, row in zip(names, torch.stack(list(digests)).T.tolist(), strict=True):
-        apart = [str(rank) for rank, each in enumerate(row) if each != row[0]]
+def alike(name: str, program: Program, plan: Plan) -> Members:
+    """The groups of trainers on which a variable is to be equal."""
+    variable = program.variables[name]
+    if variable.role is Role.STATE and variable.of is None:  # it follows from all gradients of a trainer
+        return max((plan.groups.alike(s.sync) for s in plan.sharings if isinstance(s.sync, Collective)), key=len)
+    owner = followed(program).get(name, variable.of or name)
+    sync = next((sharing.sync for sharing in plan.sharings if sharing.variable == owner), None)
+    return plan.groups.members(ALL) if sync is None else plan.groups.alike(sync)
+
+
+def check_equal(names: Mapping[str, Members], digests: Sequence[torch.Tensor], step: int) -> None:
+    """Raises `Disagreement` for the first variable whose replicas differ after `step` steps.
+
+    names  with the groups of trainers among which each is to be equal
+    """
+    for (name, groups), row in zip(names.items(), torch.stack(list(digests)).T.tolist(), strict=True):
+        first = {rank: each[0] for each in groups for rank in each}
+        apart = [rank for rank, each in enumerate(row) if each != row[first[rank]]]
         if apart:
+            where = "all trainers" if len(groups) == 1 else "all trainers of its group"
+            others = f"{'have' if len(apart) > 1 else 'has'} other bits than trainer {first[apart[0]]}"
             raise Disagreement(
-                f"'{name}' is not the same on all trainers after step {step - 1}: trainer{'s' * (len(apart) > 1)} "
-                f"{', '.join(apart)} {'have' if len(apart) > 1 else 'has'} other bits than trainer 0. Expected replicas to be "
+                f"'{name}' is not the same on {where} after step {step - 1}: trainer{'s' * (len(apart) > 1)} "
+                f"{', '.join(map(str, apart))} {others}. Expected replicas to be "
                 "equal after every step. Look for something that writes to the values of one trainer, and for hardware that "
                 "computes differently."
             )

@@ -294,9 +294,9 @@ class Client:
         """Sets a value on its server, which makes it: from a record of this digest, or all of one number."""
         self._send(self.job.owners[channel], Message(Start(channel, version, record, number)))
 
-    def start(self, channel: str, tensor: torch.Tensor) -> None:
+    def start(self, channel: str, tensor: torch.Tensor, group: str = "") -> None:
         self.transport.progress(self.step, f"all-reduce {channel}")
-        self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel)), tensor)
+        self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel), group), tensor)
 
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         self.transport.progress(self.step, f"sum {channel}")
@@ -320,25 +320,25 @@ class Client:
         del self._works[channel]
         return tensor
 
-    def start_parts(self, channel: str, tensors: Sequence[torch.Tensor]) -> None:
+    def start_parts(self, channel: str, tensors: Sequence[torch.Tensor], group: str = "") -> None:
         self.transport.progress(self.step, f"reduce-scatter {channel}")
-        self._parts.reduce(channel, tensors)
+        self._parts.reduce(channel, tensors, group)
 
     def finish_own(self, channel: str) -> torch.Tensor | None:
         self.transport.progress(self.step, f"wait {channel}")
         return self._parts.own(channel)
 
-    def start_whole(self, channel: str, parts: Sequence[torch.Tensor]) -> None:
+    def start_whole(self, channel: str, parts: Sequence[torch.Tensor], group: str = "") -> None:
         self.transport.progress(self.step, f"gather {channel}")
-        self._parts.gather(channel, parts)
+        self._parts.gather(channel, parts, group)
 
-    def start_sum(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int) -> None:
+    def start_sum(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int, group: str = "") -> None:
         self.transport.progress(self.step, f"reduce {channel}")
-        self._parts.reduce_to(channel, tensors, keeper)
+        self._parts.reduce_to(channel, tensors, keeper, group)
 
-    def start_given(self, channel: str, values: Sequence[torch.Tensor], keeper: int) -> None:
+    def start_given(self, channel: str, values: Sequence[torch.Tensor], keeper: int, group: str = "") -> None:
         self.transport.progress(self.step, f"broadcast {channel}")
-        self._parts.give(channel, values, keeper)
+        self._parts.give(channel, values, keeper, group)
 
     def finish_whole(
         self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()

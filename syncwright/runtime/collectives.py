@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from syncwright.errors import ClusterError, DeadlineExceeded, JobError
 from syncwright.runtime.deadlines import Deadlines, Wait
 from syncwright.runtime.gathers import CopiedGathered, HostGathered, Pieces
+from syncwright.runtime.groups import Group, Members, meet
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.kept_whole import CopiedGift, CopiedSum, HostGift, HostSumToOne
@@ -28,7 +30,7 @@ SLICE_SECONDS = 1.0
 
 
 class Collectives:
-    """Changes: holds the trainers' process group, which it joins at first use.
+    """Changes: holds the trainers' process group, which it joins at first use, and groups of some of them.
 
     A group that the script has initialised itself is used as it is, and left as it is. With one trainer there
     is nothing to do, and no group. A Gloo operation that is under way cannot be stopped: if its peers live
@@ -51,8 +53,8 @@ class Collectives:
         self._heartbeat = heartbeat
         self._watch = watch
         self._joined = self._created = False
-        self._under_way: dist.Work | None = None
-        self._host: HostGroup | None = None
+        self._under_way: dict[str, dist.Work] = {}
+        self._groups = {"": Group(me.rank, (me.rank,))}
         self._on_host: HostGroup | None = None
         self._copies: HostCopies | None = None
 
@@ -74,54 +76,71 @@ class Collectives:
         else:
             self._create_group(trainers)
         self._joined = True
-        if is_available(trainers, self._rendezvous.place.one_host):
-            store = self._rendezvous.client()
-            self._host = HostGroup(self.me.rank, range(trainers), store, self.wait, self._watch, self.error)
+        host = self._rendezvous.place.one_host and is_available(trainers, True)
+        everyone = tuple(range(trainers))
+        self._groups[""] = Group(self.me.rank, everyone, host=self._sharing(everyone, "host") if host else None)
 
-    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
-        """Starts the sum of `tensor` over all trainers, in place."""
+    def meet(self, groups: Mapping[str, Sequence[Members]]) -> None:
+        """See `Outlet.meet`."""
         self.join()
-        if not self._joined:
+        if self._joined:
+            found = meet(self.me.rank, groups, self._rendezvous.place.hosts, self._connected, self._sharing)
+            self._groups |= found
+        else:
+            self._groups |= dict.fromkeys(groups, self._groups[""])
+
+    def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> Work:
+        """Starts the sum of `tensor` over the trainers of a group, in place."""
+        its = self._group(group)
+        if its.is_alone or not tensor.numel():  # of what one of each host keeps the others have nothing
             return Done()
-        if self._host is not None and tensor.device.type == "cpu":
-            return self._host.all_reduce(tensor, note)
-        return self._started(dist.all_reduce(tensor, async_op=True), tensor, f"the all-reduce of {note}")
+        if (host := its.shared(tensor)) is not None:
+            return host.all_reduce(tensor, note)
+        work = dist.all_reduce(tensor, group=its.handle, async_op=True)
+        return self._started(work, tensor, f"the all-reduce of {note}", group)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str, group: str = "") -> Scattered:
         """See `Outlet.reduce_scatter`."""
-        self.join()
-        if self._host is not None and tensors[0].device.type == "cpu":
-            return HostScattered(self._host, tensors, note)
+        its = self._group(group)
+        if (host := its.shared(tensors[0])) is not None:
+            return HostScattered(host, tensors, note)
 
         def scatter(own: torch.Tensor, whole: torch.Tensor) -> Work:
-            work = dist.reduce_scatter_tensor(own, whole, async_op=True)
-            return self._started(work, own, f"the reduce-scatter of {note}")
+            if its.is_alone:
+                own.copy_(whole)
+                return Done()
+            work = dist.reduce_scatter_tensor(own, whole, group=its.handle, async_op=True)
+            return self._started(work, own, f"the reduce-scatter of {note}", group)
 
-        return CopiedScattered(self._rendezvous.place.trainers, tensors, scatter)
+        return CopiedScattered(len(its.members), tensors, scatter)
 
-    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
         """See `Outlet.reduce_to`."""
-        self.join()
-        if self._host is not None and tensors[0].device.type == "cpu":
-            return HostSumToOne(self._host, tensors, keeper, note)
+        its = self._group(group)
+        if (host := its.shared(tensors[0])) is not None:
+            return HostSumToOne(host, tensors, keeper, note)
 
         def reduce(whole: torch.Tensor) -> Work:
-            work = dist.reduce(whole, dst=keeper, async_op=True)
-            return self._started(work, whole, f"the reduction of {note}")
+            if its.is_alone:
+                return Done()
+            work = dist.reduce(whole, dst=its.members[keeper], group=its.handle, async_op=True)
+            return self._started(work, whole, f"the reduction of {note}", group)
 
-        return CopiedSum(tensors, self.me.rank == keeper, reduce)
+        return CopiedSum(tensors, its.place == keeper, reduce)
 
-    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str) -> Gathered:
+    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str, group: str = "") -> Gathered:
         """See `Outlet.give`."""
-        self.join()
-        if self._host is not None and pieces[0][1].device.type == "cpu":
-            return HostGift(self._host, nbytes, pieces, keeper, note)
+        its = self._group(group)
+        if (host := its.shared(pieces[0][1])) is not None:
+            return HostGift(host, nbytes, pieces, keeper, note)
 
         def broadcast(whole: torch.Tensor) -> Work:
-            work = dist.broadcast(whole, src=keeper, async_op=True)
-            return self._started(work, whole, f"the broadcast of {note}")
+            if its.is_alone:
+                return Done()
+            work = dist.broadcast(whole, src=its.members[keeper], group=its.handle, async_op=True)
+            return self._started(work, whole, f"the broadcast of {note}", group)
 
-        return CopiedGift(nbytes, pieces, self.me.rank == keeper, broadcast)
+        return CopiedGift(nbytes, pieces, its.place == keeper, broadcast)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
@@ -165,49 +184,74 @@ class Collectives:
         self._on_host = HostGroup(*given, key="sums on host")
         self._copies = HostCopies(*given, key="copies on host")
 
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str, group: str = "") -> Work:
         """Starts the gathering of every trainer's `part` into `whole`, part after part; parts have one shape.
 
         Into a tensor that is given: the functional form, which makes its own, corrupts the heap on Gloo with several
         under way (torch 2.13).
         """
-        self.join()
-        if not self._joined:
+        its = self._group(group)
+        if its.is_alone:
             whole.copy_(part.reshape(whole.shape))
             return Done()
-        work = dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
-        return self._started(work, whole, f"the gathering of {note}")
+        work = dist.all_gather_into_tensor(whole, part.contiguous(), group=its.handle, async_op=True)
+        return self._started(work, whole, f"the gathering of {note}", group)
 
-    def gather(self, nbytes: int, pieces: Pieces, note: str) -> Gathered:
+    def gather(self, nbytes: int, pieces: Pieces, note: str, group: str = "") -> Gathered:
         """See `Outlet.gather`."""
-        self.join()
-        if self._host is not None and pieces[0][1].device.type == "cpu":
-            return HostGathered(self._host, nbytes, pieces, note)
-        return CopiedGathered(self._rendezvous.place.trainers, nbytes, pieces, partial(self.all_gather, note=note))
+        its = self._group(group)
+        if (host := its.shared(pieces[0][1])) is not None:
+            return HostGathered(host, nbytes, pieces, note)
+        return CopiedGathered(len(its.members), nbytes, pieces, partial(self.all_gather, note=note, group=group))
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""
         self.join()
         if self._joined:
             work = dist.broadcast(tensor, src=0, async_op=True)
-            self._started(work, tensor, f"the broadcast of {note}").done()
+            self._started(work, tensor, f"the broadcast of {note}", "").done()
 
     def close(self) -> None:
         """Leaves the group if it was made here."""
-        for group in (self._host, self._on_host, self._copies):
+        for group in (*(each.host for each in self._groups.values()), self._on_host, self._copies):
             if group is not None:
                 group.close()
-        self._host = self._on_host = self._copies = None
-        busy = self._under_way is not None and not self._under_way.is_completed()
+        self._on_host = self._copies = None
+        handles = [each.handle for each in self._groups.values() if each.handle is not None]
+        self._groups = {"": Group(self.me.rank, (self.me.rank,))}
+        busy = any(not work.is_completed() for work in self._under_way.values())
         if self._created and busy:
-            _abandon_group()
+            _abandon([dist.distributed_c10d._get_default_group(), *handles])
         elif self._created and dist.is_initialized():
             dist.destroy_process_group()
         self._created = False
 
-    def _started(self, work: dist.Work | None, tensor: torch.Tensor, note: str) -> Work:
-        self._under_way = work
-        return Done() if work is None else Reduction(self, work, note, on_host=tensor.device.type == "cpu")
+    def _started(self, work: dist.Work | None, tensor: torch.Tensor, note: str, group: str) -> Work:
+        if work is None:
+            return Done()
+        self._under_way[group] = work
+        return Reduction(self, work, note, on_host=tensor.device.type == "cpu")
+
+    def _group(self, name: str) -> Group:
+        self.join()
+        return self._groups[name]
+
+    def _connected(self, members: Members) -> dist.ProcessGroup:
+        """Of these trainers; all trainers come here."""
+        try:
+            return cast(dist.ProcessGroup, dist.new_group(list(members), timeout=self._longest))
+        except RuntimeError as error:
+            raise self.error(f"{self.me} could not join a group of trainers", error, late=False) from error
+
+    def _sharing(self, members: Members, key: str) -> HostGroup:
+        """What these trainers share, who are on this host."""
+        store = self._rendezvous.client()
+        return HostGroup(self.me.rank, members, store, self.wait, self._watch, self.error, key)
+
+    @property
+    def _longest(self) -> timedelta:
+        """How long torch waits: beyond all that is waited for here."""
+        return timedelta(seconds=self._deadlines.wait + self._deadlines.compile)
 
     def _check_group(self, trainers: int) -> None:
         found = (dist.get_world_size(), dist.get_rank())
@@ -229,7 +273,7 @@ class Collectives:
                 store=dist.PrefixStore("trainers", self._rendezvous.client()),
                 rank=self.me.rank,
                 world_size=trainers,
-                timeout=timedelta(seconds=self._deadlines.wait + self._deadlines.compile),
+                timeout=self._longest,
             )
         except RuntimeError as error:
             raise self.error(f"{self.me} could not join the other trainers", error, late=False) from error
@@ -301,11 +345,11 @@ class Reduction:
         return True
 
 
-def _abandon_group() -> None:
-    """Keeps the group for ever: to free it, also at the process's exit, would wait for peers that never come."""
-    group = dist.distributed_c10d._get_default_group()
-    for kept in (group, group._get_backend(torch.device("cpu"))):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+def _abandon(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Keeps groups for ever: to free them, also at the process's exit, would wait for peers that never come."""
+    for group in groups:
+        for kept in (group, group._get_backend(torch.device("cpu"))):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _failed(work: dist.Work) -> bool:

@@ -45,7 +45,7 @@ class Port(Protocol):
         and dtype, where one trainer of each host pulls it for all."""
         ...
 
-    def start(self, channel: str, tensor: torch.Tensor) -> None: ...
+    def start(self, channel: str, tensor: torch.Tensor, group: str = "") -> None: ...
 
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         """Like `start`, over the trainers of this host."""
@@ -59,17 +59,17 @@ class Port(Protocol):
         """The sum, or None while it is not there."""
         ...
 
-    def start_parts(self, channel: str, tensors: list[torch.Tensor]) -> None: ...
+    def start_parts(self, channel: str, tensors: list[torch.Tensor], group: str = "") -> None: ...
 
     def finish_own(self, channel: str) -> torch.Tensor | None:
         """This trainer's parts of the sums, or None while they are not there."""
         ...
 
-    def start_whole(self, channel: str, parts: list[torch.Tensor]) -> None: ...
+    def start_whole(self, channel: str, parts: list[torch.Tensor], group: str = "") -> None: ...
 
-    def start_sum(self, channel: str, tensors: list[torch.Tensor], keeper: int) -> None: ...
+    def start_sum(self, channel: str, tensors: list[torch.Tensor], keeper: int, group: str = "") -> None: ...
 
-    def start_given(self, channel: str, values: list[torch.Tensor], keeper: int) -> None: ...
+    def start_given(self, channel: str, values: list[torch.Tensor], keeper: int, group: str = "") -> None: ...
 
     def finish_whole(
         self, channel: str, sizes: list[int], places: Sequence[torch.Tensor | None] = ()
@@ -216,21 +216,21 @@ def communicate(
         case ops.all_reduce | ops.sum_on_host:
             given = args[0] if _is_given_away(node) else args[0].clone()
             start = port.start if node.target is ops.all_reduce else port.start_on_host
-            start(args[1], given.contiguous())
+            start(args[1], given.contiguous(), *args[2:])
             return args[0]
         case ops.reduce_scatter:
-            port.start_parts(args[1], args[0])
+            port.start_parts(args[1], args[0], *args[3:])
             return torch.empty(0)
         case ops.wait_own:
             return (yield from _until(node, args[1], lambda: port.finish_own(args[1])))
         case ops.reduce_to:
-            port.start_sum(args[1], args[0], args[2])
+            port.start_sum(args[1], args[0], *args[2:])
             return torch.empty(0)
         case ops.give:
-            port.start_given(args[1], args[0], args[2])
+            port.start_given(args[1], args[0], *args[2:])
             return torch.empty(0)
         case ops.gather_parts:
-            port.start_whole(args[1], args[0])
+            port.start_whole(args[1], args[0], *args[3:])
             return torch.empty(0)
         case ops.wait_whole:
             given = [None if each is None else env[each] for each in places.get(node, ())]

@@ -35,7 +35,7 @@ class HostSumToOne:
     """In the memory that trainers of one host share: all write, one adds up."""
 
     def __init__(self, group: HostGroup, tensors: Sequence[torch.Tensor], keeper: int, note: str):
-        self._group, self._is_keeper = group, group.rank == keeper
+        self._group, self._is_keeper = group, group.place == keeper
         self._count = sum(each.numel() for each in tensors)
         self._turn: Turn | None = group.begin_with(
             self._count, tensors[0].dtype, note, lambda whole: _write(whole, tensors)
@@ -74,8 +74,8 @@ class HostGift:
     """In the memory that trainers of one host share: the keeper writes, all read."""
 
     def __init__(self, group: HostGroup, nbytes: int, pieces: Pieces, keeper: int, note: str):
-        self._group, self._keeper = group, keeper
-        is_keeper = group.rank == keeper
+        self._group, self._keeper = group, group.members[keeper]
+        is_keeper = group.place == keeper
         self._turn = group.begin_with(
             rounded(nbytes), torch.uint8, note, lambda own: lay_out(own, pieces) if is_keeper else None
         )

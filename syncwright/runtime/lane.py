@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,17 +27,22 @@ class Lane:
     def flush(self) -> None:
         self._outlet.flush()
 
-    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
-        return self._outlet.all_reduce(tensor, note)
+    def meet(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        self._outlet.meet(groups)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
-        return self._outlet.reduce_scatter(tensors, note)
+    def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> Work:
+        return self._outlet.all_reduce(tensor, note, group)
 
-    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
-        return self._outlet.reduce_to(tensors, keeper, note)
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str, group: str = "") -> Scattered:
+        return self._outlet.reduce_scatter(tensors, note, group)
 
-    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
-        return self._outlet.give(nbytes, pieces, keeper, note)
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
+        return self._outlet.reduce_to(tensors, keeper, note, group)
+
+    def give(
+        self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str, group: str = ""
+    ) -> Gathered:
+        return self._outlet.give(nbytes, pieces, keeper, note, group)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         return self._outlet.sum_on_host(tensor, note)
@@ -54,11 +59,11 @@ class Lane:
     def leave_host(self) -> None:
         self._outlet.leave_host()
 
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
-        return self._outlet.all_gather(whole, part, note)
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str, group: str = "") -> Work:
+        return self._outlet.all_gather(whole, part, note, group)
 
-    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
-        return self._outlet.gather(nbytes, pieces, note)
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str, group: str = "") -> Gathered:
+        return self._outlet.gather(nbytes, pieces, note, group)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         self._outlet.broadcast(tensor, note)

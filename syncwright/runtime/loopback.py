@@ -54,7 +54,7 @@ def loopback(
         job.state_dict()["model"]["fc.weight"]
 
     Everything above the transport is what real processes run. Interpreted. `hosts`: how many trainers each host has, in the
-    order of their numbers, for plans that merge on hosts; default: all are on one.
+    order of their numbers, for plans to which it matters who shares one; default: all are on one.
     """
     source = plan
     training = Training(
@@ -218,49 +218,56 @@ class Loopback:
 
 Given = tuple[torch.Tensor, torch.Tensor]
 """Where a trainer wants the result of a collective, and what it gives."""
+Joining = tuple[str, str, int]
+"""What a trainer joins: under which name, in which group, and its number."""
 
 
 class Network:
     """Messages under way, and collectives that some trainers have joined. Changes with every send."""
 
     def __init__(self, trainers: int):
-        self.trainers = trainers
+        self.groups: dict[str, Sequence[Sequence[int]]] = {"": (range(trainers),)}
         self.queue: deque[tuple[Address, Address, Message]] = deque()
         self.sent = 0
         self.on_hosts, self.copies = Sums(()), Copies(())
-        self._rounds: dict[tuple[str, int], dict[int, Given]] = {}
-        self._joined: dict[tuple[str, int], int] = {}
+        self._rounds: dict[tuple[str, tuple[int, ...], int], dict[int, Given]] = {}
+        self._joined: dict[Joining, int] = {}
 
     def post(self, sender: Address, to: Address, message: Message) -> None:
         self.sent += 1
         self.queue.append((sender, to, message))
 
-    def join(self, note: str, rank: int, tensor: torch.Tensor) -> LoopbackWork:
-        """Trainer `rank`'s n-th reduction called `note` meets everybody's n-th."""
-        return self._join(note, rank, (tensor, tensor), _sum)
+    def members(self, group: str, rank: int) -> tuple[int, ...]:
+        """Of the group of this name that trainer `rank` is in."""
+        return tuple(next(each for each in self.groups[group] if rank in each))
 
-    def gather(self, note: str, rank: int, whole: torch.Tensor, part: torch.Tensor) -> LoopbackWork:
-        """Trainer `rank`'s n-th gathering called `note` meets everybody's n-th."""
-        return self._join(note, rank, (whole, part), _stack)
+    def join(self, at: Joining, tensor: torch.Tensor) -> LoopbackWork:
+        """A trainer's n-th reduction of a name meets the n-th of everybody in its group."""
+        return self._join(at, (tensor, tensor), _sum)
 
-    def scatter(self, note: str, rank: int, own: torch.Tensor, whole: torch.Tensor) -> LoopbackWork:
-        """Trainer `rank`'s n-th reduction to parts called `note` meets everybody's n-th."""
-        return self._join(note, rank, (own, whole), _scatter)
+    def gather(self, at: Joining, whole: torch.Tensor, part: torch.Tensor) -> LoopbackWork:
+        """A trainer's n-th gathering of a name meets the n-th of everybody in its group."""
+        return self._join(at, (whole, part), _stack)
 
-    def broadcast(self, note: str, rank: int, root: int, tensor: torch.Tensor) -> LoopbackWork:
-        """Trainer `rank`'s n-th broadcast called `note` meets everybody's n-th."""
-        return self._join(note, rank, (tensor, tensor), partial(_copy, root))
+    def scatter(self, at: Joining, own: torch.Tensor, whole: torch.Tensor) -> LoopbackWork:
+        """A trainer's n-th reduction to parts of a name meets the n-th of everybody in its group."""
+        return self._join(at, (own, whole), _scatter)
 
-    def _join(self, note: str, rank: int, mine: Given, meet: Callable[[list[Given]], None]) -> LoopbackWork:
+    def broadcast(self, at: Joining, root: int, tensor: torch.Tensor) -> LoopbackWork:
+        """A trainer's n-th broadcast of a name meets the n-th of everybody in its group."""
+        return self._join(at, (tensor, tensor), partial(_copy, root))
+
+    def _join(self, at: Joining, mine: Given, meet: Callable[[list[Given]], None]) -> LoopbackWork:
         self.sent += 1
-        turn = self._joined.get((note, rank), 0)
-        self._joined[note, rank] = turn + 1
-        given = self._rounds.setdefault((note, turn), {})
+        note, group, rank = at
+        members, turn = self.members(group, rank), self._joined.get(at, 0)
+        self._joined[at] = turn + 1
+        given = self._rounds.setdefault((note, members, turn), {})
         given[rank] = mine
-        if len(given) == self.trainers:
-            meet([given[k] for k in range(self.trainers)])
-            del self._rounds[note, turn]
-        return LoopbackWork(given, self.trainers)
+        if len(given) == len(members):
+            meet([given[k] for k in members])
+            del self._rounds[note, members, turn]
+        return LoopbackWork(given, len(members))
 
     def transport(self, rank: int) -> LoopbackTransport:
         return LoopbackTransport(self, Address(Kind.TRAINER, rank))
@@ -315,18 +322,26 @@ class LoopbackTransport:
     def flush(self) -> None:
         """Nothing waits: messages are queued one by one."""
 
-    def all_reduce(self, tensor: torch.Tensor, note: str) -> LoopbackWork:
-        return self.network.join(note, self.me.rank, tensor)
+    def meet(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        self.network.groups |= groups
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
-        return CopiedScattered(self.network.trainers, tensors, partial(self.network.scatter, note, self.me.rank))
+    def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> LoopbackWork:
+        return self.network.join((note, group, self.me.rank), tensor)
 
-    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
-        return CopiedSum(tensors, self.me.rank == keeper, partial(self.all_reduce, note=note))
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str, group: str = "") -> Scattered:
+        scatter = partial(self.network.scatter, (note, group, self.me.rank))
+        return CopiedScattered(len(self._members(group)), tensors, scatter)
 
-    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str) -> Gathered:
-        broadcast = partial(self.network.broadcast, note, self.me.rank, keeper)
-        return CopiedGift(nbytes, pieces, self.me.rank == keeper, broadcast)
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
+        is_keeper = self._members(group)[keeper] == self.me.rank
+        return CopiedSum(tensors, is_keeper, partial(self.all_reduce, note=note, group=group))
+
+    def give(self, nbytes: int, pieces: Pieces, keeper: int, note: str, group: str = "") -> Gathered:
+        broadcast = partial(self.network.broadcast, (note, group, self.me.rank), keeper)
+        return CopiedGift(nbytes, pieces, self._members(group)[keeper] == self.me.rank, broadcast)
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        return self.network.members(group, self.me.rank)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> Sum:
         self.network.sent += 1
@@ -347,11 +362,12 @@ class LoopbackTransport:
         self.network.on_hosts.leave(self.me.rank)
         self.network.copies.leave(self.me.rank)
 
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> LoopbackWork:
-        return self.network.gather(note, self.me.rank, whole, part)
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str, group: str = "") -> LoopbackWork:
+        return self.network.gather((note, group, self.me.rank), whole, part)
 
-    def gather(self, nbytes: int, pieces: Pieces, note: str) -> Gathered:
-        return CopiedGathered(self.network.trainers, nbytes, pieces, partial(self.all_gather, note=note))
+    def gather(self, nbytes: int, pieces: Pieces, note: str, group: str = "") -> Gathered:
+        gather = partial(self.all_gather, note=note, group=group)
+        return CopiedGathered(len(self._members(group)), nbytes, pieces, gather)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Nothing to send: all trainers have read the same objects of the user's."""

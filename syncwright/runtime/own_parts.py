@@ -32,7 +32,7 @@ def together(own: Own, parts: Sequence[torch.Tensor], place: torch.Tensor | None
 
 
 class OwnParts:
-    """What one trainer reduces to parts and gathers of them. Changes with every collective.
+    """What one trainer reduces to parts and gathers of them, among a group's. Changes with every collective.
 
     notes  what errors call each
     """
@@ -42,10 +42,10 @@ class OwnParts:
         self._scattered: dict[str, Scattered] = {}
         self._gathered: dict[str, tuple[Gathered, list[tuple[int, torch.Tensor]]]] = {}
 
-    def reduce(self, channel: str, tensors: Sequence[torch.Tensor]) -> None:
+    def reduce(self, channel: str, tensors: Sequence[torch.Tensor], group: str = "") -> None:
         """Starts the sums of tensors over all trainers."""
         self._end_all_but_the_last()
-        self._scattered[channel] = self._transport.reduce_scatter(tensors, self._note(channel))
+        self._scattered[channel] = self._transport.reduce_scatter(tensors, self._note(channel), group)
 
     def _end_all_but_the_last(self) -> None:
         """Of the sums that are under way: their memory serves the next."""
@@ -60,20 +60,20 @@ class OwnParts:
         del self._scattered[channel]
         return work.own
 
-    def gather(self, channel: str, parts: Sequence[torch.Tensor]) -> None:
+    def gather(self, channel: str, parts: Sequence[torch.Tensor], group: str = "") -> None:
         """Gives all trainers parts of this one's."""
         pieces, nbytes = _pieces(parts)
-        self._gathered[channel] = self._transport.gather(nbytes, pieces, self._note(channel)), pieces
+        self._gathered[channel] = self._transport.gather(nbytes, pieces, self._note(channel), group), pieces
 
-    def reduce_to(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int) -> None:
+    def reduce_to(self, channel: str, tensors: Sequence[torch.Tensor], keeper: int, group: str = "") -> None:
         """Starts the sums of tensors over all trainers, for one of them: `own` gives it them."""
         self._end_all_but_the_last()
-        self._scattered[channel] = self._transport.reduce_to(tensors, keeper, self._note(channel))
+        self._scattered[channel] = self._transport.reduce_to(tensors, keeper, self._note(channel), group)
 
-    def give(self, channel: str, values: Sequence[torch.Tensor], keeper: int) -> None:
+    def give(self, channel: str, values: Sequence[torch.Tensor], keeper: int, group: str = "") -> None:
         """Gives all trainers values of one of them; those of the others say only what they are: `whole` gives them all."""
         pieces, nbytes = _pieces(values)
-        self._gathered[channel] = self._transport.give(nbytes, pieces, keeper, self._note(channel)), pieces
+        self._gathered[channel] = self._transport.give(nbytes, pieces, keeper, self._note(channel), group), pieces
 
     def whole(
         self, channel: str, sizes: Sequence[int], places: Sequence[torch.Tensor | None] = ()

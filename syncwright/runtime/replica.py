@@ -13,7 +13,7 @@ from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import BatchError
 from syncwright.job import Job
 from syncwright.passes.flat import flat_parts
-from syncwright.passes.insert import FIRST, RANK, TOTAL, WEIGHT
+from syncwright.passes.insert import FIRST, RANK, TOTAL, WEIGHT, peers_of
 from syncwright.plan import ParameterServer
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime import replica_tables as tables
@@ -59,6 +59,8 @@ class Replica:
         self.step_count = self.trained = 0
         self.nominal = 1.0
         self._replicated, self._ahead = job.replicated, _tables_ahead(job)
+        groups = job.plan.groups
+        self._peers = {peers_of(name).name: len(groups.around(name, rank)) for name in job.groups}
         self._layout: Prepared | None = None
         self._found: tuple[tuple, Found] | None = None
         self._parts: dict[str, list[Variable]] = {}
@@ -104,7 +106,7 @@ class Replica:
         self.client.begin(self.step_count, weight, hypers, prepared.uses[phase], after=prepared.after)
         self._look_ahead(prepared, part.batch, following)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
-        values |= {WEIGHT: weight, FIRST: int(self.rank == 0), RANK: self.rank}
+        values |= {WEIGHT: weight, FIRST: int(self.rank == 0), RANK: self.rank, **self._peers}
         results = yield from executor.run(values, self.client)
         if phase == "idle" and TOTAL in results and results[TOTAL] == 0:
             raise no_examples(self.step_count)
@@ -343,9 +345,9 @@ class Replica:
             part = self.values.get(name, _none_of(self.job.trainer["step"].variables[name]))
             assert isinstance(part, torch.Tensor), "parts are tensors"
             if own.keeper is None:
-                self.client.start_whole(own.of, [part])
+                self.client.start_whole(own.of, [part], own.group)
             else:
-                self.client.start_given(own.of, [part], own.keeper)
+                self.client.start_given(own.of, [part], own.keeper, own.group)
             while (whole := self.client.finish_whole(own.of, [own.numel])) is None:
                 yield Blocked("state", own.of)
             found[own.of] = whole[0].view(own.shape)

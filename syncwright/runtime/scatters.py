@@ -69,7 +69,7 @@ class HostScattered:
     def done(self) -> bool:
         """Waits for the others' parts, adds them in the order of trainers, then True."""
         if self._turn is not None:
-            start = self._group.rank * self._count
+            start = self._group.place * self._count
             self.own = added_up(self._group, self._turn, start, start + self._count)
             self._turn = None
         return True

@@ -15,10 +15,10 @@ from syncwright.capture.tables import as_its_own, into
 from syncwright.errors import RequestError, TableError, TableFull
 from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
-from syncwright.plan import Plan
+from syncwright.plan import ALL, Plan
 from syncwright.program import Program
 from syncwright.runtime import replica_tables as tables
-from syncwright.runtime.agreement import check_equal, digest, replicated
+from syncwright.runtime.agreement import alike, check_equal, digest, replicated
 from syncwright.runtime.client import Client
 from syncwright.runtime.evaluation import Evaluations, Rows
 from syncwright.runtime.executor import NO_PORT, Blocked
@@ -145,6 +145,8 @@ class Session:
         """Meets the servers through one outlet per trainer of this process; all start from trainer 0's values."""
         self.job, self._peers = job, peers
         for outlet in outlets:
+            if job.groups:
+                outlet.meet(job.groups)
             replica = Replica(outlet.me.rank, self.binding, Client(job, outlet), job)
             replica.nominal = nominal
             replica.client.hello()
@@ -347,14 +349,17 @@ class Session:
     def _check_replicas(self, program: Program) -> None:
         assert self.job is not None, "the session is open"
         first = self.replicas[0]
-        names = replicated(program, self.job.at(first.trained - 1).plan, first.values)
+        plan = self.job.at(first.trained - 1).plan
+        names = replicated(program, plan, first.values)
         met = [f"{name} (after the last exchange)" for outer in first.outers for name in outer.all]
         mine = [
             digest([*(r.values[name] for name in names), *(v for outer in r.outers for v in outer.all.values())])
             for r in self.replicas
         ]
         if (names or met) and self._joined.trainers > 1:
-            check_equal([*names, *met], self._joined.gather(mine, "the check of replicas"), self.step_count)
+            groups = {name: alike(name, program, plan) for name in names}
+            groups |= dict.fromkeys(met, plan.groups.members(ALL))
+            check_equal(groups, self._joined.gather(mine, "the check of replicas"), self.step_count)
 
 
 def _given(outputs: list[torch.Tensor]) -> Generator[Blocked, None, list[torch.Tensor]]:

@@ -97,6 +97,11 @@ class HostGroup:
         self._peers = {peer.rank: peer for peer in self._meet(store)}
         self._heard = dict.fromkeys(self._peers, 0)
 
+    @property
+    def place(self) -> int:
+        """This trainer's, among the members."""
+        return self.members.index(self.rank)
+
     def all_reduce(self, tensor: torch.Tensor, note: str) -> HostReduction:
         """Starts the sum of `tensor`, in place."""
         return HostReduction(self, self._begun_with(tensor, note), tensor)

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -186,25 +186,32 @@ class SocketTransport:
             self.flush()
         return False
 
-    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
-        """Starts the sum of `tensor` over all trainers, in place."""
+    def meet(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """See `Outlet.meet`."""
         self.flush()
-        return self._collectives.all_reduce(tensor, note)
+        self._collectives.meet(groups)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
+    def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> Work:
+        """See `Outlet.all_reduce`."""
+        self.flush()
+        return self._collectives.all_reduce(tensor, note, group)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str, group: str = "") -> Scattered:
         """See `Outlet.reduce_scatter`."""
         self.flush()
-        return self._collectives.reduce_scatter(tensors, note)
+        return self._collectives.reduce_scatter(tensors, note, group)
 
-    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
         """See `Outlet.reduce_to`."""
         self.flush()
-        return self._collectives.reduce_to(tensors, keeper, note)
+        return self._collectives.reduce_to(tensors, keeper, note, group)
 
-    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
+    def give(
+        self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str, group: str = ""
+    ) -> Gathered:
         """See `Outlet.give`."""
         self.flush()
-        return self._collectives.give(nbytes, pieces, keeper, note)
+        return self._collectives.give(nbytes, pieces, keeper, note, group)
 
     def sum_on_host(self, tensor: torch.Tensor, note: str) -> HostWork:
         """Starts the sum of `tensor` over the trainers of this host that have not left, in place on the first of them."""
@@ -229,15 +236,15 @@ class SocketTransport:
         """Takes part in nothing more that trainers of this host do together."""
         self._collectives.leave_host()
 
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str, group: str = "") -> Work:
         """Starts the gathering of every trainer's `part` into `whole`."""
         self.flush()
-        return self._collectives.all_gather(whole, part, note)
+        return self._collectives.all_gather(whole, part, note, group)
 
-    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str, group: str = "") -> Gathered:
         """See `Outlet.gather`."""
         self.flush()
-        return self._collectives.gather(nbytes, pieces, note)
+        return self._collectives.gather(nbytes, pieces, note, group)
 
     def broadcast(self, tensor: torch.Tensor, note: str) -> None:
         """Trainer 0's `tensor` becomes everybody's, in place."""

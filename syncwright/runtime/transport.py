@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -70,22 +70,29 @@ class Outlet(Protocol):
         """Sends what waits for further messages, to travel with them."""
         ...
 
-    def all_reduce(self, tensor: torch.Tensor, note: str) -> Work:
-        """Starts the sum of `tensor` over all trainers, in place. `note` names the wait in errors. Trainers only."""
+    def meet(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Makes further groups of trainers, by their names, each of several that are apart. In what follows, a `group` is that of
+        these that this trainer is in, who count from 0 there; "" is all trainers. All of them must come to it with the same."""
         ...
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str) -> Scattered:
-        """Starts the sums of `tensors`, of one dtype, over all trainers: of each, laid out flat and cut evenly with zeros behind
-        its end, a trainer gets its own part. They may change once this returns. Trainers only."""
+    def all_reduce(self, tensor: torch.Tensor, note: str, group: str = "") -> Work:
+        """Starts the sum of `tensor` over the trainers of a group, in place. `note` names the wait in errors. Trainers only."""
         ...
 
-    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str) -> Scattered:
-        """Starts the sums of `tensors`, of one dtype, over all trainers, for one of them: its own are the sums, flat, one behind
-        another; the others have none. They may change once this returns. Trainers only."""
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor], note: str, group: str = "") -> Scattered:
+        """Starts the sums of `tensors`, of one dtype, over a group's trainers: of each, laid out flat and cut evenly with zeros
+        behind its end, a trainer gets its own part. They may change once this returns. Trainers only."""
         ...
 
-    def give(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str) -> Gathered:
-        """Starts to give all trainers so many bytes of one of them, laid out as `gather` does: the one part. What the others'
+    def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
+        """Starts the sums of `tensors`, of one dtype, over a group's trainers, for one of them: its own are the sums, flat, one
+        behind another; the others have none. They may change once this returns. Trainers only."""
+        ...
+
+    def give(
+        self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], keeper: int, note: str, group: str = ""
+    ) -> Gathered:
+        """Starts to give all of a group so many bytes of one of them, laid out as `gather` does: the one part. What the others'
         pieces hold means nothing. Trainers only."""
         ...
 
@@ -110,12 +117,12 @@ class Outlet(Protocol):
         """Takes part in nothing more that trainers of this host do together: the others go on without this one."""
         ...
 
-    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str) -> Work:
-        """Starts the gathering of every trainer's `part`, all of one shape, into `whole`. Trainers only."""
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor, note: str, group: str = "") -> Work:
+        """Starts the gathering of the `part` of every trainer of a group, all of one shape, into `whole`. Trainers only."""
         ...
 
-    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str) -> Gathered:
-        """Starts to give all trainers so many bytes of each: contiguous tensors, each with the place of its first byte, from a
+    def gather(self, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], note: str, group: str = "") -> Gathered:
+        """Starts to give all of a group so many bytes of each: contiguous tensors, each with the place of its first byte, from a
         multiple of its dtype's size on. What lies between them means nothing. Trainers only."""
         ...
 

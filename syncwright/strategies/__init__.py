@@ -15,6 +15,7 @@ from syncwright.strategies import fixed
 STRATEGIES: dict[str, Callable[..., Rules]] = {
     "independent": fixed.independent,
     "all_reduce": fixed.all_reduce,
+    "partitioned_all_reduce": fixed.partitioned_all_reduce,
     "parameter_server": fixed.parameter_server,
     "parameter_server_balanced": fixed.parameter_server_balanced,
     "parameter_server_partitioned": fixed.parameter_server_partitioned,
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, Callable[..., Rules]] = {
     "zero1": fixed.zero1,
     "zero2": fixed.zero2,
     "zero3": fixed.zero3,
+    "hybrid": fixed.hybrid,
     "local_sgd": fixed.local_sgd,
     "diloco": fixed.diloco,
     "geo": fixed.geo,

@@ -42,6 +42,12 @@ def all_reduce(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
     return _rules("all_reduce", AllReduce(bucket_mb))
 
 
+def partitioned_all_reduce(variables: Sequence[Variable], bucket_mb: float = 25.0, piece_mb: float = 4.0) -> Rules:
+    """Large gradients are all-reduced in pieces, cut along their first axis, which spread over buckets (AutoDist:
+    PartitionedAR)."""
+    return _rules("partitioned_all_reduce", AllReduce(bucket_mb, piece_mb=piece_mb))
+
+
 def parameter_server(variables: Sequence[Variable], mode: Mode = "sync", staleness: int | None = None) -> Rules:
     """Every variable is kept whole on server 0."""
     return _rules("parameter_server", ParameterServer(mode, place=On(0), staleness=staleness))
@@ -106,6 +112,12 @@ def zero2(variables: Sequence[Variable], bucket_mb: float = 25.0) -> Rules:
 def zero3(variables: Sequence[Variable], bucket_mb: float = 25.0, prefetch: int = 1, keep: bool = False) -> Rules:
     """Every trainer keeps its own part of every variable, and gathers the whole where it reads it (ZeRO stage 3, FSDP)."""
     return _rules("zero3", Shard(3, bucket_mb, prefetch, keep))
+
+
+def hybrid(variables: Sequence[Variable], bucket_mb: float = 25.0, prefetch: int = 1, keep: bool = False) -> Rules:
+    """The trainers of each host keep every variable in parts among them, and hosts reduce gradients among each other (FSDP's
+    HYBRID_SHARD). On one host this is zero3, and all_reduce on hosts of one trainer each."""
+    return _rules("hybrid", Shard(3, bucket_mb, prefetch, keep, within="node"))
 
 
 def local_sgd(

@@ -169,12 +169,13 @@ def _read_selection(line: Line, of: str) -> Selection:
 
 
 def _read_own(line: Line) -> Own:
-    """`own "fc.weight" [10,4] among 2`, `own "fc.weight" [10,4] among 2 with 1`"""
+    """`own "fc.weight" [10,4] among 2`, `own "fc.weight" [10,4] among 2 with 1`, `own "fc.weight" [10,4] among 2 in "node"`"""
     of, shape = line.string("a variable"), line.sizes()
     line.take("among")
     trainers = int(line.match(r"\d+", "the number of trainers"))
+    group = line.string("a group") if line.accept("in") else ""
     keeper = int(line.match(r"\d+", "the number of a trainer")) if line.accept("with") else None
-    return Own(of, shape, trainers, keeper)
+    return Own(of, shape, trainers, keeper, group)
 
 
 def _read_rank(line: Line) -> int:

@@ -81,7 +81,8 @@ def _variable_text(name: str, variable: Variable) -> str:
     if variable.own is not None:
         own = variable.own
         kept = "" if own.keeper is None else f" with {own.keeper}"
-        facts.append(f"own {quote(own.of)} {_sizes_text(own.shape)} among {own.trainers}{kept}")
+        within = f" in {quote(own.group)}" if own.group else ""
+        facts.append(f"own {quote(own.of)} {_sizes_text(own.shape)} among {own.trainers}{within}{kept}")
     return " ".join(facts)
 
 

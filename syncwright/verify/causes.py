@@ -227,6 +227,10 @@ class BadWait(IllegalJob):
     """Every collective must be waited for exactly once."""
 
 
+class BadGroup(IllegalJob):
+    """What trainers do in a group must be in one of the plan's, which has as many of them as the operation says."""
+
+
 class OtherSequence(IllegalJob):
     """All programs of a trainer must send the same things in the same order, or its peers hang."""
 

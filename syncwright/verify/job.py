@@ -17,6 +17,7 @@ from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.text import quote, type_text, variable_type_text
 from syncwright.verify.causes import (
+    BadGroup,
     BadWait,
     Deadlock,
     HeldTwice,
@@ -49,6 +50,7 @@ def verify_job(job: Job) -> None:
     for phase, program in job.trainer.items():
         _check_sends(job, phase, program)
         _check_reductions(phase, program)
+        _check_groups(job, phase, program)
     _check_sequences(job)
     _check_writers(job)
     tables = {part.rank: _table(job, part) for part in job.servers}
@@ -178,6 +180,26 @@ _BEGINNING = {
     ops.wait_rows: "a gather_rows",
     ops.wait_on_host: "a sum_on_host",
 }
+
+
+def _check_groups(job: Job, phase: str, program: Program) -> None:
+    """Trainers make the groups of the plan when they start."""
+    groups = job.plan.groups
+    known = groups.needed(sharing.sync for sharing in job.plan.sharings)
+    for node in [node for node in _calls(program, *_ENDING) if argument(node, "group")]:
+        about, name = f"{phase}: %{node.name}", str(argument(node, "group"))
+        if name not in known:
+            remedy = "name one of these, or share a variable so that there is one"
+            expected = f"a group of the plan: {', '.join(map(quote, known)) or 'none'}"
+            raise BadGroup(about, f"the group {quote(name)}", expected, remedy)
+        size = groups.size(name)
+        smallest = min(map(len, groups.members(name)))
+        if node.target in (ops.reduce_scatter, ops.gather_parts) and node.args[2] != size:
+            found = f"parts for {node.args[2]} trainers of {quote(name)}"
+            raise BadGroup(about, found, f"{size if size is not None else 'groups of one size'}", "cut it among these")
+        if node.target in (ops.reduce_to, ops.give) and int(node.args[2]) >= smallest:  # type: ignore[arg-type]
+            found = f"trainer {node.args[2]} of {quote(name)}, of which one has {smallest}"
+            raise BadGroup(about, found, "one that each has: they count from 0", "name a lower one")
 
 
 def _check_sequences(job: Job) -> None:
@@ -341,7 +363,8 @@ def _channel(node: Node) -> str:
 
 
 def _sent(node: Node) -> tuple[str, str, str]:
-    return str(node.target), _channel(node), _type_of(node.args[0])
+    group = argument(node, "group")
+    return str(node.target), _channel(node) + (f" in {group}" if group else ""), _type_of(node.args[0])
 
 
 def _difference(sent: Sequence[tuple], expected: Sequence[tuple]) -> tuple[int, str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from syncwright.capture import capture
+from syncwright.cluster import trainers_by_host
 from syncwright.errors import PlanError
 from syncwright.plan import Plan, Rules
 from syncwright.planning import PlanSource, complete_plan, make_plan, plan_variables
@@ -39,7 +41,8 @@ def look(
 
     source             a plan instead of the script's own; or `choose`, which makes one of the program
     trainers, servers  default: those of a complete plan; else two trainers and, as `syncwright run` does without
-                       server processes, one server inside each
+                       server processes, one server inside each; all trainers are on one host, unless SYNCWRIGHT_HOSTS says who is
+                       where
     """
     first = first_step(script, arguments)
     program = capture(first.step, first.model, first.optimizer, *first.batch, state=first.state)
@@ -48,7 +51,8 @@ def look(
     trainers = trainers or (complete.trainers if complete else TRAINERS)
     if servers is None:
         servers = complete.servers if complete else 0
-    return Look(first, program, make_plan(complete or given, program, trainers, servers or trainers))
+    hosts = trainers_by_host(os.environ, trainers) or None
+    return Look(first, program, make_plan(complete or given, program, trainers, servers or trainers, hosts))
 
 
 def rules_of(strategy: str, program: Program, options: Mapping[str, object]) -> Rules:

@@ -11,10 +11,13 @@ from syncwright import ops
 from syncwright.job import Job
 from syncwright.lower import communications
 from syncwright.meaning import followed
+from syncwright.passes.average import PIECE
 from syncwright.passes.read_gathered import AGAIN
-from syncwright.plan import LocalSteps, ParameterServer, Plan, Shard, Sharing
+from syncwright.passes.reduce_by_node import BACK, OVER
+from syncwright.plan import AllReduce, LocalSteps, ParameterServer, Plan, Shard, Sharing, shown
 from syncwright.planning import plan_variables
 from syncwright.program import Program, Role, Variable
+from syncwright.schema import argument
 from syncwright.split import grad_variable
 from syncwright.text import variable_type_text
 from syncwright.typed import tag
@@ -80,18 +83,26 @@ def traffic_of(program: Program, unbucketed: Job) -> dict[str, Traffic]:
     A ring all-reduce sends 2 (N-1)/N of its bytes, and receives as many; a reduction to parts, or a gathering of parts, half of
     that; a reduction to one trainer, or what one gives to all, as much on average; a gathering of rows sends them, with their
     ids, N-1 times, and receives as many; a push sends all, a pull receives all. Of rows as many are counted as a batch has ids:
-    distinct ones are fewer. Of exchanges their share of a step. What is merged or copied on hosts is counted for who pushes and
-    pulls it.
+    distinct ones are fewer. Of exchanges their share of a step. What trainers do in groups is counted for the largest of these.
+    What is merged or copied on hosts is counted for who pushes and pulls it.
     """
     subjects = _subjects(program, unbucketed)
     found: dict[str, Traffic] = {}
     for job, steps in [(unbucketed, 1), *((each.job, each.clock.every) for each in unbucketed.exchanges)]:
         for node in communications(job.trainer["step"]):
-            traffic = _traffic(node, unbucketed.plan.trainers)
+            members = unbucketed.plan.groups.members(str(argument(node, "group") or ""))
+            traffic = _traffic(node, max(map(len, members)))
             if traffic is not None:
-                name = subjects.get(str(node.args[1]).removesuffix(f" {AGAIN}"), OTHER)
+                name = subjects.get(_carried(str(node.args[1])), OTHER)
                 found[name] = found.get(name, Traffic()) + traffic.over(steps)
     return found
+
+
+def _carried(channel: str) -> str:
+    """What travels by a channel, or by those that are for a part or a phase of it."""
+    for suffix in (f" {AGAIN}", OVER, BACK):
+        channel = channel.removesuffix(suffix)
+    return channel.partition(PIECE)[0]
 
 
 def _variables(program: Program) -> list[Variable]:
@@ -174,7 +185,12 @@ def _shared(variable: Variable, program: Program, plan: Plan) -> tuple[str, str]
     sharing = plan.sharing(variable.name)
     name = tag(type(sharing.sync))
     if isinstance(sharing.sync, Shard):
-        return f"{name}, stage {sharing.sync.stage}", "every trainer its part"
+        within = ", within a node" if sharing.sync.within == "node" else ""
+        return f"{name}, stage {sharing.sync.stage}{within}", "every trainer its part"
+    if isinstance(sharing.sync, AllReduce) and sharing.sync.over != "all":
+        name += f" over {shown(sharing.sync.over)}"
+    if isinstance(sharing.sync, AllReduce) and sharing.sync.hierarchical:
+        name += ", hierarchical"
     if isinstance(sharing.sync, LocalSteps):
         name += f", every {sharing.sync.every}"
     if len(sharing.sizes) > 1:
