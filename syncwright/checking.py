@@ -92,6 +92,9 @@ def check_plan(
     with the whole batch. `progress(what, step)` is called after each step. Raises `PlanError` for plans that one
     device cannot equal.
     """
+    plan = replace(
+        plan, accumulate=1
+    )  # the mean over calls with one batch is that of one, but for buffers and random draws
     _refuse_independent(program, plan)
     _refuse_by_id(program)
     binding = Binding(first.model, first.optimizer, first.state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,8 +18,8 @@ from syncwright.errors import LoweringError
 from syncwright.exchanges import OuterStep, outer_steps
 from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
-from syncwright.job import Exchange, Job, ServerPart, Span, Table
-from syncwright.passes import COMPILED, PIPELINE
+from syncwright.job import BETWEEN, IDLE, IDLE_BETWEEN, STEP, Exchange, Job, ServerPart, Span, Table
+from syncwright.passes import COMPILED, PIPELINE, Pass, between
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.flat import flat_parts
@@ -33,8 +33,6 @@ from syncwright.split import grad_variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_marks, find_updates
 from syncwright.verify import verify, verify_after, verify_job
-
-Pass = Callable[[Program, Plan], Program]
 
 
 def lower(
@@ -67,14 +65,33 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
     _check_gathered(program, plan)
     _check_scaled(program, plan)
     _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
-    step = program
-    for each in pipeline(passes, without):
-        step = _applied(each, step, as_joined(step, plan))
+    step = _passed(program, plan, pipeline(passes, without))
     _refuse_without(step, plan, without)
     job = _job(program, step, plan)
+    if plan.accumulate > 1:
+        job = _accumulating(job, _passed(program, plan, between(pipeline(passes, without))))
     _check_touched(job)
     verify_job(job)
     return job
+
+
+def _passed(program: Program, plan: Plan, passes: Sequence[Pass]) -> Program:
+    """What passes make of a program, each verified."""
+    for each in passes:
+        program = _applied(each, program, as_joined(program, plan))
+    return program
+
+
+def _accumulating(job: Job, whole: Program) -> Job:
+    """The job with what trainers run in the calls between two updates, of which `whole` is the whole program."""
+    program = cut(whole, job.plan.servers).trainer
+    phases = {**job.trainer, BETWEEN: program, IDLE_BETWEEN: idle(program)}
+    pushed = {str(n.args[1]) for n in communications(program) if n.target is ops.push_rows}
+    pieces = {name for table in pushed for name, _ in job.tables[table].pieces}
+    calls = job.plan.accumulate
+    channels = {n: replace(c, calls=calls) if n in pieces else c for n, c in job.channels.items()}
+    lines = [job.digest, f"{calls} calls", *(f"{n.target} {n.args[1]}" for n in communications(program))]
+    return replace(job, trainer=phases, channels=channels, digest=_hash(lines))
 
 
 def _exchange(outer: OuterStep, without: Sequence[str]) -> Exchange:
@@ -107,7 +124,7 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     """The job of a captured program of which the passes have made the whole program `step`."""
     roles = cut(step, plan.servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
-    phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
+    phases = {STEP: roles.trainer, IDLE: idle(roles.trainer)}
     digest = _digest(roles.trainer, roles.servers, plan.hosts)
     kept = {variable.name for part in roles.servers for variable in part.holds}
     joined = {name: tuple(parts) for name, parts in flat_parts(step).items() if name in kept}

@@ -5,9 +5,9 @@
 Of tables, of which a step reads few rows. Ids are any 64-bit numbers:
 
     unique(ids, padding)                   the distinct ids, in any order, with the last one again and again behind them, to as
-                                           many as are given (see `kernels.distinct`); then for each tensor of ids the places of its ids
-                                           among them. `padding` from 0 on: this id comes first, in one more place, whether it
-                                           is given or not
+                                           many as are given (see `kernels.distinct`); then for each tensor of ids the places
+                                           of its ids among them. `padding` from 0 on: this id comes first, in one more place,
+                                           whether it is given or not
     join_ids(ids, rows, names)             the ids of several tables, of so many rows each, in the table in which one's rows
                                            are below another's; one table's behind another's, flat. `IndexError` for an id
                                            that its table does not have, by the tables' names
@@ -58,6 +58,7 @@ In the program of a trainer:
     give(xs, channel, trainer)             starts to give all trainers what one of them has; on the others `xs` says its sizes.
                                            Its result comes by `wait_whole`
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
+    hold_rows(x, channel, ids, skip)       keeps what own_rows(x, ids, skip) gives until the next gather_rows of the channel
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
                                            each the sum of its rows, added in the order of trainers; "mean_by_touch": over the
                                            trainers that have it
@@ -127,6 +128,7 @@ _library.define("pull.rows(Tensor x, str channel, Tensor ids, str when='step', S
 _library.define("own_rows(Tensor x, Tensor ids, int skip=0) -> Tensor[]")
 _library.define("put_rows(Tensor x, Tensor ids, Tensor rows) -> Tensor")
 _library.define("gather_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
+_library.define("hold_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
 _library.define("wait_rows(Tensor x, str channel, str merge, int trainers) -> Tensor[]")
 _library.define("push_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
 _library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtype, str when='step') -> Tensor")
@@ -261,6 +263,11 @@ def _gather_rows_shape(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: i
     return torch.empty_like(x)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::hold_rows", lib=_library)
+def _hold_rows(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    return torch.empty(0)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::wait_rows", lib=_library)
 def _wait_rows_shapes(x: torch.Tensor, channel: str, merge: str, trainers: int) -> list[torch.Tensor]:
     rows = x.new_empty([trainers * x.shape[0], *x.shape[1:]])
@@ -331,6 +338,7 @@ dense_rows = torch.ops.syncwright.dense_rows.default
 own_rows = torch.ops.syncwright.own_rows.default
 put_rows = torch.ops.syncwright.put_rows.default
 gather_rows = torch.ops.syncwright.gather_rows.default
+hold_rows = torch.ops.syncwright.hold_rows.default
 wait_rows = torch.ops.syncwright.wait_rows.default
 push_rows_merged = torch.ops.syncwright.push.rows
 pull_rows_value = torch.ops.syncwright.pull.rows
@@ -338,13 +346,13 @@ push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
 SENDS = frozenset(
-    {all_reduce, reduce_scatter, reduce_to, gather_parts, give, gather_rows, sum_on_host, push, push_rows}
+    {all_reduce, reduce_scatter, reduce_to, gather_parts, give, gather_rows, hold_rows, sum_on_host, push, push_rows}
 )
 WAITS = frozenset({wait, wait_own, wait_whole, wait_rows, wait_on_host})
 COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""
-STARTS_ROWS = frozenset({gather_rows, push_rows})
+STARTS_ROWS = frozenset({gather_rows, hold_rows, push_rows})
 """What sends rows: (rows, channel, ids, how many of the first are left out)."""
 LOOSE = frozenset({own_rows, wait_rows})
 """What gives as many rows as there are: no compiled program may be made for their number."""

@@ -141,6 +141,9 @@ passes          one rewrite of the whole program per file
     compress
     alike
     flat
+    accumulate
+    accumulate_parts
+    only_accumulate
     sync_batch_norm
     clip_per_trainer
     compact_lookups
@@ -230,6 +233,7 @@ runtime         what runs a job
     structure
     kept
     lookahead
+    calls
     programs
     sharding
     evaluation

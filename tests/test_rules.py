@@ -133,13 +133,14 @@ MISTAKES = [
     ),
     (
         "",
-        "rules: found nothing, expected a mapping (keys: default, variables, buffers, clip, sync_batch_norm, uncuttable). "
+        "rules: found nothing, expected a mapping (keys: default, variables, buffers, clip, sync_batch_norm, accumulate, "
+        "uncuttable). "
         'Add a line such as "default: all_reduce".',
     ),
     (
         "default: local\nvarables: []",
         "rules, line 2, at varables: found the key 'varables', expected one of default, variables, buffers, "
-        "clip, sync_batch_norm, uncuttable. Did you mean 'variables'?",
+        "clip, sync_batch_norm, accumulate, uncuttable. Did you mean 'variables'?",
     ),
     (
         "default: all-reduce",

@@ -12,15 +12,19 @@ from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks, followed
 from syncwright.passes.compress import compressed
 from syncwright.passes.insert import (
+    CALL,
+    CALL_TOTAL,
     KEPT,
     SAME,
     TOTAL,
+    WEIGHT,
     before_first_use,
     behind,
     first_call,
     read_first,
     read_share,
     read_weight,
+    weight_of_call,
 )
 from syncwright.place import Server, put
 from syncwright.plan import AllReduce, Collective, ParameterServer, Plan
@@ -140,7 +144,7 @@ def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: st
     if by_collective(plan):
         mean = None
         if how == "mean":
-            program, mean = read_mean(program, plan)
+            program, mean = read_mean(program, plan, weight_of_call(plan))
         known = Inference(mode_of(program.graph))
         reduced = _reduced(program, node, name, mean, [program.output], known)
     else:
@@ -215,7 +219,7 @@ def _summed(
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:
     mode, sent = mode_of(program.graph), node
     if how == "mean":
-        program, weight = read_weight(program)
+        program, weight = read_weight(program, weight_of_call(plan))
         with behind(node):
             sent = call(program.graph, mode, aten.mul.Tensor, node, read_share(weight, plan.trainers))
     with behind(sent):
@@ -225,21 +229,22 @@ def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: s
         return program, call(program.graph, mode, ops.pull_value, merged, name)
 
 
-def read_mean(program: Program, plan: Plan) -> tuple[Program, Mean]:
+def read_mean(program: Program, plan: Plan, of: str = WEIGHT) -> tuple[Program, Mean]:
     """The trainers' weights and their sum / trainers, as a tensor; reduced once, with the first value that is."""
-    program, weight = read_weight(program)
-    graph, mode = program.graph, mode_of(program.graph)
-    known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == TOTAL), None)
+    program, weight = read_weight(program, of)
+    graph, mode, channel = program.graph, mode_of(program.graph), CALL_TOTAL if of == CALL else TOTAL
+    known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == channel), None)
     if known is not None:
         return program, Mean(read_share(weight, plan.trainers), next(iter(known.users)))
     wide = any(v.dtype is torch.float64 for v in program.of_role(Role.PARAM))
     with graph.inserting_before(first_call(graph)):
         own = call(graph, mode, aten.scalar_tensor.default, weight, dtype=torch.float64 if wide else torch.float32)
-        started = call(graph, mode, ops.all_reduce, own, TOTAL)
+        started = call(graph, mode, ops.all_reduce, own, channel)
     with graph.inserting_before(graph.output_node()):
-        summed = call(graph, mode, ops.wait, started, TOTAL)
+        summed = call(graph, mode, ops.wait, started, channel)
         total = call(graph, mode, aten.div.Tensor, summed, plan.trainers)
-        total.meta[TOTAL] = True
+        if of == weight_of_call(plan):
+            total.meta[TOTAL] = True
     return program, Mean(read_share(weight, plan.trainers), total)
 
 

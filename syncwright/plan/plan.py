@@ -14,12 +14,12 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Shard, Sync, joins_hosts, served_by
+from syncwright.plan.sync import AllGather, Shard, Sync, joins_hosts, not_accumulated, served_by
 from syncwright.typed import Count, Index, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip", "sync_batch_norm", "hosts")
+_RARE = ("clip", "sync_batch_norm", "accumulate", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -114,6 +114,7 @@ class Plan:
     clip      what a norm of several gradients is of: merged gradients, or each trainer's own, before they are merged
     hosts     how many trainers each host has, in the order of their numbers, where something is merged or copied on hosts
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
+    accumulate  so many calls of a step make one update, of the gradient of all their batches together
     """
 
     digest: str
@@ -126,10 +127,12 @@ class Plan:
     clip: Clip = "global"
     hosts: tuple[Count, ...] = ()
     sync_batch_norm: bool = False
+    accumulate: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
         self._check_hosts()
+        self._check_accumulated()
         for sharing in self.sharings:
             for owner in sharing.owners:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
@@ -162,6 +165,14 @@ class Plan:
                 f"{about}. Correct `hosts`."
             )
 
+    def _check_accumulated(self) -> None:
+        for sharing in self.sharings if self.accumulate > 1 else ():
+            if (why := not_accumulated(sharing.sync, bool(sharing.rows))) is not None:
+                raise PlanError(
+                    f"accumulate: found {self.accumulate} with variable {sharing.variable!r}, {why}. Leave accumulate out, or "
+                    "share the variable otherwise."
+                )
+
     def sharing(self, name: str) -> Sharing:
         """How the variable of this name is shared."""
         for sharing in self.sharings:
@@ -193,6 +204,7 @@ class Plan:
             "notes": self.notes,
             **({"clip": self.clip} if self.clip != "global" else {}),
             **({"sync_batch_norm": True} if self.sync_batch_norm else {}),
+            **({"accumulate": self.accumulate} if self.accumulate > 1 else {}),
             **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
@@ -216,6 +228,7 @@ class Plan:
             "notes": decode(nodes["notes"], tuple[str, ...]),
             "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
             "sync_batch_norm": decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
+            "accumulate": decode(nodes["accumulate"], Count) if "accumulate" in nodes else 1,
             "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:

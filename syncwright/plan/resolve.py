@@ -89,6 +89,7 @@ def resolve(
         notes=tuple(notes),
         clip=rules.clip,
         sync_batch_norm=_normalized_together(rules, chosen),
+        accumulate=rules.accumulate,
         hosts=_hosts(rules, sharings, (trainers,) if hosts is None else tuple(hosts)),
     )
 

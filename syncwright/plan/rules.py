@@ -21,7 +21,7 @@ from typing import Any, Literal
 from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
 from syncwright.plan.sync import Sync
-from syncwright.typed import check_fields, decode, describe, encode
+from syncwright.typed import Count, check_fields, decode, describe, encode
 
 BufferPolicy = Literal["mean", "trainer0", "local"]
 Uncuttable = Literal["refuse", "keep_whole"]
@@ -31,7 +31,7 @@ _DEFAULT = 'Add a line such as "default: all_reduce".'
 _PATTERN = 'Write a line such as - "embed.*": parameter_server.'
 _BUFFER = 'Write a line such as - "*.running_mean": trainer0.'
 _SHARING = "Write one of them."
-_KEYS = ("default", "variables", "buffers", "clip", "sync_batch_norm", "uncuttable")
+_KEYS = ("default", "variables", "buffers", "clip", "sync_batch_norm", "accumulate", "uncuttable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Rules:
     clip        what a norm of several gradients is of: the trainers' merged gradients, or each trainer's own, before they
                 are merged
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
+    accumulate  so many calls of a step make one update, of the gradient of all their batches together
     uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (what a
                 person wrote is meant), or "keep_whole" with a note in the plan (named strategies)
     source      what errors call these rules: the file's name
@@ -55,6 +56,7 @@ class Rules:
     uncuttable: Uncuttable = "refuse"
     clip: Clip = "global"
     sync_batch_norm: bool = False
+    accumulate: Count = 1
     source: str = field(default="rules", compare=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Rules:
             uncuttable=decode(uncuttable, Uncuttable) if uncuttable else "refuse",
             clip=decode(clip, Clip) if clip else "global",
             sync_batch_norm=decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
+            accumulate=decode(nodes["accumulate"], Count) if "accumulate" in nodes else 1,
             source=top.source,
         )
 
@@ -98,6 +101,7 @@ class Rules:
             "buffers": [{pattern: policy} for pattern, policy in self.buffers],
             "clip": self.clip if self.clip != "global" else None,
             "sync_batch_norm": self.sync_batch_norm,
+            "accumulate": self.accumulate if self.accumulate > 1 else None,
             "uncuttable": self.uncuttable if self.uncuttable != "refuse" else None,
         }
         return write({key: value for key, value in document.items() if value}, flow=_tags_of(self))

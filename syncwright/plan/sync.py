@@ -314,3 +314,19 @@ def served_by(sync: Sync) -> ParameterServer | None:
 def joins_hosts(sync: Sync) -> bool:
     """Whether trainers of one host push or pull together."""
     return isinstance(sync, ParameterServer) and (sync.merge_on_host or sync.copy_on_host)
+
+
+def not_accumulated(sync: Sync, rows: bool) -> str | None:
+    """Why the gradients of several calls cannot be one of a variable that is shared so; None where they can. `rows`: rows of it
+    travel."""
+    match sync:
+        case LocalSteps(every=every):
+            return (
+                f"which trainers train alone for {every} steps: that says how often they meet, and accumulate how often they "
+                "update; expected one of both"
+            )
+        case ParameterServer(mode="async") if rows:
+            return "of which servers take rows as they come, from each call by itself; expected an update in step"
+        case ParameterServer(reduce="mean_by_touch") | AllGather(reduce="mean_by_touch"):
+            return "whose rows are divided by the trainers that touched them; expected a mean or a sum, which add up over calls"
+    return None

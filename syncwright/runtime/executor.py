@@ -79,6 +79,10 @@ class Port(Protocol):
 
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None: ...
 
+    def hold_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keeps rows until others of the channel are started."""
+        ...
+
     def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
         """All trainers' ids and their merged rows, or None while they are not there."""
         ...
@@ -238,6 +242,9 @@ def communicate(
         case ops.gather_rows:
             port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
             return args[0]
+        case ops.hold_rows:
+            port.hold_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
+            return torch.empty(0)
         case ops.wait_rows:
             return (yield from _until(node, args[1], lambda: port.finish_rows(args[1], args[2])))
         case ops.wait:

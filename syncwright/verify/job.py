@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.job import Job, ServerPart
+from syncwright.job import BETWEEN, IDLE, IDLE_BETWEEN, STEP, Job, ServerPart
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.text import quote, type_text, variable_type_text
@@ -135,7 +135,7 @@ def _check_sends(job: Job, phase: str, program: Program) -> None:
             found = f"{_type_of(node.args[0])} pushed to {quote(name)}"
             raise WrongPush(about, found, variable_type_text(channel.sent), "push what the channel carries")
         pushed[name] = node
-    for name, channel in job.channels.items():
+    for name, channel in job.channels.items() if phase in (STEP, IDLE) else ():
         if name not in pushed:
             found = f"no push in {phase}, and server {channel.server} waits for one from every trainer"
             raise NeverPushed(f"channel {quote(name)}", found, "one push", "push it, or take the channel out")
@@ -183,14 +183,14 @@ _BEGINNING = {
 def _check_sequences(job: Job) -> None:
     """Peers meet at the n-th communication: every phase must send the same."""
     sent = {phase: [_sent(n) for n in _calls(program, *ops.SENDS)] for phase, program in job.trainer.items()}
-    first, *others = sent
-    for phase in others:
+    pairs = [(first, phase) for first, phase in ((STEP, IDLE), (BETWEEN, IDLE_BETWEEN)) if phase in sent]
+    for first, phase in pairs:
         if sent[phase] != sent[first]:
             place, here, there = _difference(sent[phase], sent[first])
             about = f"{phase}: communication {place}"
             raise OtherSequence(about, here, f"{there} as in {first}", "send the same, in the same order")
     copied = {phase: list(map(_channel, _copies(program))) for phase, program in job.trainer.items()}
-    for phase in others:
+    for first, phase in pairs:
         if copied[phase] != copied[first]:
             found, expected = (", ".join(map(quote, names)) or "none" for names in (copied[phase], copied[first]))
             remedy = "pull the same together, in the same order"
@@ -271,7 +271,7 @@ def _check_order(job: Job, phase: str, program: Program, tables: Mapping[int, _T
         if place > places[node]:
             found = f"a wait for {quote(name)}, which is made from the push of {quote(last)} below it"
             raise Deadlock(f"{phase}: %{node.name}", found, "the push above", "pull behind that push")
-    for rank, table in tables.items():
+    for rank, table in tables.items() if phase in (STEP, IDLE) else ():
         for name in table.made:
             ready.of(name, rank)
 
