@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from syncwright.capture.state import Binding
 from syncwright.capture.step import capture_step
 from syncwright.errors import PlanError
-from syncwright.plan import Local, LocalSteps, Plan
+from syncwright.plan import AllReduce, Local, LocalSteps, Plan
 from syncwright.program import Program, Role, Variable
 from syncwright.reference import Gradients, Kept, Values, concatenated, split, values_of
 from syncwright.runtime.intercept import FirstStep
@@ -218,6 +218,11 @@ def _difference(variable: Variable, job: Values, parts: Values, whole: Values | 
 
 def _refuse_independent(program: Program, plan: Plan) -> None:
     for sharing in plan.sharings:
+        if isinstance(sharing.sync, AllReduce) and sharing.sync.delay:
+            raise PlanError(
+                f"variable {sharing.variable!r}: found delay: 1, expected gradients that are applied in their own step: one "
+                "device applies none later. Verify the plan without delay."
+            )
         alone = isinstance(sharing.sync, Local | LocalSteps)
         if alone and sharing.variable in program.writes and plan.trainers > 1:
             raise PlanError(

@@ -49,7 +49,8 @@ def idle(program: Program) -> Program:
 
 def _is_common(node: Node) -> bool:
     """Whether others rely on it that each trainer does this."""
-    return node.target in {*ops.SENDS, *ops.WAITS} or (node.target is ops.pull and bool(argument(node, "on_host")))
+    shared = node.target is ops.pull and bool(argument(node, "on_host"))
+    return shared or node.target in {*ops.SENDS, *ops.WAITS, ops.wait_before}
 
 
 def _total(node: Node) -> Variable:

@@ -19,6 +19,12 @@ STEP, IDLE = "step", "idle"
 """Programs of a trainer: of a step, and of one whose part of the batch is empty."""
 BETWEEN, IDLE_BETWEEN = "between", "idle between"
 """Likewise of a call that only adds up gradients, where several make one update."""
+FIRST, IDLE_FIRST = "first", "idle first"
+"""Likewise of a step before which none was, where gradients are applied one step late."""
+LAST = "last"
+"""What follows the last step there."""
+COMPILED = frozenset({STEP, BETWEEN})
+"""What runs often."""
 
 Merge = Literal["mean", "sum", "first", "mean_by_touch"]
 
@@ -165,7 +171,8 @@ class Job:
     """What every role runs.
 
     trainer   programs by phase: `step`, and `idle` for a trainer whose part of a batch is empty; of calls that only accumulate
-              `between` and `idle between`
+              `between` and `idle between`; where gradients are applied one step late, of the first step `first` and `idle first`,
+              and `last`, which applies those of the last
     servers   one part per server of the plan
     channels  what trainers push, by name
     owners    which server keeps or computes each value that trainers pull, by name

@@ -46,6 +46,8 @@ read, and its result is what is read there:
 In the program of a trainer:
 
     all_reduce(x, channel)                 starts the sum of x over all trainers
+    all_reduce.later(x, channel)           starts the sum over all trainers that the next step waits for
+    wait.before(channel, shape, dtype, device)  the sum that the step before has started
     wait(x, channel)                       its result
     reduce_scatter(xs, channel, trainers)  starts the sums of several tensors over all trainers. Of each, laid out flat and cut
                                            into parts of one size with zeros behind its end, a trainer gets its own part
@@ -84,7 +86,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel) -> Tensor")
+_library.define("all_reduce.later(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
+_library.define("wait.before(str channel, int[] shape, ScalarType dtype, Device device) -> Tensor")
 _library.define("reduce_scatter(Tensor[] xs, str channel, int trainers) -> Tensor")
 _library.define("wait_own(Tensor x, str channel) -> Tensor")
 _library.define("gather_parts(Tensor[] xs, str channel, int trainers) -> Tensor")
@@ -188,6 +192,16 @@ def _pull_value(
 @torch.library.register_fake(f"{NAMESPACE}::gather", lib=_library)
 def _gather(x: torch.Tensor, channel: str, parts: int) -> torch.Tensor:
     return x.new_empty([parts, *x.shape])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::all_reduce.later", lib=_library)
+def _all_reduce_later(x: torch.Tensor, channel: str) -> torch.Tensor:
+    return torch.empty(0)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::wait.before", lib=_library)
+def _wait_before(channel: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push", lib=_library)
@@ -312,7 +326,9 @@ _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 
 gradient = torch.ops.syncwright.gradient.default
 all_reduce = torch.ops.syncwright.all_reduce.default
+all_reduce_later = torch.ops.syncwright.all_reduce.later
 wait = torch.ops.syncwright.wait.default
+wait_before = torch.ops.syncwright.wait.before
 reduce_scatter = torch.ops.syncwright.reduce_scatter.default
 wait_own = torch.ops.syncwright.wait_own.default
 gather_parts = torch.ops.syncwright.gather_parts.default
@@ -346,10 +362,13 @@ push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
 SENDS = frozenset(
-    {all_reduce, reduce_scatter, reduce_to, gather_parts, give, gather_rows, hold_rows, sum_on_host, push, push_rows}
+    {
+        *(all_reduce, all_reduce_later, reduce_scatter, reduce_to, gather_parts, give, gather_rows, hold_rows),
+        *(sum_on_host, push, push_rows),
+    }
 )
 WAITS = frozenset({wait, wait_own, wait_whole, wait_rows, wait_on_host})
-COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
+COMMUNICATION = frozenset({*SENDS, *WAITS, wait_before, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""
 STARTS_ROWS = frozenset({gather_rows, hold_rows, push_rows})

@@ -156,12 +156,14 @@ passes          one rewrite of the whole program per file
     merge_on_host
     copy_on_host
     average
+    delay
     read_gathered
     keep_whole
     shard_parameters
     gather_parameters
     gather_rows
     bucket
+    bucket_delayed
     power_sgd
     gather_compressed
     keep_unsent
@@ -169,6 +171,7 @@ passes          one rewrite of the whole program per file
     flatten
     tidy
 global_batch    lookups that only the whole batch can tell
+delayed         the first step and what follows the last, where gradients are applied one step late
 idle            the program of a trainer without examples
 meeting_steps   what trainers that train alone do when they meet, written as a user writes a step
 exchanges       such steps, captured

@@ -161,7 +161,7 @@ MISTAKES = [
     (
         'default: local\nvariables:\n  - "a": {all_reduce: {bucket: 3}}',
         "rules, line 3, at variables[0].a.all_reduce.bucket: found the key 'bucket', expected one of "
-        "bucket_mb, reduce, compress. Did you mean 'bucket_mb'?",
+        "bucket_mb, reduce, compress, delay. Did you mean 'bucket_mb'?",
     ),
     (
         "default:\n  all_reduce:\n    bucket_mb: large",

@@ -9,11 +9,13 @@ from syncwright.passes.accumulate import accumulate
 from syncwright.passes.accumulate_parts import accumulate_parts
 from syncwright.passes.average import average_gradients, average_values
 from syncwright.passes.bucket import bucket
+from syncwright.passes.bucket_delayed import bucket_delayed
 from syncwright.passes.bucket_parts import bucket_parts
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.compact_lookups import compact_lookups
 from syncwright.passes.compensate import compensate
 from syncwright.passes.copy_on_host import copy_on_host
+from syncwright.passes.delay import delay
 from syncwright.passes.flatten import flatten
 from syncwright.passes.gather_compressed import gather_compressed
 from syncwright.passes.gather_rows import gather_rows
@@ -39,19 +41,20 @@ _PLACING = (
     *(accumulate_parts, join_served, serve_parameters, compensate, share_globals, merge_on_host, copy_on_host),
 )
 _SENDING = (
-    *(gather_rows, power_sgd, gather_compressed, average_gradients, average_values, keep_unsent),
-    *(bucket, bucket_parts),
+    *(gather_rows, power_sgd, gather_compressed, average_gradients, average_values, delay),
+    *(keep_unsent, bucket_delayed, bucket, bucket_parts),
 )
 
 PIPELINE = (*_PLACING, *_SENDING, tidy)
 COMPILED = (*_PLACING, *_SENDING, flatten, tidy)
+_BEHIND_SENDING = (delay, keep_unsent, bucket_delayed, bucket, bucket_parts, flatten, tidy)
 
 
 def between(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes for calls that only accumulate: all that has been sent for the update is left out before values are joined."""
-    place = next(at for at, each in enumerate(passes) if each in (keep_unsent, bucket, bucket_parts, flatten, tidy))
+    place = next(at for at, each in enumerate(passes) if each in _BEHIND_SENDING)
     return (*passes[:place], only_accumulate, *passes[place:])
 
 
-JOINING = ("bucket", "bucket_parts", "join_served", "join_tables")
+JOINING = ("bucket", "bucket_delayed", "bucket_parts", "join_served", "join_tables")
 """Passes without which every variable's communication stands alone, as a table of variables shows it."""

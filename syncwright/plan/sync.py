@@ -30,14 +30,24 @@ class AllReduce:
     bucket_mb  megabytes (2**20 bytes) of gradients that one collective joins; 0: one collective per variable
     reduce     "mean": weighted by examples; "sum": for losses that are sums
     compress   what gradients are made of before they are reduced; None: they travel as they are
+    delay      1: the gradient of a step is applied by the next one, and so is on its way while that computes
+
+    Raises PlanError for settings that mean nothing together.
     """
 
     bucket_mb: Amount = 25.0
     reduce: Literal["mean", "sum"] = "mean"
     compress: Compression | None = field(default=None, metadata=RARE)
+    delay: Literal[0, 1] = field(default=0, metadata=RARE)
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
+        by = self.compress if isinstance(self.compress, PowerSGD) else gathered_as(self.compress)
+        if self.delay and by is not None:
+            raise PlanError(
+                f"AllReduce: found delay: 1 with compress: {tag(type(by))}, but only sums come one step late, and what this "
+                "sends is gathered, or made of an earlier sum. Compress by cast or error_feedback of one, or leave delay out."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +264,11 @@ class LocalSteps:
         if isinstance(self.over, ParameterServer):
             self._check_servers(self.over)
             return
+        if self.over.delay:
+            raise PlanError(
+                "LocalSteps.over: found all_reduce with delay: 1, but an exchange is waited for where it is made: trainers go on "
+                "from what it gives. Leave delay out."
+            )
         top = gathered_as(self.over.compress)
         if isinstance(top, TopK) and (top.momentum or top.warmup_steps):
             name = "momentum" if top.momentum else "warmup_steps"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from syncwright.job import BETWEEN, IDLE, IDLE_BETWEEN, STEP
+from syncwright.job import BETWEEN, FIRST, IDLE, IDLE_BETWEEN, IDLE_FIRST, STEP
 from syncwright.passes.insert import CALL, INVERSE, WEIGHT
 from syncwright.plan import Plan
 
@@ -29,11 +29,13 @@ class Calls:
         """Whether the call that runs makes the update."""
         return self.done + 1 == self._of
 
-    def phase(self, examples: float) -> str:
-        """The program of a call on so many examples."""
-        if self.updates:
-            return STEP if examples > 0 else IDLE
-        return BETWEEN if examples > 0 else IDLE_BETWEEN
+    def phase(self, examples: float, is_first: bool) -> str:
+        """The program of a call on so many examples; `is_first`: where it would apply gradients of a step before."""
+        if not self.updates:
+            return BETWEEN if examples > 0 else IDLE_BETWEEN
+        if is_first:
+            return FIRST if examples > 0 else IDLE_FIRST
+        return STEP if examples > 0 else IDLE
 
     @property
     def contributed(self) -> float:

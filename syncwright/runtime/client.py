@@ -65,6 +65,7 @@ class Client:
         self._fresh = LATEST
         self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
+        self._later: dict[str, deque[tuple[Work, torch.Tensor]]] = {}
         self._sums: dict[str, tuple[HostWork, torch.Tensor]] = {}
         self._speaks, self._copied = True, job.copied
         self._gatherings: dict[str, Gathering] = {}
@@ -310,6 +311,36 @@ class Client:
         self.transport.progress(self.step, f"all-reduce {channel}")
         self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel)), tensor)
 
+    def start_later(self, channel: str, tensor: torch.Tensor) -> None:
+        self.transport.progress(self.step, f"all-reduce {channel}")
+        work = self.transport.all_reduce(tensor, self._notes.get(channel, channel))
+        self._later.setdefault(channel, deque()).append((work, tensor))
+
+    def finish_before(self, channel: str, shape: list[int]) -> torch.Tensor | None:
+        self.transport.progress(self.step, f"wait {channel}")
+        begun = self._later.get(channel)
+        if not begun or list(begun[0][1].shape) != shape:
+            found = list(begun[0][1].shape) if begun else "nothing"
+            raise JobError(
+                f"'{channel}' of the step before has the shape {found}, expected {shape}: this step joins other gradients than "
+                "that one, as its batch is of another shape or a setting has changed. Say bucket_mb: 0 with delay: 1."
+            )
+        if not begun[0][0].done():
+            return None
+        return begun.popleft()[1]
+
+    @property
+    def has_begun_later(self) -> bool:
+        """Whether sums are under way that the next step waits for."""
+        return any(self._later.values())
+
+    def drop_later(self) -> None:
+        """Forgets sums that are under way, once they are done: all trainers have begun them."""
+        for work, _ in [each for begun in self._later.values() for each in begun]:
+            while not work.done():
+                pass
+        self._later = {}
+
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         self.transport.progress(self.step, f"sum {channel}")
         self._sums[channel] = (self.transport.sum_on_host(tensor, channel), tensor)
@@ -393,6 +424,7 @@ class Client:
         self._base = step
         self._settings += 1
         self._got, self._asked, self._refreshed, self._held = {}, set(), {}, {}
+        self.drop_later()
 
     def tick(self, clock: int, staleness: int) -> None:
         """Says that so many steps have been pushed, to who keeps the clocks."""
@@ -449,7 +481,7 @@ class Client:
 def _notes(job: Job) -> dict[str, str]:
     """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
     programs = [each.trainer["step"] for each in (*(span.job for span in job.spans), job)]
-    joined = (ops.all_reduce, ops.reduce_scatter, ops.reduce_to, ops.gather_parts, ops.give)
+    joined = (ops.all_reduce, ops.all_reduce_later, ops.reduce_scatter, ops.reduce_to, ops.gather_parts, ops.give)
     nodes = [n for p in programs for op in joined for n in p.graph.find_nodes(op="call_function", target=op)]
     inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
     return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}

@@ -47,6 +47,14 @@ class Port(Protocol):
 
     def start(self, channel: str, tensor: torch.Tensor) -> None: ...
 
+    def start_later(self, channel: str, tensor: torch.Tensor) -> None:
+        """Like `start`; the next step waits for it."""
+        ...
+
+    def finish_before(self, channel: str, shape: list[int]) -> torch.Tensor | None:
+        """The sum that the step before has started, or None while it is not there."""
+        ...
+
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         """Like `start`, over the trainers of this host."""
         ...
@@ -222,6 +230,12 @@ def communicate(
             start = port.start if node.target is ops.all_reduce else port.start_on_host
             start(args[1], given.contiguous())
             return args[0]
+        case ops.all_reduce_later:
+            given = args[0] if _is_given_away(node) else args[0].clone()
+            port.start_later(args[1], given.contiguous())
+            return torch.empty(0)
+        case ops.wait_before:
+            return (yield from _until(node, args[0], lambda: port.finish_before(args[0], args[1])))
         case ops.reduce_scatter:
             port.start_parts(args[1], args[0])
             return torch.empty(0)

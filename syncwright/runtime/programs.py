@@ -22,7 +22,8 @@ from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.cut.of_trainer import has_keepers, of_trainer
 from syncwright.errors import BatchError, CaptureError, LoweringError
-from syncwright.job import IDLE, IDLE_BETWEEN, STEP, Job
+from syncwright.job import BETWEEN, IDLE_BETWEEN, STEP, Job
+from syncwright.job import COMPILED as OFTEN
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
@@ -109,12 +110,11 @@ class Prepared:
         self.index = IndexProgram(job.trainer[STEP])
         made = job.pushed_between
         self.uses = {
-            phase: Counter(pull for pull in each if phase in (STEP, IDLE) or pull[0] in made)
+            phase: Counter(pull for pull in each if phase not in (BETWEEN, IDLE_BETWEEN) or pull[0] in made)
             for phase, each in pulls.items()
         }
-        empty = (IDLE, IDLE_BETWEEN)
         self._phases = {
-            phase: Warmings(program, compiled and phase not in empty, interpreted, "the step", busy)
+            phase: Warmings(program, compiled and phase in OFTEN, interpreted, "the step", busy)
             for phase, program in job.trainer.items()
         }
         self.spans = [(span.until, Prepared(captured, span.job, compiled, interpreted, busy)) for span in job.spans]

@@ -11,7 +11,7 @@ import torch
 from syncwright.capture.state import Binding
 from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import BatchError
-from syncwright.job import Job
+from syncwright.job import LAST, Job
 from syncwright.passes.flat import flat_parts
 from syncwright.passes.insert import FIRST, RANK, TOTAL
 from syncwright.plan import ParameterServer
@@ -99,7 +99,8 @@ class Replica:
         prepared = prepared.at(self.trained)
         self._adopt(prepared)
         self.begin_alone()
-        calls, phase = self.calls, self.calls.phase(part.examples)
+        is_first = LAST in prepared.job.trainer and not self.client.has_begun_later
+        calls, phase = self.calls, self.calls.phase(part.examples, is_first)
         calls.begin(part.examples / self.nominal)
         executor = prepared.executor(phase, self.rank)
         hypers, call = self.binding.hyper_values(), (calls.number(self.step_count), calls.weight)
@@ -170,6 +171,16 @@ class Replica:
             self.client.tick(self.step_count, self.job.staleness)
             while not self.client.is_free(self.step_count):
                 yield Blocked("the end of the step", CLOCKS)
+
+    @torch.no_grad()
+    def apply_last(self) -> Generator[Blocked, None, None]:
+        """Applies what the last step has begun, where gradients are applied one step late."""
+        prepared = self._layout
+        if prepared is None or not self.client.has_begun_later:
+            return
+        values = {**self.values, **self.binding.hyper_values(), **prepared.captured.constants}
+        values |= {**self.calls.numbers, FIRST: int(self.rank == 0), RANK: self.rank}
+        self._keep((yield from prepared.executor(LAST, self.rank).run(values, self.client)))
 
     def meet_last(self) -> Generator[Blocked, None, None]:
         """Ends the steps taken alone: meets the others over those since the last meeting, where there are any."""

@@ -251,8 +251,10 @@ class Session:
             self._released.leave_behind()
 
     def meet_last(self) -> None:
-        """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
+        """Trainers apply what is under way, and those that train alone meet a last time, over the steps since the last meeting;
+        all must call it."""
         if self.replicas:
+            self._joined.drive([replica.apply_last() for replica in self.replicas])
             self._joined.drive([replica.meet_last() for replica in self.replicas])
 
     def export(self, table: HashTable, since: int | None) -> Saved:
