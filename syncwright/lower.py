@@ -259,8 +259,8 @@ def _check_delayed(program: Program, plan: Plan) -> None:
     if late and scale is not None:
         raise LoweringError(
             f"'{min(late)}' is all-reduced with delay: 1, but the step scales its loss by '{scale}', which may be another when "
-            "the gradient is applied, one step later. Expected no loss scale. Train in bfloat16 or float32, without a GradScaler, "
-            "or leave delay out."
+            "the gradient is applied, one step later. Expected no loss scale. Train in bfloat16 or float32, without a "
+            "GradScaler, or leave delay out."
         )
     for join in find_updates(clip_per_trainer(program, plan)).joins if late else ():
         parts, readers = set(join.parameters), set(join.readers)

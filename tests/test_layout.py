@@ -253,6 +253,7 @@ runtime         what runs a job
     serving
     hosting
     joined
+    uneven
     trainer
 reference       what one device computes, in plain PyTorch
 checking        a plan against one device

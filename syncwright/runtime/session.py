@@ -105,6 +105,11 @@ class Session:
         """This process's part of the next step, if the batch that comes then is this very one."""
         self._next = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
+    def announce_ahead(self, batch: object) -> None:
+        """`announce`, where it helps."""
+        if self.looks_ahead:
+            self.announce(batch)
+
     @property
     def step_count(self) -> int:
         """How many steps have been done."""
