@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
 import pytest
@@ -19,7 +21,7 @@ NONE = (torch.empty(0, 1),)
 
 
 class Said:
-    """Words of trainers that run in turn: nobody can wait. Changes with every word."""
+    """Words of trainers that are threads. Changes with every word."""
 
     def __init__(self) -> None:
         self.words: dict[str, str] = {}
@@ -42,8 +44,10 @@ class _Mouth:
         return self.said.words.get(key)
 
     def hear(self, key: str, trainer: int, enough: Callable[[str], bool]) -> str:
-        word = "0" if self.is_gone(trainer) else self.said.words[key]
-        assert enough(word), "this trainer would wait for ever"
+        deadline = time.monotonic() + 20
+        while (word := "0" if self.is_gone(trainer) else self.heard(key)) is None or not enough(word):
+            assert time.monotonic() < deadline, "this trainer would wait for ever"
+            time.sleep(0.001)
         return word
 
     def leave(self) -> None:
@@ -89,10 +93,11 @@ def trained(job: Loopback, ends: Sequence[Ends], loaders: Sequence[list]) -> lis
         end.batches(loader, lambda: job.job, lambda batch: None) for end, loader in zip(ends, loaders, strict=True)
     ]
     found = []
-    while any(parts := [next(each, None) for each in given]):
-        assert all(part is not None for part in parts), "all end together"
-        job.step(parts)  # type: ignore[arg-type]
-        found.append([len(part[0]) for part in parts])  # type: ignore[index]
+    with ThreadPoolExecutor(len(given)) as pool:
+        while any(parts := list(pool.map(lambda each: next(each, None), given))):
+            assert all(part is not None for part in parts), "all end together"
+            job.step(parts)  # type: ignore[arg-type]
+            found.append([len(part[0]) for part in parts])  # type: ignore[index]
     return found
 
 
