@@ -18,8 +18,8 @@ ROLES = ("trainer", "idle", CAPTURED)
 
 
 def program_text(role: str, program: Program, job: Job) -> str:
-    """The text of `trainer`, `idle` (a trainer without examples), `captured`, `server:K` or `exchange:K`; where calls accumulate, or
-    gradients are applied one step late, also of other phases of a trainer: `between`, `first`, `last`.
+    """The text of `trainer`, `idle` (a trainer without examples), `captured`, `server:K` or `exchange:K`; where calls accumulate,
+    or gradients are applied one step late, also of other phases of a trainer: `between`, `first`, `last`.
 
     Raises `RequestError` for a role that the job has not.
     """
