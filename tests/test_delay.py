@@ -119,8 +119,17 @@ def check_late(rules: Rules, make: Callable, sizes: Sequence[int], compile: bool
     check_equal(job.model, model)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("sizes", [(4,), (2, 2), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "optimizer"),
+    [
+        ((4,), "momentum"),
+        ((4,), "Adam"),
+        ((2, 2), "SGD"),
+        ((2, 2), "Adam"),
+        ((2, 0, 1), "momentum"),
+        ((2, 0, 1), "Adam"),
+    ],
+)
 def test_it_equals_a_loop_that_applies_gradients_one_step_late(sizes, optimizer):
     """Clipped by the norm of the gradients that are applied; a part without examples takes part."""
     check_late(DELAYED, OPTIMIZERS[optimizer], sizes)
