@@ -92,6 +92,9 @@ def check_plan(
     with the whole batch. `progress(what, step)` is called after each step. Raises `PlanError` for plans that one
     device cannot equal.
     """
+    plan = replace(
+        plan, accumulate=1
+    )  # the mean over calls with one batch is that of one, but for buffers and random draws
     _refuse_independent(program, plan)
     _refuse_by_id(program)
     binding = Binding(first.model, first.optimizer, first.state)
@@ -215,6 +218,11 @@ def _difference(variable: Variable, job: Values, parts: Values, whole: Values | 
 
 def _refuse_independent(program: Program, plan: Plan) -> None:
     for sharing in plan.sharings:
+        if isinstance(sharing.sync, AllReduce) and sharing.sync.delay:
+            raise PlanError(
+                f"variable {sharing.variable!r}: found delay: 1, expected gradients that are applied in their own step: one "
+                "device applies none later. Verify the plan without delay."
+            )
         alone = len(plan.groups.alike(sharing.sync)) > 1
         if alone and sharing.variable in program.writes and plan.trainers > 1:
             found = tag(type(sharing.sync))

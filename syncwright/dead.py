@@ -20,7 +20,7 @@ def remove_dead(graph: Graph, kept: Callable[[Node], bool] | None = None) -> Non
 
 
 def is_effect(node: Node) -> bool:
-    return node.target in (ops.push, ops.push_rows) or is_random(node)
+    return node.target in (ops.push, ops.push_rows, ops.hold_rows, ops.all_reduce_later) or is_random(node)
 
 
 def is_random(node: Node) -> bool:

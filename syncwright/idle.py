@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
-from syncwright.passes.insert import KEPT, TOTAL, made_of, read_first, read_variable
+from syncwright.passes.insert import KEPT, SUMMED, TOTAL, made_of, read_first, read_variable
 from syncwright.plan import ALL
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.schema import argument
@@ -29,7 +29,7 @@ def idle(program: Program) -> Program:
     zeros of weight 0 to each communication of the step's static list, in the same order; what trainers of one host pull
     together it pulls with them. What is not made from its
     own batch (a norm of reduced gradients) it sends as everybody does. A buffer that is trainer 0's stays as
-    it was where trainer 0 has nothing: its contribution is the old value.
+    it was where trainer 0 has nothing: its contribution is the old value. What it has added up in calls before it goes on.
 
     It also writes the reduced total of all weights, where there is one: 0 where no trainer has an example. What is made with the
     total of a group stays as it was where this is 0, and so does the state of what no gradient has come for.
@@ -56,7 +56,8 @@ def idle(program: Program) -> Program:
 
 def _is_common(node: Node) -> bool:
     """Whether others rely on it that each trainer does this."""
-    return node.target in {*ops.SENDS, *ops.WAITS} or (node.target is ops.pull and bool(argument(node, "on_host")))
+    shared = node.target is ops.pull and bool(argument(node, "on_host"))
+    return shared or node.target in {*ops.SENDS, *ops.WAITS, ops.wait_before}
 
 
 def _kept_without(program: Program, results: dict[str, Node], total: Node) -> tuple[Program, dict[str, Node]]:
@@ -94,6 +95,8 @@ def _silence(program: Program) -> tuple[Program, set[Node]]:
                 with program.graph.inserting_before(node):
                     none = known.call(program.graph, aten.full.default, [0], 0, dtype=torch.int64)
                 node.update_arg(2, none)
+        elif SUMMED in node.meta and any(source in tainted for source in node.all_input_nodes):
+            node.replace_all_uses_with(program.placeholders[node.meta[SUMMED]])
         elif _is_own(program, node) or any(source in tainted for source in node.all_input_nodes):
             tainted.add(node)
     return program, tainted

@@ -16,6 +16,17 @@ from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.selection import Selection
 
+STEP, IDLE = "step", "idle"
+"""Programs of a trainer: of a step, and of one whose part of the batch is empty."""
+BETWEEN, IDLE_BETWEEN = "between", "idle between"
+"""Likewise of a call that only adds up gradients, where several make one update."""
+FIRST, IDLE_FIRST = "first", "idle first"
+"""Likewise of a step before which none was, where gradients are applied one step late."""
+LAST = "last"
+"""What follows the last step there."""
+COMPILED = frozenset({STEP, BETWEEN})
+"""What runs often."""
+
 Merge = Literal["mean", "sum", "first", "mean_by_touch"]
 
 
@@ -33,6 +44,7 @@ class Channel:
     wire      dtype in which it travels, where that is not the variable's
     rows      of a table whose rows travel: those that its update writes, "touched" or "all"
     on_host   trainers of one host have added theirs up: one of them contributes for all
+    calls     so many contributions of each trainer, one of each call, make one update
     """
 
     variable: Variable
@@ -45,6 +57,7 @@ class Channel:
     rows: Travelling = ""
     ticks: bool = False
     on_host: bool = False
+    calls: int = 1
 
     @property
     def travelling(self) -> tuple[str, ...]:
@@ -158,7 +171,9 @@ class Span:
 class Job:
     """What every role runs.
 
-    trainer   programs by phase: `step`, and `idle` for a trainer whose part of a batch is empty
+    trainer   programs by phase: `step`, and `idle` for a trainer whose part of a batch is empty; of calls that only accumulate
+              `between` and `idle between`; where gradients are applied one step late, of the first step `first` and `idle first`,
+              and `last`, which applies those of the last
     servers   one part per server of the plan
     channels  what trainers push, by name
     owners    which server keeps or computes each value that trainers pull, by name
@@ -183,6 +198,15 @@ class Job:
     joined: Mapping[str, tuple[Variable, ...]] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+
+    @property
+    def pushed_between(self) -> set[str]:
+        """What trainers push in every call of a step, also in those that only accumulate: channels."""
+        program = self.trainer.get(BETWEEN)
+        nodes = [] if program is None else program.graph.nodes
+        pushed = {str(node.args[1]) for node in nodes if node.target in (ops.push, ops.push_rows)}
+        of_rows = {piece for name in pushed & self.tables.keys() for piece, _ in self.tables[name].pieces}
+        return of_rows | pushed - self.tables.keys()
 
     @property
     def served(self) -> set[str]:

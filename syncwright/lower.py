@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,12 +14,26 @@ from torch.fx.node import map_arg
 
 from syncwright import ops
 from syncwright.cut import cut
+from syncwright.delayed import after_last_step, delayed, of_first_step
 from syncwright.errors import LoweringError
 from syncwright.exchanges import OuterStep, outer_steps
 from syncwright.global_batch import check_lookups
 from syncwright.idle import idle
-from syncwright.job import Exchange, Job, ServerPart, Span, Table
-from syncwright.passes import COMPILED, PIPELINE
+from syncwright.job import (
+    BETWEEN,
+    FIRST,
+    IDLE,
+    IDLE_BETWEEN,
+    IDLE_FIRST,
+    LAST,
+    STEP,
+    Exchange,
+    Job,
+    ServerPart,
+    Span,
+    Table,
+)
+from syncwright.passes import COMPILED, PIPELINE, Pass, between
 from syncwright.passes.average import communicates, is_local
 from syncwright.passes.clip_per_trainer import clip_per_trainer
 from syncwright.passes.flat import flat_parts
@@ -47,8 +61,6 @@ from syncwright.split import grad_variable
 from syncwright.text import op_name
 from syncwright.update import Join, Updates, find_marks, find_updates
 from syncwright.verify import verify, verify_after, verify_job
-
-Pass = Callable[[Program, Plan], Program]
 
 
 def lower(
@@ -80,15 +92,43 @@ def _lowered(program: Program, plan: Plan, without: Sequence[str], passes: Seque
     check_lookups(program, plan)
     _check_gathered(program, plan)
     _check_scaled(program, plan)
+    _check_delayed(program, plan)
     _check_replicated(find_updates(clip_per_trainer(program, plan)), plan)
-    step = program
-    for each in pipeline(passes, without):
-        step = _applied(each, step, as_joined(step, plan))
+    step = _passed(program, plan, pipeline(passes, without))
     _refuse_without(step, plan, without)
     job = _job(program, step, plan)
+    if delayed(plan):
+        job = _delaying(job)
+    if plan.accumulate > 1:
+        job = _accumulating(job, _passed(program, plan, between(pipeline(passes, without))))
     _check_touched(job)
     verify_job(job)
     return job
+
+
+def _passed(program: Program, plan: Plan, passes: Sequence[Pass]) -> Program:
+    """What passes make of a program, each verified."""
+    for each in passes:
+        program = _applied(each, program, as_joined(program, plan))
+    return program
+
+
+def _delaying(job: Job) -> Job:
+    """The job with what trainers run in the first step, and behind the last one."""
+    first, last = (make(job.trainer[STEP], job.plan) for make in (of_first_step, after_last_step))
+    return replace(job, trainer={**job.trainer, FIRST: first, IDLE_FIRST: idle(first), LAST: last})
+
+
+def _accumulating(job: Job, whole: Program) -> Job:
+    """The job with what trainers run in the calls between two updates, of which `whole` is the whole program."""
+    program = cut(whole, job.plan.servers).trainer
+    phases = {**job.trainer, BETWEEN: program, IDLE_BETWEEN: idle(program)}
+    pushed = {str(n.args[1]) for n in communications(program) if n.target is ops.push_rows}
+    pieces = {name for table in pushed for name, _ in job.tables[table].pieces}
+    calls = job.plan.accumulate
+    channels = {n: replace(c, calls=calls) if n in pieces else c for n, c in job.channels.items()}
+    lines = [job.digest, f"{calls} calls", *(f"{n.target} {n.args[1]}" for n in communications(program))]
+    return replace(job, trainer=phases, channels=channels, digest=_hash(lines))
 
 
 def _exchange(outer: OuterStep, without: Sequence[str]) -> Exchange:
@@ -121,7 +161,7 @@ def _job(program: Program, step: Program, plan: Plan) -> Job:
     """The job of a captured program of which the passes have made the whole program `step`."""
     roles = cut(step, plan.servers)
     local = tuple(v.name for v in program.of_role(Role.OUTPUT) if not _reduced(v, program, plan))
-    phases = {"step": roles.trainer, "idle": idle(roles.trainer)}
+    phases = {STEP: roles.trainer, IDLE: idle(roles.trainer)}
     digest = _digest(roles.trainer, roles.servers, plan.hosts)
     kept = {variable.name for part in roles.servers for variable in part.holds}
     joined = {name: tuple(parts) for name, parts in flat_parts(step).items() if name in kept}
@@ -223,6 +263,26 @@ def _check_scaled(program: Program, plan: Plan) -> None:
             f"'{scale}', which follows from the gradients of both; trainers would scale differently. Expected all variables to "
             "be shared among the same trainers, or none. Share them so, or train in bfloat16 or float32, without a GradScaler."
         )
+
+
+def _check_delayed(program: Program, plan: Plan) -> None:
+    """A value that gradients make together is of gradients of one step; a loss scale is that of the step that it scales."""
+    late = delayed(plan) & find_marks(program).keys()
+    scale = next((v.name for v in program.of_role(Role.STATE) if v.of is None), None)
+    if late and scale is not None:
+        raise LoweringError(
+            f"'{min(late)}' is all-reduced with delay: 1, but the step scales its loss by '{scale}', which may be another when "
+            "the gradient is applied, one step later. Expected no loss scale. Train in bfloat16 or float32, without a "
+            "GradScaler, or leave delay out."
+        )
+    for join in find_updates(clip_per_trainer(program, plan)).joins if late else ():
+        parts, readers = set(join.parameters), set(join.readers)
+        if readers and late & parts and parts - late:
+            raise LoweringError(
+                f"'{min(late & parts)}' is all-reduced with delay: 1 and '{min(parts - late)}' is not, but a value (at "
+                f"{join.values[0].name}) that their gradients make together, as clipping by a norm does, would be of gradients "
+                "of two steps. Expected all or none of them to be delayed. Give them the same delay, or say clip: per_trainer."
+            )
 
 
 def _check_gathered(program: Program, plan: Plan) -> None:

@@ -134,6 +134,8 @@ class _Reader:
                 return Rows(owner.name) if aligned else Whole(owner.name)
             case Role.BUFFER:
                 return self._of_buffer(variable.name)
+            case Role.GRAD:
+                return Whole(str(variable.of))  # what a trainer has added up of its own part
             case _:
                 return Foreign()
 

@@ -47,6 +47,8 @@ In the program of a trainer. Those with a `group` (its name, see `plan.groups`) 
 count from 0 in it; without one, among all:
 
     all_reduce(x, channel, group)          starts the sum of x over all trainers
+    all_reduce.later(x, channel)           starts the sum over all trainers that the next step waits for
+    wait.before(channel, shape, dtype, device)  the sum that the step before has started
     wait(x, channel)                       its result
     reduce_scatter(xs, channel, trainers, group)
                                            starts the sums of several tensors over all trainers. Of each, laid out flat and cut
@@ -62,6 +64,7 @@ count from 0 in it; without one, among all:
     give(xs, channel, trainer, group)      starts to give all trainers what one of them has; on the others `xs` says its sizes.
                                            Its result comes by `wait_whole`
     gather_rows(x, channel, ids, skip)     starts to gather what own_rows(x, ids, skip) gives on every trainer
+    hold_rows(x, channel, ids, skip)       keeps what own_rows(x, ids, skip) gives until the next gather_rows of the channel
     wait_rows(x, channel, merge, trainers) the distinct ids of all trainers, in the order in which they first come, and for
                                            each the sum of its rows, added in the order of trainers; "mean_by_touch": over the
                                            trainers that have it
@@ -87,7 +90,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define("gradient(Tensor x, str name) -> Tensor")
 _library.define("all_reduce(Tensor x, str channel, str group='') -> Tensor")
+_library.define("all_reduce.later(Tensor x, str channel) -> Tensor")
 _library.define("wait(Tensor x, str channel) -> Tensor")
+_library.define("wait.before(str channel, int[] shape, ScalarType dtype, Device device) -> Tensor")
 _library.define("reduce_scatter(Tensor[] xs, str channel, int trainers, str group='') -> Tensor")
 _library.define("wait_own(Tensor x, str channel) -> Tensor")
 _library.define("gather_parts(Tensor[] xs, str channel, int trainers, str group='') -> Tensor")
@@ -131,6 +136,7 @@ _library.define("pull.rows(Tensor x, str channel, Tensor ids, str when='step', S
 _library.define("own_rows(Tensor x, Tensor ids, int skip=0) -> Tensor[]")
 _library.define("put_rows(Tensor x, Tensor ids, Tensor rows) -> Tensor")
 _library.define("gather_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
+_library.define("hold_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
 _library.define("wait_rows(Tensor x, str channel, str merge, int trainers) -> Tensor[]")
 _library.define("push_rows(Tensor x, str channel, Tensor ids, int skip=0) -> Tensor")
 _library.define("pull_rows(Tensor ids, str channel, int[] shape, ScalarType dtype, str when='step') -> Tensor")
@@ -190,6 +196,16 @@ def _pull_value(
 @torch.library.register_fake(f"{NAMESPACE}::gather", lib=_library)
 def _gather(x: torch.Tensor, channel: str, parts: int) -> torch.Tensor:
     return x.new_empty([parts, *x.shape])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::all_reduce.later", lib=_library)
+def _all_reduce_later(x: torch.Tensor, channel: str) -> torch.Tensor:
+    return torch.empty(0)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::wait.before", lib=_library)
+def _wait_before(channel: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::push", lib=_library)
@@ -265,6 +281,11 @@ def _gather_rows_shape(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: i
     return torch.empty_like(x)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::hold_rows", lib=_library)
+def _hold_rows(x: torch.Tensor, channel: str, ids: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    return torch.empty(0)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::wait_rows", lib=_library)
 def _wait_rows_shapes(x: torch.Tensor, channel: str, merge: str, trainers: int) -> list[torch.Tensor]:
     rows = x.new_empty([trainers * x.shape[0], *x.shape[1:]])
@@ -309,7 +330,9 @@ _library.impl("gradient", lambda x, name: x, "CompositeExplicitAutograd")
 
 gradient = torch.ops.syncwright.gradient.default
 all_reduce = torch.ops.syncwright.all_reduce.default
+all_reduce_later = torch.ops.syncwright.all_reduce.later
 wait = torch.ops.syncwright.wait.default
+wait_before = torch.ops.syncwright.wait.before
 reduce_scatter = torch.ops.syncwright.reduce_scatter.default
 wait_own = torch.ops.syncwright.wait_own.default
 gather_parts = torch.ops.syncwright.gather_parts.default
@@ -335,6 +358,7 @@ dense_rows = torch.ops.syncwright.dense_rows.default
 own_rows = torch.ops.syncwright.own_rows.default
 put_rows = torch.ops.syncwright.put_rows.default
 gather_rows = torch.ops.syncwright.gather_rows.default
+hold_rows = torch.ops.syncwright.hold_rows.default
 wait_rows = torch.ops.syncwright.wait_rows.default
 push_rows_merged = torch.ops.syncwright.push.rows
 pull_rows_value = torch.ops.syncwright.pull.rows
@@ -342,13 +366,16 @@ push_rows = torch.ops.syncwright.push_rows.default
 pull_rows = torch.ops.syncwright.pull_rows.default
 
 SENDS = frozenset(
-    {all_reduce, reduce_scatter, reduce_to, gather_parts, give, gather_rows, sum_on_host, push, push_rows}
+    {
+        *(all_reduce, all_reduce_later, reduce_scatter, reduce_to, gather_parts, give, gather_rows, hold_rows),
+        *(sum_on_host, push, push_rows),
+    }
 )
 WAITS = frozenset({wait, wait_own, wait_whole, wait_rows, wait_on_host})
-COMMUNICATION = frozenset({*SENDS, *WAITS, pull, pull_rows})
+COMMUNICATION = frozenset({*SENDS, *WAITS, wait_before, pull, pull_rows})
 PORTED = frozenset({*COMMUNICATION, unique})
 """What a running program hands to its port: communication, and what may have been computed ahead."""
-STARTS_ROWS = frozenset({gather_rows, push_rows})
+STARTS_ROWS = frozenset({gather_rows, hold_rows, push_rows})
 """What sends rows: (rows, channel, ids, how many of the first are left out)."""
 LOOSE = frozenset({own_rows, wait_rows})
 """What gives as many rows as there are: no compiled program may be made for their number."""

@@ -143,6 +143,9 @@ passes          one rewrite of the whole program per file
     compress
     alike
     flat
+    accumulate
+    accumulate_parts
+    only_accumulate
     sync_batch_norm
     clip_per_trainer
     compact_lookups
@@ -155,12 +158,14 @@ passes          one rewrite of the whole program per file
     merge_on_host
     copy_on_host
     average
+    delay
     read_gathered
     keep_whole
     shard_parameters
     gather_parameters
     gather_rows
     bucket
+    bucket_delayed
     power_sgd
     gather_compressed
     keep_unsent
@@ -170,6 +175,7 @@ passes          one rewrite of the whole program per file
     reduce_by_node
     tidy
 global_batch    lookups that only the whole batch can tell
+delayed         the first step and what follows the last, where gradients are applied one step late
 idle            the program of a trainer without examples
 meeting_steps   what trainers that train alone do when they meet, written as a user writes a step
 exchanges       such steps, captured
@@ -235,6 +241,7 @@ runtime         what runs a job
     structure
     kept
     lookahead
+    calls
     programs
     sharding
     evaluation
@@ -251,6 +258,7 @@ runtime         what runs a job
     serving
     hosting
     joined
+    uneven
     trainer
 reference       what one device computes, in plain PyTorch
 checking        a plan against one device

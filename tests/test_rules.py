@@ -134,12 +134,12 @@ MISTAKES = [
     (
         "",
         "rules: found nothing, expected a mapping (keys: default, variables, buffers, clip, sync_batch_norm, "
-        'memory_gb, uncuttable). Add a line such as "default: all_reduce".',
+        'memory_gb, accumulate, uncuttable). Add a line such as "default: all_reduce".',
     ),
     (
         "default: local\nvarables: []",
         "rules, line 2, at varables: found the key 'varables', expected one of default, variables, buffers, "
-        "clip, sync_batch_norm, memory_gb, uncuttable. Did you mean 'variables'?",
+        "clip, sync_batch_norm, memory_gb, accumulate, uncuttable. Did you mean 'variables'?",
     ),
     (
         "default: all-reduce",
@@ -160,7 +160,7 @@ MISTAKES = [
     (
         'default: local\nvariables:\n  - "a": {all_reduce: {bucket: 3}}',
         "rules, line 3, at variables[0].a.all_reduce.bucket: found the key 'bucket', expected one of "
-        "bucket_mb, reduce, compress, over, hierarchical, piece_mb. Did you mean 'bucket_mb'?",
+        "bucket_mb, reduce, compress, over, hierarchical, piece_mb, delay. Did you mean 'bucket_mb'?",
     ),
     (
         "default:\n  all_reduce:\n    bucket_mb: large",

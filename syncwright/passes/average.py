@@ -15,9 +15,12 @@ from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks, followed
 from syncwright.passes.compress import compressed
 from syncwright.passes.insert import (
+    CALL,
+    CALL_TOTAL,
     KEPT,
     SAME,
     TOTAL,
+    WEIGHT,
     before_first_use,
     behind,
     first_call,
@@ -26,6 +29,7 @@ from syncwright.passes.insert import (
     read_share,
     read_size,
     read_weight,
+    weight_of_call,
 )
 from syncwright.place import Server, put
 from syncwright.plan import ALL, BY_NODE, AllReduce, Collective, ParameterServer, Plan, Shard
@@ -146,7 +150,7 @@ def _rewrite_result(program: Program, plan: Plan, name: str, node: Node, how: st
     if by_collective(plan):
         mean = None
         if how == "mean":
-            program, mean = read_mean(program, plan)
+            program, mean = read_mean(program, plan, of=weight_of_call(plan))
         known = Inference(mode_of(program.graph))
         value = _Value(node, [program.output], mean)
         reduced = _summed(value, scaled(node, mean, known), name, known)
@@ -253,7 +257,7 @@ def rows_of_pieces(val: torch.Tensor, piece_mb: float | None) -> list[int]:
 def _through_reducer(program: Program, plan: Plan, node: Node, name: str, how: str) -> tuple[Program, Node]:
     mode, sent = mode_of(program.graph), node
     if how == "mean":
-        program, weight = read_weight(program)
+        program, weight = read_weight(program, weight_of_call(plan))
         with behind(node):
             sent = call(program.graph, mode, aten.mul.Tensor, node, read_share(weight, plan.trainers))
     with behind(sent):
@@ -273,11 +277,12 @@ def read_means(program: Program, plan: Plan, syncs: Mapping[str, AllReduce | Sha
     return program, means
 
 
-def read_mean(program: Program, plan: Plan, group: str = ALL) -> tuple[Program, Mean]:
+def read_mean(program: Program, plan: Plan, group: str = ALL, of: str = WEIGHT) -> tuple[Program, Mean]:
     """The weights of a group's trainers and their sum / trainers, as a tensor; reduced once, with the first value that is."""
-    program, weight = read_weight(program)
+    program, weight = read_weight(program, of)
     program, size = read_size(program, plan.groups, group)
-    graph, mode, channel = program.graph, mode_of(program.graph), f"{TOTAL} {group}".strip()
+    graph, mode = program.graph, mode_of(program.graph)
+    channel = f"{CALL_TOTAL if of == CALL else TOTAL} {group}".strip()
     known = next((n for n in graph.find_nodes(op="call_function", target=ops.wait) if n.args[1] == channel), None)
     if known is not None:
         return program, Mean(read_share(weight, size), next(iter(known.users)))
@@ -288,7 +293,8 @@ def read_mean(program: Program, plan: Plan, group: str = ALL) -> tuple[Program, 
     with graph.inserting_before(graph.output_node()):
         summed = call(graph, mode, ops.wait, started, channel)
         total = call(graph, mode, aten.div.Tensor, summed, size)
-        total.meta[TOTAL] = group
+        if of == weight_of_call(plan):
+            total.meta[TOTAL] = group
     return program, Mean(read_share(weight, size), total)
 
 

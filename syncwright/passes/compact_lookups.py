@@ -47,10 +47,14 @@ def compact_lookups(program: Program, plan: Plan) -> Program:
     12 is as many ids as the batch has, so shapes do not depend on how many are distinct. Duplicates are summed here, before
     anything else. A row of padding_idx comes first; its gradient is zero.
     """
-    alone = plan.trainers == 1
     travelling = [s for s in plan.sharings if s.rows and isinstance(s.sync, AllGather | ParameterServer)]
-    names = {s.variable for s in travelling if not (alone and is_updated_whole(s))}
+    names = {s.variable for s in travelling if not (is_alone(plan) and is_updated_whole(s))}
     return compacted(program, names & set(program.placeholders))
+
+
+def is_alone(plan: Plan) -> bool:
+    """Whether a trainer gathers no rows: neither of others nor of calls before."""
+    return plan.trainers == 1 and plan.accumulate == 1
 
 
 def is_updated_whole(sharing: Sharing) -> bool:

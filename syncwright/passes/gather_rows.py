@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import NoReturn
 
@@ -16,8 +16,8 @@ from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import find_marks, followed
 from syncwright.passes.average import Mean, read_mean, wait_before
-from syncwright.passes.compact_lookups import is_updated_whole
-from syncwright.passes.insert import behind, read_variable, times_number
+from syncwright.passes.compact_lookups import is_alone, is_updated_whole
+from syncwright.passes.insert import behind, read_share, read_variable, read_weight, times_number, weight_of_call
 from syncwright.plan import AllGather, Plan, Sharing
 from syncwright.program import Program, Role, Variable, set_results
 from syncwright.shapes import Inference, mode_of
@@ -37,17 +37,19 @@ def gather_rows(program: Program, plan: Plan) -> Program:
     """
     wanted = {s.variable: s for s in plan.sharings if isinstance(s.sync, AllGather)}
     marks = {name for name, mark in find_marks(program).items() if mark.users}
-    names = [n for n, s in wanted.items() if n in marks and not (plan.trainers == 1 and is_updated_whole(s))]
+    names = [n for n, s in wanted.items() if n in marks and not (is_alone(plan) and is_updated_whole(s))]
     if not names:
         return program
     program, mean = program.edit(), None
     known = Inference(mode_of(program.graph))
-    if plan.trainers > 1 and any(wanted[name].sync.reduce == "mean" for name in names):  # type: ignore[union-attr]
+    if not is_alone(plan) and any(wanted[name].sync.reduce == "mean" for name in names):  # type: ignore[union-attr]
         program, mean = read_mean(program, plan)
+        program, weight = read_weight(program, weight_of_call(plan))
+        mean = replace(mean, share=read_share(weight, plan.trainers))
     for name in names:
         mark = find_marks(program)[name]
         gradient = _Gradient(name, mark, known)
-        gradient.gather(wanted[name], plan.trainers, mean)
+        gradient.gather(wanted[name], plan, mean)
         program = _Update(program, gradient, known).on_rows() if wanted[name].rows == "touched" else program
         for user in list(mark.users):
             user.replace_input_with(mark, gradient.rows if _needs_rows(user) else gradient.dense())
@@ -68,12 +70,12 @@ class _Gradient:
         self._dense: Node | None = None
         self.ids = self.rows = mark
 
-    def gather(self, sharing: Sharing, trainers: int, mean: Mean | None) -> None:
+    def gather(self, sharing: Sharing, plan: Plan, mean: Mean | None) -> None:
         """Puts the gathering where the trainer's own gradient is complete, and the wait for it before the first use."""
         (rows, ids), merge = self._own, sharing.sync.reduce  # type: ignore[union-attr]
         mean = mean if merge == "mean" else None
         graph, call = self.mark.graph, self.known.call
-        if trainers == 1:
+        if is_alone(plan):
             with behind(self.mark):
                 found = call(graph, ops.own_rows, rows, ids, *self._skip)
         else:
@@ -84,7 +86,7 @@ class _Gradient:
             with behind(self.mark):
                 started = call(graph, ops.gather_rows, rows, channel, ids, *self._skip)
             with graph.inserting_before(min(self.mark.users)):
-                found = call(graph, ops.wait_rows, started, channel, merge, trainers)
+                found = call(graph, ops.wait_rows, started, channel, merge, plan.trainers)
         self.ids, self.rows = self._items(found)
         if mean is not None:
             with graph.inserting_after(self.rows):

@@ -10,13 +10,20 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, Node
 
-from syncwright.plan import Groups
+from syncwright.plan import Groups, Plan
 from syncwright.program import Program, Role, Variable, new_placeholder
 
 aten = torch.ops.aten
 WEIGHT = "batch.weight"
 TOTAL = "batch.total"
 """The sum of the weights of all trainers; in the meta of the node that is this sum / trainers."""
+CALL = "call.weight"
+CALL_TOTAL = "call.total"
+"""Likewise of this call alone, where several make one update; `WEIGHT` is then of all of them."""
+INVERSE = "batch.inverse"
+"""1 / `WEIGHT`; 0 where that is 0."""
+SUMMED = "summed"
+"""In the meta of a sum of gradients over the calls so far: the variable that it was before this call."""
 FIRST = "trainer.first"
 RANK = "trainer.rank"
 PEERS = "trainer.peers"
@@ -90,9 +97,14 @@ def read_variable(program: Program, variable: Variable, val: object) -> tuple[Pr
     return replace(program, variables={**program.variables, variable.name: variable}), node
 
 
-def read_weight(program: Program) -> tuple[Program, Node]:
+def read_weight(program: Program, name: str = WEIGHT) -> tuple[Program, Node]:
     """This trainer's examples / the nominal number, as a number on the host."""
-    return read_variable(program, Variable(WEIGHT, Role.HYPER, (), torch.float64), float)
+    return read_variable(program, Variable(name, Role.HYPER, (), torch.float64), float)
+
+
+def weight_of_call(plan: Plan) -> str:
+    """The weight of what every call gives: the loss, buffers, rows of gradients."""
+    return CALL if plan.accumulate > 1 else WEIGHT
 
 
 def read_first(program: Program) -> tuple[Program, Node]:

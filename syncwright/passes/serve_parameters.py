@@ -12,7 +12,7 @@ from syncwright import ops
 from syncwright.dead import remove_dead
 from syncwright.errors import LoweringError
 from syncwright.meaning import Joined, Scalar
-from syncwright.passes.insert import behind, read_share, read_weight
+from syncwright.passes.insert import CALL, behind, read_share, read_weight
 from syncwright.place import EVERYWHERE, TRAINERS, Owners, Place, Server, put
 from syncwright.plan import ParameterServer, Plan
 from syncwright.program import Program, Role, Variable, set_results
@@ -52,7 +52,11 @@ def serve_parameters(program: Program, plan: Plan) -> Program:
         program, weight = read_weight(program)
     share = read_share(weight, plan.trainers) if weight is not None else None
     rows = {s.variable: s.rows for s in plan.sharings if s.rows}
-    crossing = _Crossing(parts, places(parts), syncs, rows, share, Inference(mode_of(program.graph)))
+    of_rows = share
+    if plan.accumulate > 1 and any(name in rows and sync.reduce == "mean" for name, sync in syncs.items()):
+        program, weight = read_weight(program, CALL)
+        of_rows = read_share(weight, plan.trainers)
+    crossing = _Crossing(parts, places(parts), syncs, rows, share, of_rows, Inference(mode_of(program.graph)))
     return crossing.rewrite(program)
 
 
@@ -62,6 +66,7 @@ class _Crossing:
 
     rows      of tables whose rows travel: those that their updates write
     share     what a trainer's contribution to a mean is multiplied by; None on one trainer
+    of_rows   likewise of rows, which servers add up over calls
     marks     of gradients that servers need, with their parameters
     named     nodes that are the value of a variable that servers keep
     partials  reductions that each owner of a piece makes of its piece
@@ -74,6 +79,7 @@ class _Crossing:
     syncs: Mapping[str, ParameterServer]
     rows: Mapping[str, str]
     share: Node | None
+    of_rows: Node | None
     known: Inference
     made: dict[tuple[Node, Place], Node] = field(default_factory=dict)
     channels: dict[str, Variable] = field(default_factory=dict)
@@ -171,9 +177,10 @@ class _Crossing:
         rows = mark.all_input_nodes[0] if mark.all_input_nodes[0].target is ops.dense_rows else None
         sent = mark if rows is None else rows.args[0]
         assert isinstance(sent, Node), "gradients are computed"
-        if self.share is not None and sync.in_step and sync.reduce == "mean":
+        share = self.share if rows is None else self.of_rows
+        if share is not None and sync.in_step and sync.reduce == "mean":
             with behind(sent):
-                sent = self._call(TRAINERS, aten.mul.Tensor, sent, self.share)
+                sent = self._call(TRAINERS, aten.mul.Tensor, sent, share)
         options: dict[str, object] = {} if sync.push is None else {"dtype": mark.meta["val"].dtype}
         if sync.push is not None:
             with behind(sent):

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from syncwright import ops
 from syncwright.dead import remove_dead
-from syncwright.passes.insert import SAME, read_share, read_weight
+from syncwright.passes.insert import SAME, read_share, read_weight, weight_of_call
 from syncwright.plan import AllReduce, ParameterServer, Plan, Shard
 from syncwright.program import Program
 from syncwright.shapes import Inference, mode_of
@@ -45,7 +45,7 @@ def sync_batch_norm(program: Program, plan: Plan) -> Program:
     if "sum" not in {
         sync.reduce for each in plan.sharings if isinstance(sync := each.sync, AllReduce | Shard | ParameterServer)
     }:
-        program, weight = read_weight(program)
+        program, weight = read_weight(program, weight_of_call(plan))
         share = read_share(weight, plan.trainers)
     for norm in norms:
         _Norm(program.graph, norm, plan.trainers, share, known).rewrite()

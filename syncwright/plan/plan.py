@@ -15,12 +15,12 @@ from syncwright.near import did_you_mean
 from syncwright.plan.groups import Groups, fault
 from syncwright.plan.partition import Hashed
 from syncwright.plan.rules import BufferPolicy, Clip
-from syncwright.plan.sync import AllGather, Shard, Sync, asks_for_hosts, served_by
+from syncwright.plan.sync import AllGather, Shard, Sync, asks_for_hosts, not_accumulated, served_by
 from syncwright.typed import Count, Index, Size, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip", "sync_batch_norm", "memory_gb", "hosts")
+_RARE = ("clip", "sync_batch_norm", "memory_gb", "accumulate", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -116,6 +116,7 @@ class Plan:
     hosts     how many trainers each host has, in the order of their numbers, where it matters who shares a host
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     memory_gb  gigabytes (2**30 bytes) that a trainer may hold at once in a step; None: as many as it takes
+    accumulate  so many calls of a step make one update, of the gradient of all their batches together
     """
 
     digest: str
@@ -129,10 +130,12 @@ class Plan:
     hosts: tuple[Count, ...] = ()
     sync_batch_norm: bool = False
     memory_gb: Size | None = None
+    accumulate: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
         self._check_hosts()
+        self._check_accumulated()
         for sharing in self.sharings:
             for owner in sharing.owners:
                 self._check_server(owner, f"variable {sharing.variable!r}: found owner")
@@ -182,6 +185,14 @@ class Plan:
         """Which trainers communicate with each other."""
         return Groups(self.trainers, self.hosts)
 
+    def _check_accumulated(self) -> None:
+        for sharing in self.sharings if self.accumulate > 1 else ():
+            if (why := not_accumulated(sharing.sync, bool(sharing.rows))) is not None:
+                raise PlanError(
+                    f"accumulate: found {self.accumulate} with variable {sharing.variable!r}, {why}. Leave accumulate out, or "
+                    "share the variable otherwise."
+                )
+
     def sharing(self, name: str) -> Sharing:
         """How the variable of this name is shared."""
         for sharing in self.sharings:
@@ -214,6 +225,7 @@ class Plan:
             **({"clip": self.clip} if self.clip != "global" else {}),
             **({"sync_batch_norm": True} if self.sync_batch_norm else {}),
             **({"memory_gb": self.memory_gb} if self.memory_gb is not None else {}),
+            **({"accumulate": self.accumulate} if self.accumulate > 1 else {}),
             **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
@@ -238,6 +250,7 @@ class Plan:
             "clip": decode(nodes["clip"], Clip) if "clip" in nodes else "global",
             "sync_batch_norm": decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
             "memory_gb": decode(nodes["memory_gb"], Size) if "memory_gb" in nodes else None,
+            "accumulate": decode(nodes["accumulate"], Count) if "accumulate" in nodes else 1,
             "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:

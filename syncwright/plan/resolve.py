@@ -94,6 +94,7 @@ def resolve(
         clip=rules.clip,
         sync_batch_norm=_normalized_together(rules, chosen),
         memory_gb=rules.memory_gb,
+        accumulate=rules.accumulate,
         hosts=_hosts(rules, sharings, groups.hosts),
     )
 

@@ -37,6 +37,7 @@ class AllReduce:
     hierarchical  trainers of one host reduce first, then hosts among each other: equal to the flat sum but for its order
     piece_mb   megabytes above which a gradient is cut along its first axis into pieces of whole rows of at most so many, each
                reduced by itself; None: it travels whole
+    delay      1: the gradient of a step is applied by the next one, and so is on its way while that computes
 
     Raises PlanError for settings that mean nothing together.
     """
@@ -47,6 +48,7 @@ class AllReduce:
     over: Over = field(default="all", metadata=RARE)
     hierarchical: bool = field(default=False, metadata=RARE)
     piece_mb: Amount | None = field(default=None, metadata=RARE)
+    delay: Literal[0, 1] = field(default=0, metadata=RARE)
 
     def __post_init__(self) -> None:
         if isinstance(self.over, list | tuple):
@@ -69,6 +71,18 @@ class AllReduce:
             raise PlanError(
                 f"AllReduce: found piece_mb: {self.piece_mb:g} with compress: {tag(type(self.compress))}, which makes of a "
                 "gradient what is of all of it. Leave piece_mb out, or compress by cast."
+            )
+        if self.delay and (self.hierarchical or self.over != "all" or self.piece_mb is not None):
+            found = found if self.piece_mb is None else f"piece_mb: {self.piece_mb:g}"
+            raise PlanError(
+                f"AllReduce: found delay: 1 with {found}, but only whole sums over all trainers come one step late. Leave one of "
+                "both out."
+            )
+        by = self.compress if isinstance(self.compress, PowerSGD) else gathered_as(self.compress)
+        if self.delay and by is not None:
+            raise PlanError(
+                f"AllReduce: found delay: 1 with compress: {tag(type(by))}, but only sums come one step late, and what this "
+                "sends is gathered, or made of an earlier sum. Compress by cast or error_feedback of one, or leave delay out."
             )
 
 
@@ -321,6 +335,11 @@ class LocalSteps:
                 f"LocalSteps.over: found all_reduce with over: {shown(self.over.over)}, but all trainers take part in an "
                 "exchange. Take it out."
             )
+        if self.over.delay:
+            raise PlanError(
+                "LocalSteps.over: found all_reduce with delay: 1, but an exchange is waited for where it is made: trainers go on "
+                "from what it gives. Leave delay out."
+            )
         top = gathered_as(self.over.compress)
         if isinstance(top, TopK) and (top.momentum or top.warmup_steps):
             name = "momentum" if top.momentum else "warmup_steps"
@@ -395,3 +414,21 @@ def asks_for_hosts(sync: Sync) -> str:
         case Shard(within="node"):
             return "within: node"
     return ""
+
+
+def not_accumulated(sync: Sync, rows: bool) -> str | None:
+    """Why the gradients of several calls cannot be one of a variable that is shared so; None where they can. `rows`: rows of it
+    travel."""
+    match sync:
+        case LocalSteps(every=every):
+            return (
+                f"which trainers train alone for {every} steps: that says how often they meet, and accumulate how often they "
+                "update; expected one of both"
+            )
+        case AllReduce(over=over) if over != "all":
+            return f"which is reduced over: {shown(over)}; expected a mean over all trainers, in each call"
+        case ParameterServer(mode="async") if rows:
+            return "of which servers take rows as they come, from each call by itself; expected an update in step"
+        case ParameterServer(reduce="mean_by_touch") | AllGather(reduce="mean_by_touch"):
+            return "whose rows are divided by the trainers that touched them; expected a mean or a sum, which add up over calls"
+    return None

@@ -15,7 +15,7 @@ from syncwright.errors import JobError, SyncwrightError
 from syncwright.job import Job
 from syncwright.passes.bucket import INSIDE
 from syncwright.runtime.executor import Form
-from syncwright.runtime.gathered import Gathering
+from syncwright.runtime.gathered import Gathering, merged
 from syncwright.runtime.merging import together
 from syncwright.runtime.messages import (
     Act,
@@ -57,12 +57,15 @@ class Client:
     def __init__(self, job: Job, transport: Outlet):
         self.job, self.transport = job, transport
         self.step, self._weight, self._hypers = 0, 1.0, {}
+        self.call, self._weight_of_call, self._in_every_call = 0, 1.0, job.pushed_between
+        self._held: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._asked: set[Key] = set()
         self._got: dict[Key, torch.Tensor] = {}
         self._order: dict[str, deque[Key]] = {}
         self._fresh = LATEST
         self._refreshed: dict[str, int] = {}
         self._works: dict[str, tuple[Work, torch.Tensor]] = {}
+        self._later: dict[str, deque[tuple[Work, torch.Tensor]]] = {}
         self._sums: dict[str, tuple[HostWork, torch.Tensor]] = {}
         self._speaks, self._copied = True, job.copied
         self._gatherings: dict[str, Gathering] = {}
@@ -92,6 +95,7 @@ class Client:
         uses: Mapping[tuple[str, int], int] = MappingProxyType({}),
         training: bool = True,
         after: Mapping[str, str] = MappingProxyType({}),
+        call: tuple[int, float] | None = None,
     ) -> None:
         """What belongs to all pushes of the step that begins.
 
@@ -100,18 +104,25 @@ class Client:
         training  whether gradients of the rows that are asked for will be pushed
         after     by channel, what is asked for as of the next step when it has been pushed: so its answer does not wait behind
                   larger pushes
+        call      the number and the weight of this call, where several make a step and something is pushed in each; None: the
+                  step's own
         """
         self._after = after
+        self.call, self._weight_of_call = call or (step, weight)
         self.step, self._weight, self._hypers, self._training = step, weight, dict(hypers), training
-        self._rows.begin(step if training else NEVER)
+        self._rows.begin(self.call if training else NEVER)
         self._known = {}
         self._left = {}
         for (channel, at), count in uses.items():
-            key = self._key(channel, step + at)
+            key = self._key(channel, self._number(channel) + at)
             self._left[key] = self._left.get(key, 0) + count
         self._got = {key: value for key, value in self._got.items() if self._is_wanted(key)}
         self._asked = {key for key in self._asked if self._is_wanted(key)}
         self.transport.progress(step, "begin")
+
+    def _number(self, channel: str) -> int:
+        """Of this step, or of this call where something is pushed in each."""
+        return self.call if channel in self._in_every_call else self.step
 
     def _is_wanted(self, key: Key) -> bool:
         return key in self._left or key[1] >= self.step or key[1] == LATEST or key[0] in self._fixed
@@ -126,7 +137,8 @@ class Client:
         self.transport.progress(self.step, f"push {channel}")
         if known.up_to == 1:
             if weight is None or self._speaks:
-                self._push(channel, self._weight if weight is None else float(weight), tensor)
+                own = self._weight_of_call if channel in self._in_every_call else self._weight
+                self._push(channel, own if weight is None else float(weight), tensor)
             if channel in self._after:
                 self.ask([(self._after[channel], 0)], self.step + 1)
             return True
@@ -141,7 +153,7 @@ class Client:
     def _push(self, channel: str, weight: float, tensor: torch.Tensor) -> None:
         known = self.job.channels[channel]
         hypers = {name: self._hypers[name] for name in known.travelling}
-        header = Push(channel, self.step, weight, hypers)
+        header = Push(channel, self._number(channel), weight, hypers)
         self._send(known.server, Message(header, tensor.detach().contiguous()))
 
     def _push_waiting(self, channel: str) -> None:
@@ -172,7 +184,7 @@ class Client:
     def _pull(self, channel: str, later: bool, when: str) -> torch.Tensor | None:
         if when == "latest":
             return self._latest(channel)
-        key = self._key(channel, self.step + int(later) - int(when == "before"))
+        key = self._key(channel, self._number(channel) + int(later) - int(when == "before"))
         value = self.fetch(*key)
         if value is not None and key in self._left:
             self._left[key] -= 1
@@ -183,32 +195,33 @@ class Client:
     def push_rows(self, channel: str, tensor: torch.Tensor, ids: torch.Tensor, skip: int) -> bool:
         """Sends a contribution to the rows that were asked for in this step, without the first `skip`."""
         self.transport.progress(self.step, f"push {channel}")
-        for name, rows, left in self._rows.parts(channel, self.step, tensor, skip):
+        for name, rows, left in self._rows.parts(channel, self.call, tensor, skip):
             known = self.job.channels[name]
             hypers = {hyper: self._hypers[hyper] for hyper in known.travelling}
-            header = Push(name, self.step, self._weight, hypers, left)
+            header = Push(name, self.call, self._weight_of_call, hypers, left)
             self._send(known.server, Message(header, rows.detach().contiguous()))
         return True
 
     def pull_rows(self, channel: str, ids: torch.Tensor, when: str) -> torch.Tensor | None:
         """The rows of these ids as they are in this step, or now."""
-        return self._rows.pull(channel, ids, self._as_of(self.step if self._training else NEVER))
+        return self._rows.pull(channel, ids, self._as_of(self.call if self._training else NEVER))
 
     def rows_of(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
         """These rows of what one server keeps, as of the steps done; asks the first time, None while they are not there."""
         return self._rows.of_piece(name, ids, self._as_of(NEVER))
 
-    def ask_rows(self, channel: str, ids: torch.Tensor, step: int) -> None:
-        """Asks for the rows of a step, before the step needs them."""
-        self._rows.pull(channel, ids, self._as_of(step))
+    def ask_rows(self, channel: str, ids: torch.Tensor, call: int) -> None:
+        """Asks for the rows of a call, before it needs them."""
+        self._rows.pull(channel, ids, self._as_of(call))
 
-    def _as_of(self, step: int) -> Callable[[str], PullRows]:
-        """Asks for rows as of a step, whose gradient will be pushed in it; or never."""
+    def _as_of(self, call: int) -> Callable[[str], PullRows]:
+        """Asks for rows as of the step of a call, in which their gradient will be pushed; or never."""
+        step = self.step if call == NEVER else max(self._base, call // self.job.plan.accumulate)
 
         def header(channel: str) -> PullRows:
             if channel in self._now:
-                return PullRows(channel, self._settings, "now", 0, step)
-            return PullRows(channel, self.step if step == NEVER else max(self._base, step), "step", 0, step)
+                return PullRows(channel, self._settings, "now", 0, call)
+            return PullRows(channel, step, "step", 0, call)
 
         return header
 
@@ -298,6 +311,36 @@ class Client:
         self.transport.progress(self.step, f"all-reduce {channel}")
         self._works[channel] = (self.transport.all_reduce(tensor, self._notes.get(channel, channel), group), tensor)
 
+    def start_later(self, channel: str, tensor: torch.Tensor) -> None:
+        self.transport.progress(self.step, f"all-reduce {channel}")
+        work = self.transport.all_reduce(tensor, self._notes.get(channel, channel))
+        self._later.setdefault(channel, deque()).append((work, tensor))
+
+    def finish_before(self, channel: str, shape: list[int]) -> torch.Tensor | None:
+        self.transport.progress(self.step, f"wait {channel}")
+        begun = self._later.get(channel)
+        if not begun or list(begun[0][1].shape) != shape:
+            found = list(begun[0][1].shape) if begun else "nothing"
+            raise JobError(
+                f"'{channel}' of the step before has the shape {found}, expected {shape}: this step joins other gradients than "
+                "that one, as its batch is of another shape or a setting has changed. Say bucket_mb: 0 with delay: 1."
+            )
+        if not begun[0][0].done():
+            return None
+        return begun.popleft()[1]
+
+    @property
+    def has_begun_later(self) -> bool:
+        """Whether sums are under way that the next step waits for."""
+        return any(self._later.values())
+
+    def drop_later(self) -> None:
+        """Forgets sums that are under way, once they are done: all trainers have begun them."""
+        for work, _ in [each for begun in self._later.values() for each in begun]:
+            while not work.done():
+                pass
+        self._later = {}
+
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         self.transport.progress(self.step, f"sum {channel}")
         self._sums[channel] = (self.transport.sum_on_host(tensor, channel), tensor)
@@ -351,7 +394,12 @@ class Client:
         self.transport.progress(self.step, f"gather {channel}")
         if channel not in self._gatherings:
             self._gatherings[channel] = Gathering(channel, self.transport.gather)
-        self._gatherings[channel].start(ids, rows)
+        held = self._held.pop(channel, [])
+        self._gatherings[channel].start(*(merged([*held, (ids, rows)], "sum") if held else (ids, rows)))
+
+    def hold_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keeps rows of a gradient, of distinct ids, until the next are gathered."""
+        self._held.setdefault(channel, []).append((ids.to(torch.int64), rows.detach()))
 
     def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
         """The ids and merged rows of all trainers, or None while they are not there."""
@@ -375,7 +423,8 @@ class Client:
         """All values are being set anew, to be those of `step`: what came before is old."""
         self._base = step
         self._settings += 1
-        self._got, self._asked, self._refreshed = {}, set(), {}
+        self._got, self._asked, self._refreshed, self._held = {}, set(), {}, {}
+        self.drop_later()
 
     def tick(self, clock: int, staleness: int) -> None:
         """Says that so many steps have been pushed, to who keeps the clocks."""
@@ -432,7 +481,7 @@ class Client:
 def _notes(job: Job) -> dict[str, str]:
     """What errors call a collective: "bucket.0 (weight.grad, bias.grad and 3 more)"."""
     programs = [each.trainer["step"] for each in (*(span.job for span in job.spans), job)]
-    joined = (ops.all_reduce, ops.reduce_scatter, ops.reduce_to, ops.gather_parts, ops.give)
+    joined = (ops.all_reduce, ops.all_reduce_later, ops.reduce_scatter, ops.reduce_to, ops.gather_parts, ops.give)
     nodes = [n for p in programs for op in joined for n in p.graph.find_nodes(op="call_function", target=op)]
     inside = {str(n.args[1]): n.meta.get(INSIDE, ()) for n in nodes}
     return {name: f"{name} ({_listed(values)})" for name, values in inside.items() if values}

@@ -257,7 +257,7 @@ def _in_place(program: Program, cut: Cut) -> dict[str, Node]:
     for name, placeholder in program.placeholders.items():
         node = results.get(name)
         role = program.variables[name].role
-        if node is None or node not in home or role not in (Role.PARAM, Role.STATE) or node in shared:
+        if node is None or node not in home or role not in (Role.PARAM, Role.STATE, Role.GRAD) or node in shared:
             continue
         outside = [u for u in node.users if u.op != "output" and home.get(u) != home[node]]
         if last.get(placeholder, -1) <= home[node] and not outside:

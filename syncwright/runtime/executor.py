@@ -47,6 +47,14 @@ class Port(Protocol):
 
     def start(self, channel: str, tensor: torch.Tensor, group: str = "") -> None: ...
 
+    def start_later(self, channel: str, tensor: torch.Tensor) -> None:
+        """Like `start`; the next step waits for it."""
+        ...
+
+    def finish_before(self, channel: str, shape: list[int]) -> torch.Tensor | None:
+        """The sum that the step before has started, or None while it is not there."""
+        ...
+
     def start_on_host(self, channel: str, tensor: torch.Tensor) -> None:
         """Like `start`, over the trainers of this host."""
         ...
@@ -78,6 +86,10 @@ class Port(Protocol):
         ...
 
     def start_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None: ...
+
+    def hold_rows(self, channel: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keeps rows until others of the channel are started."""
+        ...
 
     def finish_rows(self, channel: str, merge: str) -> list[torch.Tensor] | None:
         """All trainers' ids and their merged rows, or None while they are not there."""
@@ -218,6 +230,12 @@ def communicate(
             start = port.start if node.target is ops.all_reduce else port.start_on_host
             start(args[1], given.contiguous(), *args[2:])
             return args[0]
+        case ops.all_reduce_later:
+            given = args[0] if _is_given_away(node) else args[0].clone()
+            port.start_later(args[1], given.contiguous())
+            return torch.empty(0)
+        case ops.wait_before:
+            return (yield from _until(node, args[0], lambda: port.finish_before(args[0], args[1])))
         case ops.reduce_scatter:
             port.start_parts(args[1], args[0], *args[3:])
             return torch.empty(0)
@@ -238,6 +256,9 @@ def communicate(
         case ops.gather_rows:
             port.start_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
             return args[0]
+        case ops.hold_rows:
+            port.hold_rows(args[1], *ops.own_rows(args[0], args[2], *args[3:]))
+            return torch.empty(0)
         case ops.wait_rows:
             return (yield from _until(node, args[1], lambda: port.finish_rows(args[1], args[2])))
         case ops.wait:

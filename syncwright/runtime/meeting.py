@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,15 @@ from syncwright.job import Job
 from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.heartbeat import Heartbeat
 from syncwright.runtime.messages import Address, Kind
-from syncwright.runtime.rendezvous import SURVIVES, Rendezvous, cannot_go_on, failure, reaching_the_store, tell_failure
+from syncwright.runtime.rendezvous import (
+    LOST,
+    SURVIVES,
+    Rendezvous,
+    cannot_go_on,
+    failure,
+    reaching_the_store,
+    tell_failure,
+)
 
 FIRST = Address(Kind.TRAINER, 0)
 
@@ -75,6 +83,48 @@ class Meeting:
                     )
                 time.sleep(0.01)
             return stores[0].get(key).decode()
+
+    def say(self, key: str, value: str) -> None:
+        """Says something to the other trainers; returns when they can hear it."""
+        store = self._connected()[0]
+        with reaching_the_store(self.place.me):
+            store.set(key, value)
+            store.get(key)  # an answer comes when what was set before is there
+
+    def heard(self, key: str) -> str | None:
+        """What a trainer has said; None: nothing yet."""
+        store = self._connected()[0]
+        with reaching_the_store(self.place.me):
+            return store.get(key).decode() if store.check([key]) else None
+
+    def hear(self, key: str, trainer: int, enough: Callable[[str], bool]) -> str:
+        """Waits for another trainer to say something that is enough; "0" where it takes no further step."""
+        stores, peer = self._connected(), Address(Kind.TRAINER, trainer)
+        wait = self.heartbeat.wait([peer], max(self.deadlines.join, self.deadlines.wait))
+        while (said := self.heard(key)) is None or not enough(said):
+            with reaching_the_store(self.place.me):
+                if self.is_gone(trainer):
+                    return "0"
+                if (why := failure(stores)) is not None:
+                    raise cannot_go_on(self.place.me, why)
+            if wait.is_over():
+                raise DeadlineExceeded(
+                    f"{self.place.me} has waited {wait.seconds:g} s for {peer} to say how many batches it has{wait.doing()}. "
+                    "Expected every trainer to call own() as often. See its output."
+                )
+            time.sleep(0.002)
+        return said
+
+    def leave(self) -> None:
+        """Says that this trainer takes no further step."""
+        self.say(f"left/{self.place.me.rank}", "1")
+
+    def is_gone(self, trainer: int) -> bool:
+        """Whether a trainer takes no further step: it has left, or is lost, and the job goes on without it."""
+        own, shared = self._connected()
+        with reaching_the_store(self.place.me):
+            lost = shared.get(LOST).decode().split() if shared.check([LOST]) else []
+            return str(trainer) in lost or own.check([f"left/{trainer}"])
 
     def share_state(self, state: torch.Tensor) -> torch.Tensor:
         """Trainer 0's random state, for everyone."""

@@ -97,6 +97,8 @@ class Counting(Protocol):
 
 def counting(channel: Channel, attendance: Attendance) -> Counting:
     """How the contributions to a channel count."""
+    if channel.calls > 1:
+        return OverCalls(channel, attendance)
     return Arrivals(channel) if channel.take else Rounds(channel, attendance)
 
 
@@ -153,6 +155,82 @@ class Rounds:
     def _late(self, step: int) -> list[int]:
         givers = self._attendance.givers(self._attendance.expected(step), self.channel)
         return [k for k in givers if k not in self._given[step]]
+
+
+class OverCalls:
+    """Contributions by calls of a step, of which so many make one update: all count when every trainer that is there has given
+    those of all calls. See `Counting`.
+
+    Of a trainer that has left before the last call nothing counts.
+    """
+
+    def __init__(self, channel: Channel, attendance: Attendance):
+        self.channel, self._attendance = channel, attendance
+        self._parted = _parting(channel)
+        self._given: dict[int, dict[tuple[int, int], tuple[float, Contribution]]] = {}
+        self._done = -1
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._given)
+
+    def refusal(self, trainer: int, push: Push) -> str | None:
+        step, call = divmod(push.step, self.channel.calls)
+        if step <= self._done:
+            return f"it is of step {step}, which is complete"
+        if (call, trainer) in self._given.get(step, {}):
+            return f"it is the second of call {call} of step {step}"
+        if trainer not in self._attendance.expected(step):
+            return f"trainer {trainer} has left before step {step}"
+        oldest = min(self._given, default=step)
+        return f"it is of step {step}, others are at {oldest}" if step > oldest + LEAD else None
+
+    def take(self, trainer: int, push: Push, tensor: Contribution) -> int:
+        step, call = divmod(push.step, self.channel.calls)
+        self._given.setdefault(step, {})[call, trainer] = push.weight, tensor
+        return step
+
+    def complete(self) -> list[tuple[int, Contribution]]:
+        """What was begun before a step that is complete was given up: its values were set anew. Raises `BatchError` where nobody
+        has examples."""
+        ready = [step for step in sorted(self._given) if self._givers(step) and not self._late(step)]
+        found = []
+        for step in ready:
+            givers, given = self._givers(step), self._given[step]
+            whole = {place: each for place, each in sorted(given.items()) if place[1] in givers}
+            if not any(weight for weight, _ in whole.values()):
+                raise no_examples(step)
+            numbered = dict(enumerate(whole.values()))
+            found.append((step, merge(self.channel, numbered, self._attendance.trainers, self._parted)))
+            self._done = step
+            self._given = {other: each for other, each in self._given.items() if other > step}
+        return found
+
+    def drop(self, trainer: int) -> None:
+        for step, given in list(self._given.items()):
+            self._given[step] = {place: each for place, each in given.items() if place[1] != trainer}
+            if not self._given[step]:
+                del self._given[step]
+
+    def missing(self) -> list[tuple[int, str]]:
+        name = self.channel.variable.name
+        return [
+            (step, f"'{name}' of step {step} from trainer {', '.join(map(str, late))}")
+            for step in sorted(self._given)
+            if (late := self._late(step))
+        ]
+
+    def _calls_of(self, step: int, trainer: int) -> int:
+        return sum(1 for _, of in self._given[step] if of == trainer)
+
+    def _givers(self, step: int) -> list[int]:
+        """Those who have given all."""
+        trainers = range(self._attendance.trainers)
+        return [k for k in trainers if self._calls_of(step, k) == self.channel.calls]
+
+    def _late(self, step: int) -> list[int]:
+        givers = self._givers(step)
+        return [k for k in self._attendance.expected(step) if k not in givers]
 
 
 class Arrivals:

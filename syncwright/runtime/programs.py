@@ -22,7 +22,8 @@ from syncwright.capture.sizes import with_sizes
 from syncwright.capture.state import Binding
 from syncwright.cut.of_trainer import has_keepers, of_trainer
 from syncwright.errors import BatchError, CaptureError, LoweringError
-from syncwright.job import Job
+from syncwright.job import BETWEEN, IDLE_BETWEEN, STEP, Job
+from syncwright.job import COMPILED as OFTEN
 from syncwright.lower import communications, lower
 from syncwright.passes import COMPILED, PIPELINE
 from syncwright.plan import Plan
@@ -96,20 +97,25 @@ class Prepared:
     pulls  channels that the step pulls before it sends anything, and may ask for ahead; as of how many steps later
     after  by channel, what it is about and the next step pulls: it may be asked for as soon as that is pushed
     index  what leads from a batch to ids of rows
-    uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it
+    uses   by phase, how often it pulls each channel as of how many steps later: 1 after this step, -1 before it. In a call
+           that only accumulates, without what stays until the next call
     spans  what runs in the first steps instead, with the step that is the first of others
     """
 
     def __init__(self, captured: Captured, job: Job, compiled: bool, interpreted: int = 0, busy: Busy = nullcontext):
         self.captured, self.job, self.compiled = captured, job, compiled
         pulls = {phase: [_pull(node) for node in _pulls(program)] for phase, program in job.trainer.items()}
-        self.pulls = tuple((channel, at) for channel, at in pulls["step"] if at < 1)
+        self.pulls = tuple((channel, at) for channel, at in pulls[STEP] if at < 1)
         self.after = _pulled_after(job, self.pulls)
-        self.index = IndexProgram(job.trainer["step"])
-        self.uses = {phase: Counter(each) for phase, each in pulls.items()}
+        self.index = IndexProgram(job.trainer[STEP])
+        made = job.pushed_between
+        self.uses = {
+            phase: Counter(pull for pull in each if phase not in (BETWEEN, IDLE_BETWEEN) or pull[0] in made)
+            for phase, each in pulls.items()
+        }
         self._phases = {
-            "step": Warmings(job.trainer["step"], compiled, interpreted, "the step", busy),
-            "idle": Warmings(job.trainer["idle"], False, 0, "the step", busy),
+            phase: Warmings(program, compiled and phase in OFTEN, interpreted, "the step", busy)
+            for phase, program in job.trainer.items()
         }
         self.spans = [(span.until, Prepared(captured, span.job, compiled, interpreted, busy)) for span in job.spans]
 

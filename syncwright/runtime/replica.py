@@ -11,12 +11,13 @@ import torch
 from syncwright.capture.state import Binding
 from syncwright.deferred.tensor import Deferred, real
 from syncwright.errors import BatchError
-from syncwright.job import Job
+from syncwright.job import LAST, Job
 from syncwright.passes.flat import flat_parts
-from syncwright.passes.insert import FIRST, RANK, TOTAL, WEIGHT, peers_of
+from syncwright.passes.insert import FIRST, RANK, TOTAL, peers_of
 from syncwright.plan import ParameterServer
 from syncwright.program import Program, Role, Variable
 from syncwright.runtime import replica_tables as tables
+from syncwright.runtime.calls import Calls
 from syncwright.runtime.client import Client, When
 from syncwright.runtime.evaluation import Evaluated
 from syncwright.runtime.executor import Blocked
@@ -57,6 +58,7 @@ class Replica:
     def __init__(self, rank: int, binding: Binding, client: Client, job: Job):
         self.rank, self.binding, self.client, self.job = rank, binding, client, job
         self.step_count = self.trained = 0
+        self.calls = Calls(job.plan)
         self.nominal = 1.0
         self._replicated, self._ahead = job.replicated, _tables_ahead(job)
         groups = job.plan.groups
@@ -99,31 +101,40 @@ class Replica:
         prepared = prepared.at(self.trained)
         self._adopt(prepared)
         self.begin_alone()
-        phase = "step" if part.examples > 0 else "idle"
+        is_first = LAST in prepared.job.trainer and not self.client.has_begun_later
+        calls, phase = self.calls, self.calls.phase(part.examples, is_first)
+        calls.begin(part.examples / self.nominal)
         executor = prepared.executor(phase, self.rank)
-        weight = part.examples / self.nominal if self.job.plan.trainers > 1 else 1.0
-        hypers = self.binding.hyper_values()
-        self.client.begin(self.step_count, weight, hypers, prepared.uses[phase], after=prepared.after)
+        hypers, call = self.binding.hyper_values(), (calls.number(self.step_count), calls.weight)
+        self.client.begin(
+            *(self.step_count, calls.contributed, hypers, prepared.uses[phase]), after=prepared.after, call=call
+        )
         self._look_ahead(prepared, part.batch, following)
         values = {**self.values, **hypers, **prepared.captured.constants, **_inputs(prepared, part.batch)}
-        values |= {WEIGHT: weight, FIRST: int(self.rank == 0), RANK: self.rank, **self._peers}
+        values |= {**calls.numbers, FIRST: int(self.rank == 0), RANK: self.rank, **self._peers}
         results = yield from executor.run(values, self.client)
-        if phase == "idle" and TOTAL in results and results[TOTAL] == 0:
+        if part.examples == 0 and TOTAL in results and results[TOTAL] == 0:
             raise no_examples(self.step_count)
         self._keep(results)
         self.binding.set_modes(prepared.captured.modes)
+        if calls.updates:
+            yield from self._updated(prepared, results)
+        calls.end()
+        self.client.transport.flush()
+        return _returned(prepared, results)
+
+    def _updated(self, prepared: Prepared, results: Mapping[str, object]) -> Generator[Blocked, None, None]:
+        """What follows an update: new values are asked for, and trainers that train alone meet when it is time."""
         self.step_count += 1
         self.trained += 1
         self.client.ask(prepared.pulls, self.step_count)
         yield from self._refresh(prepared)
         for outer in self.outers:
             if outer.has_begun:
-                outer.add(weight, results)
+                outer.add(self.calls.contributed, results)
             if outer.is_due:
                 yield from self._meet(outer)
         yield from self._keep_together()
-        self.client.transport.flush()
-        return _returned(prepared, results)
 
     def _refresh(self, prepared: Prepared) -> Generator[Blocked, None, None]:
         """Waits until the copies of what servers keep are those that the next step reads."""
@@ -145,15 +156,15 @@ class Replica:
                 self.client.know(known[1])
             return
         if known is None or not is_same(known[0], batch):
-            known = batch, self._asked(prepared, batch, self.step_count)
+            known = batch, self._asked(prepared, batch, self.client.call)
         self.client.know(known[1])
-        self._found = following, self._asked(prepared, following, self.step_count + 1)
+        self._found = following, self._asked(prepared, following, self.client.call + 1)
 
-    def _asked(self, prepared: Prepared, batch: tuple, step: int) -> Found:
-        """Asks for the rows that a batch looks up, as of a step, of the tables of which that is done."""
+    def _asked(self, prepared: Prepared, batch: tuple, call: int) -> Found:
+        """Asks for the rows that a batch looks up, for a call of a step, of the tables of which that is done."""
         found = prepared.index.run(_inputs(prepared, batch))
         for lookup in [each for each in prepared.index.lookups if self.job.tables[each.channel].of in self._ahead]:
-            self.client.ask_rows(lookup.channel, found[lookup.unique][0], step)
+            self.client.ask_rows(lookup.channel, found[lookup.unique][0], call)
         return found
 
     def _keep_together(self) -> Generator[Blocked, None, None]:
@@ -162,6 +173,16 @@ class Replica:
             self.client.tick(self.step_count, self.job.staleness)
             while not self.client.is_free(self.step_count):
                 yield Blocked("the end of the step", CLOCKS)
+
+    @torch.no_grad()
+    def apply_last(self) -> Generator[Blocked, None, None]:
+        """Applies what the last step has begun, where gradients are applied one step late."""
+        prepared = self._layout
+        if prepared is None or not self.client.has_begun_later:
+            return
+        values = {**self.values, **self.binding.hyper_values(), **prepared.captured.constants}
+        values |= {**self.calls.numbers, FIRST: int(self.rank == 0), RANK: self.rank}
+        self._keep((yield from prepared.executor(LAST, self.rank).run(values, self.client)))
 
     def meet_last(self) -> Generator[Blocked, None, None]:
         """Ends the steps taken alone: meets the others over those since the last meeting, where there are any."""
@@ -230,6 +251,7 @@ class Replica:
         """
         self.values = self._begun()
         self._layout = None
+        self.calls.forget()
         for outer in self.outers:
             outer.forget(outer_state)
         self.step_count += 1

@@ -64,7 +64,8 @@ class RowServer:
         if pull.step < 0:
             return Asked(pull, own), None
         self._asked[trainer, name, pull.step] = own
-        if pull.when != "step" or name not in self.in_place or isinstance(place, AnyIds):
+        at_once = pull.when == "step" and self.job.plan.accumulate == 1
+        if not at_once or name not in self.in_place or isinstance(place, AnyIds):
             return Asked(pull, own), None
         _unsettle(slot, pull.step, own)
         if name not in self._settled:

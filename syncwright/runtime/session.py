@@ -92,6 +92,7 @@ class Session:
         self._peers: Peers | None = None
         self._next: tuple | None = None
         self._read_at: int | None = None
+        self._said_unfinished = False
         self._records = NO_RECORDS
         self._released = Released(self.binding, ())
 
@@ -103,6 +104,11 @@ class Session:
     def announce(self, batch: object) -> None:
         """This process's part of the next step, if the batch that comes then is this very one."""
         self._next = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+    def announce_ahead(self, batch: object) -> None:
+        """`announce`, where it helps."""
+        if self.looks_ahead:
+            self.announce(batch)
 
     @property
     def step_count(self) -> int:
@@ -188,11 +194,23 @@ class Session:
         """Writes the trained values, whole, into the user's model and optimizer; of deferred ones that servers keep only
         where they are asked for: they are deferred no more then."""
         if self.replicas:
+            self._say_unfinished()
             values = {**self.replicas[0].shared, **self._gathered(set() if deferred else self._released.deferred)}
             without = set() if deferred else self.apart()
             (served,) = self._joined.drive([self.replicas[0].served(without)])
             self._write({**values, **served})
             self._released.put_back()
+
+    def _say_unfinished(self) -> None:
+        """Once, of gradients that no update has had yet."""
+        done, of = self.replicas[0].calls.done, self.replicas[0].job.plan.accumulate
+        if done and not self._said_unfinished:
+            self._said_unfinished = True
+            log.warning(
+                "of the %d calls that make one update (accumulate) only %d are done: the values are those before them, and their "
+                "gradients are in no state that is saved. Save and end after a multiple of %d calls",
+                *(of, done, of),
+            )
 
     def _gathered(self, without: Collection[str]) -> dict[str, torch.Tensor]:
         """What trainers keep in parts, whole; all trainers must ask for it."""
@@ -230,6 +248,7 @@ class Session:
     def finish(self) -> None:
         """Leaves the job and writes what was trained, whole, into the user's model and optimizer."""
         if self.replicas:
+            self._say_unfinished()
             without = self.apart()
             gathered = self._gathered(self._released.deferred)
             served = self._joined.drive([replica.finish(without) for replica in self.replicas])
@@ -239,8 +258,10 @@ class Session:
             self._released.leave_behind()
 
     def meet_last(self) -> None:
-        """Trainers that train alone meet a last time, over the steps since the last meeting; all must call it."""
+        """Trainers apply what is under way, and those that train alone meet a last time, over the steps since the last meeting;
+        all must call it."""
         if self.replicas:
+            self._joined.drive([replica.apply_last() for replica in self.replicas])
             self._joined.drive([replica.meet_last() for replica in self.replicas])
 
     def export(self, table: HashTable, since: int | None) -> Saved:

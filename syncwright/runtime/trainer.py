@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from syncwright.runtime.session import Session, Training
 from syncwright.runtime.sharding import shard
 from syncwright.runtime.sockets import SocketTransport
 from syncwright.runtime.ticking import check_scheduler
+from syncwright.runtime.uneven import Ends
 from syncwright.tables import Saved
 
 log = logging.getLogger("syncwright")
@@ -109,6 +110,7 @@ class Trainer:
         self._plan_source = plan
         self._meeting = Meeting(Rendezvous(place, next(_generations), deadlines.join), deadlines)
         self._session = Session(training, self._meeting.busy)
+        self._ends = Ends(self._meeting, self.rank, self.trainers)
         self._hosted = Hosted(self._meeting)
         self._transport: SocketTransport | None = None
         self._failure: BaseException | None = None
@@ -147,7 +149,7 @@ class Trainer:
         """
         self._check_open()
         self._intercepted(batch)
-        part = self._session.part(batch)
+        part = Part(batch, 0.0) if self._ends.is_without_examples(batch) else self._session.part(batch)
         if self.trainers == 1:
             check_not_empty(part.examples)
         prepared = self._started(part)
@@ -158,6 +160,7 @@ class Trainer:
 
     def start(self, batch: tuple) -> None:
         """Captures on `batch` and meets the other roles, without a step."""
+        self._ends.know(batch)
         self._intercepted(batch)
         self._started(self._session.part(batch))
 
@@ -174,10 +177,14 @@ class Trainer:
     def own(self, loader: Iterable) -> Iterator:
         """The batches of `loader`, which are this trainer's already: read from files of its own, say.
 
-        The n-th batches of all trainers, joined in the order of trainers, are the n-th global batch. Every trainer's loader
-        must give as many; one that has no examples left gives batches without any (of leading size 0). As with `shard`, the
-        next batch is read before this one is given, where rows of tables travel.
+        The n-th batches of all trainers, joined in the order of trainers, are the n-th global batch. Where trainers wait for each
+        other, one whose loader has ended goes on with batches without examples (its last one, of leading size 0) until all have
+        ended: all call it, as often, and take a step for every batch. The next batch is read before this one is given. Raises
+        `BatchError` where a loader is empty from the start: give `distribute(..., example=batch)`.
         """
+        if self.trainers > 1:
+            yield from self._ends.batches(loader, lambda: self._session.job, self._session.announce_ahead)
+            return
         for batch in looking_ahead(loader, self._session):
             yield batch if isinstance(batch, tuple | list) else (batch,)
 
@@ -263,6 +270,8 @@ class Trainer:
         if self._failure is not None:
             self._abandon(self._failure)
             return
+        with suppress(JobError):  # who hosts the store may be gone
+            self._ends.leave()
         try:
             with self._noting():
                 self._session.meet_last()

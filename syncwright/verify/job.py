@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from syncwright import ops
-from syncwright.job import Job, ServerPart
+from syncwright.job import BETWEEN, FIRST, IDLE, IDLE_BETWEEN, IDLE_FIRST, LAST, STEP, Job, ServerPart
 from syncwright.program import Program, Role, Variable
 from syncwright.schema import argument
 from syncwright.text import quote, type_text, variable_type_text
@@ -51,6 +51,7 @@ def verify_job(job: Job) -> None:
         _check_sends(job, phase, program)
         _check_reductions(phase, program)
         _check_groups(job, phase, program)
+    _check_late(job)
     _check_sequences(job)
     _check_writers(job)
     tables = {part.rank: _table(job, part) for part in job.servers}
@@ -137,7 +138,7 @@ def _check_sends(job: Job, phase: str, program: Program) -> None:
             found = f"{_type_of(node.args[0])} pushed to {quote(name)}"
             raise WrongPush(about, found, variable_type_text(channel.sent), "push what the channel carries")
         pushed[name] = node
-    for name, channel in job.channels.items():
+    for name, channel in job.channels.items() if phase not in _PARTIAL else ():
         if name not in pushed:
             found = f"no push in {phase}, and server {channel.server} waits for one from every trainer"
             raise NeverPushed(f"channel {quote(name)}", found, "one push", "push it, or take the channel out")
@@ -161,6 +162,30 @@ def _check_reductions(phase: str, program: Program) -> None:
         if not isinstance(source, Node) or _ENDING.get(source.target) is not node.target:  # type: ignore[call-overload]
             found, expected = f"a wait for {_shown(source)}", _BEGINNING[node.target]  # type: ignore[index]
             raise BadWait(f"{phase}: %{node.name}", found, expected, "wait for what was started")
+
+
+_PARTIAL = (BETWEEN, IDLE_BETWEEN, LAST)
+"""Phases in which trainers do not push all that servers wait for in a step."""
+_PAIRS = ((STEP, IDLE), (STEP, FIRST), (FIRST, IDLE_FIRST), (BETWEEN, IDLE_BETWEEN))
+"""Phases that send the same."""
+
+
+def _check_late(job: Job) -> None:
+    """What a step begins for the next one, that one waits for, once; so does what follows the last step. Nothing is before the
+    first."""
+    begun = {_channel(n): n.args[0].meta["val"] for n in _calls(job.trainer[STEP], ops.all_reduce_later)}  # type: ignore[union-attr]
+    for phase, program in job.trainer.items():
+        waits = _calls(program, ops.wait_before)
+        names = [str(node.args[0]) for node in waits]
+        expected = sorted(begun) if phase in (STEP, IDLE, LAST) else []
+        if sorted(names) != expected:
+            found = f"waits for {', '.join(map(quote, sorted(names))) or 'nothing'} of the step before"
+            wanted = f"one for each of {', '.join(map(quote, expected)) or 'nothing'}"
+            raise BadWait(phase, found, wanted, "wait once for all that the step before has begun")
+        for node, name in zip(waits, names, strict=True):
+            if type_text(node.meta["val"]) != type_text(begun[name]):
+                found = f"a wait for {type_text(node.meta['val'])} of {quote(name)}"
+                raise BadWait(f"{phase}: %{node.name}", found, type_text(begun[name]), "wait for what was begun")
 
 
 _ENDING = {
@@ -205,14 +230,14 @@ def _check_groups(job: Job, phase: str, program: Program) -> None:
 def _check_sequences(job: Job) -> None:
     """Peers meet at the n-th communication: every phase must send the same."""
     sent = {phase: [_sent(n) for n in _calls(program, *ops.SENDS)] for phase, program in job.trainer.items()}
-    first, *others = sent
-    for phase in others:
+    pairs = [(first, phase) for first, phase in _PAIRS if phase in sent]
+    for first, phase in pairs:
         if sent[phase] != sent[first]:
             place, here, there = _difference(sent[phase], sent[first])
             about = f"{phase}: communication {place}"
             raise OtherSequence(about, here, f"{there} as in {first}", "send the same, in the same order")
     copied = {phase: list(map(_channel, _copies(program))) for phase, program in job.trainer.items()}
-    for phase in others:
+    for first, phase in pairs:
         if copied[phase] != copied[first]:
             found, expected = (", ".join(map(quote, names)) or "none" for names in (copied[phase], copied[first]))
             remedy = "pull the same together, in the same order"
@@ -293,7 +318,7 @@ def _check_order(job: Job, phase: str, program: Program, tables: Mapping[int, _T
         if place > places[node]:
             found = f"a wait for {quote(name)}, which is made from the push of {quote(last)} below it"
             raise Deadlock(f"{phase}: %{node.name}", found, "the push above", "pull behind that push")
-    for rank, table in tables.items():
+    for rank, table in tables.items() if phase not in _PARTIAL else ():
         for name in table.made:
             ready.of(name, rank)
 

@@ -116,8 +116,8 @@ def _sum(traffic: Mapping[str, Traffic]) -> Traffic:
 
 def _traffic(node: Node, trainers: int) -> Traffic | None:
     match node.target:
-        case ops.all_reduce:
-            ring = 2 * (trainers - 1) / trainers * _nbytes(node)
+        case ops.all_reduce | ops.all_reduce_later:
+            ring = 2 * (trainers - 1) / trainers * _nbytes(node.args[0])
             return Traffic(ring, ring)
         case ops.reduce_scatter:
             ring = (trainers - 1) * _nbytes(node)
@@ -226,6 +226,7 @@ def _counted(job: Job) -> str:
     nodes = [n.target for n in communications(job.trainer["step"])]
     kinds = (
         *((ops.all_reduce, "all-reduce", "all-reduces"), (ops.push, "push", "pushes"), (ops.pull, "pull", "pulls")),
+        (ops.all_reduce_later, "all-reduce for the next step", "all-reduces for the next step"),
         (ops.reduce_scatter, "reduce-scatter", "reduce-scatters"),
         (ops.gather_parts, "gathering of parts", "gatherings of parts"),
         (ops.reduce_to, "reduction to one trainer", "reductions to one trainer"),

@@ -18,7 +18,8 @@ ROLES = ("trainer", "idle", CAPTURED)
 
 
 def program_text(role: str, program: Program, job: Job) -> str:
-    """The text of `trainer`, `idle` (a trainer without examples), `captured`, `server:K` or `exchange:K`.
+    """The text of `trainer`, `idle` (a trainer without examples), `captured`, `server:K` or `exchange:K`; where calls accumulate,
+    or gradients are applied one step late, also of other phases of a trainer: `between`, `first`, `last`.
 
     Raises `RequestError` for a role that the job has not.
     """
@@ -32,7 +33,10 @@ def program_text(role: str, program: Program, job: Job) -> str:
     exchanges = {f"exchange:{number}": each for number, each in enumerate(job.exchanges)}
     if role in exchanges:
         return to_text(exchanges[role].job.trainer["step"])
-    known = [*ROLES, *(f"server:{part.rank}" for part in job.servers), *exchanges]
+    if role in job.trainer:
+        return to_text(job.trainer[role])
+    phases = [phase for phase in job.trainer if phase not in ("step", "idle")]
+    known = [*ROLES, *phases, *(f"server:{part.rank}" for part in job.servers), *exchanges]
     if role not in known:
         advice = did_you_mean(role, known, "Write one of them.")
         raise RequestError(f"--program: found {role!r}, expected one of {', '.join(known)}. {advice}")
