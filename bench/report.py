@@ -236,6 +236,14 @@ def overhead_show(name: str, times: Times, ours: str, best: str | None, limit: s
     return judge(name, figure.value, bar, f"best peer {best}; 90% {interval(figure)}")
 
 
+def wire_show(name: str, results: Mapping[str, Mapping], ours: str, least: int, bar: float) -> Show:
+    """Bytes of a step over the least possible."""
+    sent = results[ours]["step_bytes"] if measured_in(results, ours) else None
+    if sent is None:
+        return judge(name, None, bar, f"not counted: {ours}")
+    return judge(name, sent / least, bar, f"{sent / 1e6:.2f} MB, with TCP's headers")
+
+
 def interval(figure: Figure) -> str:
     low, high = ("undefined" if end is None else f"{end:.2f}" for end in (figure.low, figure.high))
     return f"{low} to {high}"

@@ -16,7 +16,7 @@ import typer
 from bench import report, table
 from bench.command import chosen, environment, load_average, run, say, write_json
 from bench.contestants import Contestant, Kind
-from bench.lists.sharding import BARS, CONTESTANTS, DEFAULT, contestants
+from bench.lists.sharding import BARS, CONTESTANTS, CROSSINGS, DEFAULT, WIRE_BAR, contestants
 from bench.measure import Settings, bare_memory, measure
 from bench.starting import Work
 
@@ -27,13 +27,16 @@ WORKLOADS = ("mlp", "gpt", "wide-gpt")
 def run_workload(workload: str, everyone: list[Contestant], settings: Settings) -> dict:
     """One workload measured and summarised, as it stands in the JSON file."""
     bare = bare_memory(workload, settings)
-    results = measure(Work("bench.workloads", workload), everyone, settings, say)
+    work = Work("bench.workloads", workload, isolated=True, bytes_counted=True)
+    results = measure(work, everyone, settings, say)
     peers = [each.name for each in everyone if each.kind is Kind.PEER]
     rows = report.rows(results, peers, LIMIT, bare["bare_mb"])
-    shows = overhead_shows(workload, results)
+    least = {name: times * (everyone[0].processes - 1) * 4 * bare["parameters"] for name, times in CROSSINGS.items()}
+    shows = overhead_shows(workload, results) + wire_shows(workload, results, least)
     printer = table.console()
     printer.print(table.speed_table(workload, rows))
     printer.print(table.start_table(workload, rows, bare))
+    printer.print(table.wire_table(workload, results, least))
     printer.print(table.show_table(shows))
     for line in table.absent(rows):
         printer.print(line, soft_wrap=True)
@@ -54,6 +57,14 @@ def overhead_shows(workload: str, results: Mapping[str, Mapping]) -> list[report
             bar,
         )
         for ours, peers, bar in BARS
+    ]
+
+
+def wire_shows(workload: str, results: Mapping[str, Mapping], least: Mapping[str, int]) -> list[report.Show]:
+    """Of each of ours the bytes of a step, of all trainers together, over the least possible."""
+    return [
+        report.wire_show(f"{workload}: {name}'s bytes over the least possible", results, name, least[name], WIRE_BAR)
+        for name in least
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -48,6 +48,16 @@ def speed_table(workload: str, rows: Sequence[Row]) -> Table:
             shown(row.overhead, "{:.2f}", 1e3),
             shown(row.overhead_over_best, "{:.2f}"),
         )
+    return table
+
+
+def wire_table(workload: str, results: Mapping[str, Mapping], least: Mapping[str, int]) -> Table:
+    """What all trainers of each contestant together send in a step, and at least have to."""
+    table = new_table(f"{workload}: bytes over the loopback in a step", ("contestant", "MB per step", "least MB"))
+    for name, result in results.items():
+        if result.get("step_bytes") is not None:
+            possible = f"{least[name] / 1e6:.2f}" if name in least else "-"
+            table.add_row(name, f"{result['step_bytes'] / 1e6:.2f}", possible)
     return table
 
 

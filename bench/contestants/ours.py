@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -18,8 +20,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, *batch: torch.Tenso
     return loss
 
 
-def start(workload: Workload, seat: Seat, plan: str, compile: bool) -> Running:
-    """The ranks find each other through torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+def start(workload: Workload, seat: Seat, plan: str, compile: bool, sockets: bool = False) -> Running:
+    """The ranks find each other through torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    sockets  collectives go over TCP, as between hosts, and not through memory that trainers share
+    """
+    if sockets:
+        os.environ["SYNCWRIGHT_SHARED_MEMORY"] = "0"
     try:
         from syncwright import distribute
     except ImportError as error:

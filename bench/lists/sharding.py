@@ -19,6 +19,11 @@ BARS = (
 )
 """Of ours the overhead above the limit, at most so much of that of the best of those."""
 
+CROSSINGS = {"all_reduce": 2, "zero1": 2, "zero2": 2, "zero3": 3}
+"""How often each element has to reach the other trainers in a step: a gradient or its sum there and back, or there while the
+value comes back; and in stage 3 the value once for forward and once for backward."""
+WIRE_BAR = 1.05
+
 
 def _contestants() -> tuple[Contestant, ...]:
     ours, ddp, fsdp2, redundancy, deepspeed = (
@@ -27,7 +32,7 @@ def _contestants() -> tuple[Contestant, ...]:
     return (
         Contestant("limit", Kind.LIMIT, ours, {"plan": "independent", "compile": True}, compiles=True),
         *(
-            Contestant(name, Kind.OURS, ours, {"plan": name, "compile": True}, compiles=True)
+            Contestant(name, Kind.OURS, ours, {"plan": name, "compile": True}, compiles=True, wire={"sockets": True})
             for name in ("all_reduce", "zero1", "zero2", "zero3")
         ),
         Contestant("ddp", Kind.PEER, ddp),
