@@ -43,7 +43,8 @@ def alike(name: str, program: Program, plan: Plan) -> Members:
     """The groups of trainers on which a variable is to be equal."""
     variable = program.variables[name]
     if variable.role is Role.STATE and variable.of is None:  # it follows from all gradients of a trainer
-        return max((plan.groups.alike(s.sync) for s in plan.sharings if isinstance(s.sync, Collective)), key=len)
+        among = [plan.groups.alike(s.sync) for s in plan.sharings if isinstance(s.sync, Collective)]
+        return max([plan.groups.members(ALL), *among], key=len)
     owner = followed(program).get(name, variable.of or name)
     sync = next((sharing.sync for sharing in plan.sharings if sharing.variable == owner), None)
     return plan.groups.members(ALL) if sync is None else plan.groups.alike(sync)
