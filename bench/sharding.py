@@ -16,7 +16,7 @@ import typer
 from bench import report, table
 from bench.command import chosen, environment, load_average, run, say, write_json
 from bench.contestants import Contestant, Kind
-from bench.lists.sharding import BARS, CONTESTANTS, CROSSINGS, DEFAULT, WIRE_BAR, contestants
+from bench.lists.sharding import BARS, CONTESTANTS, DEFAULT, WIRE_BAR, contestants, least_nbytes
 from bench.measure import Settings, bare_memory, measure
 from bench.starting import Work
 
@@ -31,7 +31,7 @@ def run_workload(workload: str, everyone: list[Contestant], settings: Settings) 
     results = measure(work, everyone, settings, say)
     peers = [each.name for each in everyone if each.kind is Kind.PEER]
     rows = report.rows(results, peers, LIMIT, bare["bare_mb"])
-    least = {name: times * (everyone[0].processes - 1) * 4 * bare["parameters"] for name, times in CROSSINGS.items()}
+    least = least_nbytes(everyone[0].processes, 4 * bare["parameters"])
     shows = overhead_shows(workload, results) + wire_shows(workload, results, least)
     printer = table.console()
     printer.print(table.speed_table(workload, rows))

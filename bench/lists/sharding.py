@@ -19,9 +19,18 @@ BARS = (
 )
 """Of ours the overhead above the limit, at most so much of that of the best of those."""
 
-CROSSINGS = {"all_reduce": 2, "zero1": 2, "zero2": 2, "zero3": 3}
-"""How often each element has to reach the other trainers in a step: a gradient or its sum there and back, or there while the
-value comes back; and in stage 3 the value once for forward and once for backward."""
+BUCKET_NBYTES = 25 << 20
+
+
+def least_nbytes(trainers: int, parameters: int) -> dict[str, int]:
+    """By name what all trainers together have to send in a step, of so many bytes of parameters: a gradient or its sum there and
+    back, or there while the value comes back; and in stage 3 the value once more for backward, but for the bucket that forward
+    has read last."""
+    once = parameters * (trainers - 1)
+    again = max(0, parameters - BUCKET_NBYTES) * (trainers - 1)
+    return {"all_reduce": 2 * once, "zero1": 2 * once, "zero2": 2 * once, "zero3": 2 * once + again}
+
+
 WIRE_BAR = 1.05
 
 
