@@ -21,7 +21,7 @@ from syncwright.runtime.host_copies import HostCopies
 from syncwright.runtime.kept_whole import CopiedGift, CopiedSum, HostGift, HostSumToOne
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import Rendezvous, look_up
-from syncwright.runtime.scatters import CopiedScattered, HostScattered
+from syncwright.runtime.scatters import CopiedScattered, ExchangedScattered, HostScattered
 from syncwright.runtime.shared_memory import HostGroup, can_share, is_available
 from syncwright.runtime.transport import Gathered, HostWork, Scattered, Work
 
@@ -105,14 +105,17 @@ class Collectives:
         if (host := its.shared(tensors[0])) is not None:
             return HostScattered(host, tensors, note)
 
-        def scatter(own: torch.Tensor, whole: torch.Tensor) -> Work:
+        def started(how: Callable[..., dist.Work | None], received: torch.Tensor, whole: torch.Tensor) -> Work:
             if its.is_alone:
-                own.copy_(whole)
+                received.copy_(whole)
                 return Done()
-            work = dist.reduce_scatter_tensor(own, whole, group=its.handle, async_op=True)
-            return self._started(work, own, f"the reduce-scatter of {note}", group)
+            work = how(received, whole, group=its.handle, async_op=True)
+            return self._started(work, received, f"the reduce-scatter of {note}", group)
 
-        return CopiedScattered(len(its.members), tensors, scatter)
+        if tensors[0].device.type == "cpu" and not its.is_alone:
+            exchange = partial(started, dist.all_to_all_single)
+            return ExchangedScattered(len(its.members), tensors, exchange)
+        return CopiedScattered(len(its.members), tensors, partial(started, dist.reduce_scatter_tensor))
 
     def reduce_to(self, tensors: Sequence[torch.Tensor], keeper: int, note: str, group: str = "") -> Scattered:
         """See `Outlet.reduce_to`."""

@@ -34,6 +34,13 @@ def lay_out(whole: torch.Tensor, tensors: Sequence[torch.Tensor], trainers: int)
             place[trainer, stop - start :].zero_()
 
 
+def laid_out(tensors: Sequence[torch.Tensor], trainers: int) -> torch.Tensor:
+    """Tensors so, in memory of their own."""
+    whole = tensors[0].new_empty(trainers * sum(own.count for own in parts_of(tensors, trainers)))
+    lay_out(whole, tensors, trainers)
+    return whole
+
+
 class CopiedScattered:
     """By a collective that copies (see `transport.Scattered`).
 
@@ -43,15 +50,38 @@ class CopiedScattered:
     def __init__(
         self, trainers: int, tensors: Sequence[torch.Tensor], scatter: Callable[[torch.Tensor, torch.Tensor], Work]
     ):
-        count = sum(own.count for own in parts_of(tensors, trainers))
-        whole = tensors[0].new_empty(trainers * count)
-        lay_out(whole, tensors, trainers)
-        self.own = whole.new_empty(count)
+        whole = laid_out(tensors, trainers)
+        self.own = whole.new_empty(whole.numel() // trainers)
         self._work: Work | None = scatter(self.own, whole)
 
     def done(self) -> bool:
         if self._work is not None and self._work.done():
             self._work = None
+        return self._work is None
+
+
+class ExchangedScattered:
+    """By an exchange, after which each trainer has what all have of its own parts, and adds it up.
+
+    Gloo's reduce-scatter sends as much as an all-reduce: this sends half of that, which is the least.
+
+    exchange  starts to send row k of a tensor to trainer k of the group, and to receive a row from each
+    """
+
+    def __init__(
+        self, trainers: int, tensors: Sequence[torch.Tensor], exchange: Callable[[torch.Tensor, torch.Tensor], Work]
+    ):
+        self._sent = laid_out(tensors, trainers).view(trainers, -1)
+        self._received = torch.empty_like(self._sent)
+        self._work: Work | None = exchange(self._received, self._sent)
+        self.own = self._sent.new_empty(0)
+
+    def done(self) -> bool:
+        """Waits for the others' parts, adds them in the order of trainers, then True."""
+        if self._work is not None and self._work.done():
+            self._work = None
+            self.own = sum_of(list(self._received))
+            self._sent = self._received = self.own
         return self._work is None
 
 
@@ -77,9 +107,15 @@ class HostScattered:
 
 def added_up(group: HostGroup, turn: Turn, start: int, stop: int) -> torch.Tensor:
     """Waits until all have written; the sum of their elements [start, stop), in the order of trainers. Ends the turn."""
-    first, second, *others = [part[start:stop] for _, part in group.parts(turn)]
+    total = sum_of([part[start:stop] for _, part in group.parts(turn)])
+    group.end(turn)
+    return total
+
+
+def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of two or more, added in their order."""
+    first, second, *others = parts
     total = torch.add(first, second)
     for part in others:
         total.add_(part)
-    group.end(turn)
     return total

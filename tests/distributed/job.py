@@ -1,4 +1,7 @@
-"""The script of the jobs in test_jobs.py: `python job.py CASE FOLDER`, once per role, and what it is compared with."""
+"""The script of the jobs in test_jobs.py: `python job.py CASES FOLDER`, once per role, and what it is compared with.
+
+Cases are joined by "+" and run one after another, each with a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -131,10 +135,17 @@ def sharded(folder: Path) -> None:
         pass
 
 
-def sharded_by_sockets(folder: Path) -> None:
-    """The same among trainers that share no memory."""
+@contextmanager
+def by_sockets() -> Iterator[None]:
+    """Trainers share no memory."""
     os.environ["SYNCWRIGHT_SHARED_MEMORY"] = "0"
-    sharded(folder)
+    yield
+    del os.environ["SYNCWRIGHT_SHARED_MEMORY"]
+
+
+def sharded_by_sockets(folder: Path) -> None:
+    with by_sockets():
+        sharded(folder)
 
 
 def mixed_once(folder: Path) -> None:
@@ -215,9 +226,8 @@ def kept(folder: Path) -> None:
 
 
 def kept_by_sockets(folder: Path) -> None:
-    """The same among trainers that share no memory."""
-    os.environ["SYNCWRIGHT_SHARED_MEMORY"] = "0"
-    kept(folder)
+    with by_sockets():
+        kept(folder)
 
 
 def early(folder: Path) -> None:
@@ -392,4 +402,7 @@ def forgets_to_close(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    for case in sys.argv[1].split("+"):
+        own = Path(sys.argv[2]) / case
+        own.mkdir(exist_ok=True)
+        globals()[case](own)

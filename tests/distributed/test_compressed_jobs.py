@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,8 @@ from tests.scripts import compressed
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.parametrize("shared", ["1", "0"])
-def test_every_compression_in_buckets_of_its_own(shared: str, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_every_compression_in_buckets_of_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
     """In memory that trainers share, and over sockets."""
-    environment = {**environment, "SYNCWRIGHT_SHARED_MEMORY": shared}
     script = str(Path(compressed.__file__))
     assert launch(script, [str(tmp_path)], trainers=2, servers=0, environment=environment) == 0
     job = syncwright.loopback(
@@ -27,8 +26,8 @@ def test_every_compression_in_buckets_of_its_own(shared: str, tmp_path: Path, en
         float(job.step([compressed.batch(rank, at) for rank in range(2)]))  # type: ignore[arg-type]
         for at in range(compressed.STEPS)
     ]
-    for rank in range(2):
-        values, found = torch.load(tmp_path / f"{rank}.pt")
+    for way, rank in product(compressed.SHARED, range(2)):
+        values, found = torch.load(tmp_path / f"{way}.{rank}.pt")
         assert found == losses
         for name, value in job.state_dict()["model"].items():
-            assert torch.equal(values[name], value), name
+            assert torch.equal(values[name], value), (way, name)

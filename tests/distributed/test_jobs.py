@@ -46,10 +46,15 @@ class Ended:
     folder: Path
     left_over: tuple[str, ...]
 
+    def reports(self, case: str, trainers: int) -> list[dict]:
+        """What each trainer has written in a case."""
+        return [torch.load(self.folder / case / f"{rank}.pt", weights_only=False) for rank in range(trainers)]
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a case is started: by the launcher, by torchrun, or (neither) one process by hand with these variables."""
+    """How cases are started, joined by "+": by the launcher, by torchrun, or (neither) one process by hand with these
+    variables."""
 
     case: str
     trainers: int
@@ -58,17 +63,12 @@ class Setup:
 
 
 RIGHT = {
-    "ddp": Setup("ddp", 2),
+    "two trainers": Setup("ddp+alone+sharded", 2),
+    "three trainers": Setup("gathered+kept+sharded_by_sockets+kept_by_sockets", 3),
     "mixed": Setup("mixed", 2, 1),
     "torchrun": Setup("mixed_once", 2, by="torchrun"),
-    "alone": Setup("alone", 2),
     "alone, over servers": Setup("alone_at_servers", 2, 2),
-    "gathered": Setup("gathered", 3),
-    "sharded": Setup("sharded", 2),
     "sharded among four": Setup("sharded", 4),
-    "sharded, by sockets": Setup("sharded_by_sockets", 3),
-    "kept whole": Setup("kept", 3),
-    "kept whole, by sockets": Setup("kept_by_sockets", 3),
     "early": Setup("early", 2, 1),
     "one compiles": Setup("one_compiles", 2, 1),
     "drifts": Setup("drifts", 2),
@@ -105,7 +105,7 @@ def start(setup: Setup, folder: Path) -> Ended:
                 process = subprocess.Popen(
                     command, env={**environment, **more}, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT
                 )
-                status = ended(process, folder, stop=setup.case == "mixed")
+                status = ended(process, folder / setup.case, stop=setup.case == "mixed")
             written.seek(0)
             left_over = tuple(
                 name for name in os.listdir(short) if not name.startswith("torchelastic")
@@ -218,7 +218,7 @@ def check_report(found: Mapping[str, object], trainers: int, servers: int, plan:
 @pytest.mark.parametrize(("name", "servers"), [("mixed", 1), ("torchrun", 2)])
 def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
     done = jobs[name].result()
-    reports = [torch.load(done.folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    reports = done.reports(RIGHT[name].case, 2)
     for report in reports:
         check_report(report, 2, servers)
     seen = [i for report in reports for i in report["seen"]]
@@ -229,15 +229,21 @@ def test_a_mixed_plan_in_processes_is_loopback(jobs, name: str, servers: int):
         assert done.left_over == ()
 
 
-@pytest.mark.parametrize(("name", "trainers"), [("sharded", 2), ("sharded among four", 4), ("sharded, by sockets", 3)])
-def test_own_parts_in_processes_are_as_in_loopback(jobs, name: str, trainers: int):
+@pytest.mark.parametrize(
+    ("name", "case", "trainers"),
+    [
+        ("two trainers", "sharded", 2),
+        ("sharded among four", "sharded", 4),
+        ("three trainers", "sharded_by_sockets", 3),
+    ],
+)
+def test_own_parts_in_processes_are_as_in_loopback(jobs, name: str, case: str, trainers: int):
     """In memory that is shared, to the bit. Gloo adds up in an order of its own."""
     done = jobs[name].result()
     assert done.status == 0, done.output
     losses, state, outputs = expected(trainers, 0, job.SHARDED)
-    for rank in range(trainers):
-        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
-        if name != "sharded, by sockets":
+    for found in done.reports(case, trainers):
+        if case == "sharded":
             check_report(found, trainers, 0, job.SHARDED)
             continue
         torch.testing.assert_close(found["losses"], losses)
@@ -246,9 +252,9 @@ def test_own_parts_in_processes_are_as_in_loopback(jobs, name: str, trainers: in
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["kept whole", "kept whole, by sockets"])
-def test_what_one_trainer_keeps_in_processes_is_as_in_loopback(jobs, name: str):
-    done = jobs[name].result()
+@pytest.mark.parametrize("case", ["kept", "kept_by_sockets"])
+def test_what_one_trainer_keeps_in_processes_is_as_in_loopback(jobs, case: str):
+    done = jobs["three trainers"].result()
     assert done.status == 0, done.output
     model, optimizer = job.matrices()
     loopback = syncwright.loopback(job.step, model, optimizer, plan=job.KEPT, trainers=3)
@@ -258,8 +264,7 @@ def test_what_one_trainer_keeps_in_processes_is_as_in_loopback(jobs, name: str):
     loopback.sync()
     with torch.no_grad():
         outputs = model(job.data(job.HELD_OUT, 2).tensors[0])
-    for rank in range(3):
-        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
+    for found in done.reports(case, 3):
         torch.testing.assert_close(found["losses"], losses)
         torch.testing.assert_close(found["outputs"], outputs)
         for one, other in zip(leaves(found["state"]), leaves(state), strict=True):
@@ -268,25 +273,26 @@ def test_what_one_trainer_keeps_in_processes_is_as_in_loopback(jobs, name: str):
 
 def test_gathered_rows_in_processes_are_as_in_loopback(jobs):
     """Parts of several sizes, and one trainer without examples; every replica ends with the same bits."""
-    done = jobs["gathered"].result()
+    done = jobs["three trainers"].result()
     assert done.status == 0, done.output
     model, optimizer = job.tables()
     loopback = syncwright.loopback(job.products, model, optimizer, plan=job.GATHERED, trainers=3)
     losses = [loopback.step(each) for each in zip(*map(job.lookups, range(3)), strict=True)]
     expected = loopback.state_dict()
-    for rank in range(3):
-        found = torch.load(done.folder / f"{rank}.pt", weights_only=False)
+    for found in done.reports("gathered", 3):
         assert job.same(found["losses"], losses)
         assert job.same(found["state"], expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "plan"), [("alone", job.ALONE), ("alone, over servers", job.AT_SERVERS)], ids=["all_reduce", "servers"]
+    ("name", "case", "plan"),
+    [("two trainers", "alone", job.ALONE), ("alone, over servers", "alone_at_servers", job.AT_SERVERS)],
+    ids=["all_reduce", "servers"],
 )
-def test_trainers_that_train_alone_end_alike(jobs, name: str, plan: syncwright.Rules):
+def test_trainers_that_train_alone_end_alike(jobs, name: str, case: str, plan: syncwright.Rules):
     done = jobs[name].result()
     assert done.status == 0, done.output
-    reports = [torch.load(done.folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    reports = done.reports(case, 2)
     model, optimizer = job.build()
     loopback = syncwright.loopback(job.step, model, optimizer, plan=plan, trainers=2, servers=2)
     for batch in job.batches(job.data(job.EXAMPLES, 0), job.BATCH):
@@ -307,7 +313,7 @@ def test_alone_servers_are_embedded(tmp_path: Path):
 
 def test_what_a_job_saved_goes_on_under_another_plan_and_in_plain_pytorch(jobs):
     """One step from the same saved state: all-reduce in loopback, and plain PyTorch on the joined batch."""
-    saved = torch.load(jobs["mixed"].result().folder / "0.pt", weights_only=False)["state"]
+    saved = jobs["mixed"].result().reports("mixed", 2)[0]["state"]
     batch, after = job.data(4, 5).tensors, []
     for by_syncwright in (False, True):
         model, optimizer = job.build()
@@ -324,7 +330,7 @@ def test_what_a_job_saved_goes_on_under_another_plan_and_in_plain_pytorch(jobs):
 
 
 def test_all_reduce_is_ddp_bit_for_bit(jobs):
-    done = jobs["ddp"].result()
+    done = jobs["two trainers"].result()
     assert done.status == 0, done.output
     for rank in range(2):
         for name in ("mlp", "gpt"):

@@ -31,13 +31,13 @@ def test_top_finds_the_job_of_this_host_and_shows_its_roles(tmp_path: Path, envi
         process = subprocess.Popen([*CLI, *how], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 240
-            while not all((tmp_path / f"{k}.ready").exists() for k in range(2)):
+            while not all((tmp_path / "watched" / f"{k}.ready").exists() for k in range(2)):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             lines = top(environment, "--once").splitlines()
             by_address = top(environment, "--at", lines[0].split()[-1])
-            (tmp_path / "stop").touch()
+            (tmp_path / "watched" / "stop").touch()
             assert process.wait(240) == 0, process.stdout
         finally:
             if process.poll() is None:

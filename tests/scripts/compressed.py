@@ -1,10 +1,11 @@
 """A job whose gradients are compressed in every way, each in a bucket of its own.
 
-arguments: a folder, where each trainer writes what it ends with, and the losses
+argument: a folder, where each trainer writes what it ends with, and the losses: by memory that they share, then by sockets
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from syncwright.plan.compression import Compression
 from syncwright.runtime.deadlines import Deadlines
 
 STEPS, WIDTH = 12, 24
+SHARED = {"memory": "1", "sockets": "0"}
 WAYS: tuple[Compression | None, ...] = (
     *(None, Cast("bfloat16"), ErrorFeedback(Cast("float16")), Int8(64), ErrorFeedback(Int8())),
     *(TopK(0.05), TopK(0.02, momentum=0.5, warmup_steps=4), PowerSGD(2, start_step=2), PowerSGD(1)),
@@ -46,11 +48,17 @@ def batch(trainer: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, WIDTH, generator=generator), torch.randn(8, 3, generator=generator)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(folder: Path, way: str) -> None:
+    os.environ["SYNCWRIGHT_SHARED_MEMORY"] = SHARED[way]
     model, optimizer = build()
     with syncwright.distribute(
         step, model, optimizer, plan=PLAN, compile=False, deadlines=Deadlines(wait=60)
     ) as trainer:
         losses = [float(trainer.step(*batch(trainer.rank, at))) for at in range(STEPS)]  # type: ignore[arg-type]
-    torch.save((model.state_dict(), losses), Path(sys.argv[1]) / f"{trainer.rank}.pt")
+    torch.save((model.state_dict(), losses), folder / f"{way}.{trainer.rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for way in SHARED:
+        main(Path(sys.argv[1]), way)

@@ -57,6 +57,8 @@ def main(folder: Path, mode: str, number: int) -> None:
         for done in range(STEPS):
             (folder / f"{trainer.rank}.steps").write_text(str(done))
             if trainer.rank == 1 and done == PAUSED_AT:
+                if mode == "async":
+                    trainer.state_dict()  # answered after the last push is taken, which otherwise may be lost with its sender
                 os.kill(os.getpid(), number)
             trainer.step(torch.ones(1))
         (folder / f"{trainer.rank}.steps").write_text(str(STEPS))
