@@ -67,7 +67,7 @@ def _check_late(server: JointServer, transport: Transport, quiet: float, wait: W
             f"{transport.late(ended)}. Expected trainer.close(), or a `with` block, at the end of the script. Add it."
         )
     if quiet > max(wait.seconds, QUIET_SECONDS) and (silent := transport.silent(live)):
-        raise PeerLost(
+        raise DeadlineExceeded(
             f"server {server.rank} has heard nothing for {quiet:.0f} s: {transport.late(silent)}. Expected every "
             "trainer to stay until the job ends. See its output."
         )
