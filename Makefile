@@ -7,7 +7,7 @@ JSON ?= out/$(NAME).json
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PEERS := $(filter-out %.no-deps,$(basename $(notdir $(wildcard bench/peers/*.txt))))
-PYTEST := -m pytest -n 3 --dist loadgroup -m "not bench"
+PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not bench"
 
 .PHONY: help demo test matrix equality check golden docs bench bench-peers test-torch
 .DELETE_ON_ERROR:

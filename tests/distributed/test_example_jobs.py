@@ -38,7 +38,7 @@ SETTINGS = {
 """Every variant once; `make equality` runs all of them in each setting."""
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SETTINGS])
+@pytest.fixture(scope="module", params=SETTINGS)
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Ended]:
     setting = SETTINGS[request.param]
     return setting, start(setting, tmp_path_factory.mktemp("job"))

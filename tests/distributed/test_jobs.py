@@ -28,7 +28,7 @@ from syncwright.runtime.sharding import part_of
 from tests.distributed import job
 from tests.golden_files import check_golden
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("jobs")]
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(job.__file__)
