@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from syncwright.capture.own_scale import scaled_by
 from syncwright.capture.state import Binding
 from syncwright.capture.step import capture_step
 from syncwright.errors import PlanError
@@ -97,6 +98,7 @@ def check_plan(
     )  # the mean over calls with one batch is that of one, but for buffers and random draws
     _refuse_independent(program, plan)
     _refuse_by_id(program)
+    first = replace(first, step=scaled_by(first.step, plan.loss_scale))
     binding = Binding(first.model, first.optimizer, first.state)
     if any(variable.of is None for variable in program.of_role(Role.STATE)):
         capture_step(first.step, binding, first.optimizer, first.batch)  # which meets the scalers of the step

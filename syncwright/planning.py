@@ -10,7 +10,7 @@ from pathlib import Path
 from syncwright.document import read
 from syncwright.errors import PlanError
 from syncwright.meaning import followed
-from syncwright.plan import Plan, Rules, check, resolve
+from syncwright.plan import Dynamic, Plan, Rules, check, resolve
 from syncwright.program import Program, Role, Variable
 from syncwright.strategies import named
 from syncwright.text import op_name
@@ -63,6 +63,13 @@ def complete_plan(source: PlanSource) -> Plan | None:
     if isinstance(source, str | Path) and _is_file(source) and "digest" in _keys(source):
         return Plan.from_yaml(source)
     return None
+
+
+def loss_scale_of(source: PlanSource) -> Dynamic | None:
+    """By what a plan, or the rules that it is to be made from, scale the loss; known before there is a program."""
+    if isinstance(source, str | Path) and _is_file(source):
+        source = complete_plan(source) or Rules.from_yaml(source)
+    return source.loss_scale if isinstance(source, Rules | Plan) else None
 
 
 def plan_variables(program: Program) -> list[Variable]:

@@ -83,6 +83,7 @@ plan            how each variable is shared
     placement
     outer
     compression
+    precision
     sync
     groups
     rules
@@ -130,6 +131,7 @@ capture         a step, a model and optimizers to a Program; the only part that 
     means
     refusals
     stepping
+    own_scale
     unbounded
     foreach
     trace

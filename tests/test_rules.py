@@ -134,12 +134,12 @@ MISTAKES = [
     (
         "",
         "rules: found nothing, expected a mapping (keys: default, variables, buffers, clip, sync_batch_norm, "
-        'memory_gb, accumulate, uncuttable). Add a line such as "default: all_reduce".',
+        'memory_gb, accumulate, loss_scale, uncuttable). Add a line such as "default: all_reduce".',
     ),
     (
         "default: local\nvarables: []",
         "rules, line 2, at varables: found the key 'varables', expected one of default, variables, buffers, "
-        "clip, sync_batch_norm, memory_gb, accumulate, uncuttable. Did you mean 'variables'?",
+        "clip, sync_batch_norm, memory_gb, accumulate, loss_scale, uncuttable. Did you mean 'variables'?",
     ),
     (
         "default: all-reduce",

@@ -96,7 +96,7 @@ class _Builder:
         target = node.target
         if self.draws.get(node, node) is not node:
             self.made[node] = self.made[self.draws[node]]
-        elif target in _IDENTITY or (target is ops.gradient and last[str(node.args[1])] is not node):
+        elif target in _IDENTITY or (target is ops.gradient and last.get(str(node.args[1])) is not node):
             self.made[node] = self.made[node.args[0]]  # type: ignore[index]
         elif (chosen := _unwritten(node)) is not None:
             self.made[node] = self.made[chosen]
@@ -251,7 +251,12 @@ def _first_draws(traced: Traced) -> dict[Node, Node]:
 
 
 def _last_marks(nodes: list[Node]) -> dict[str, Node]:
-    return {str(n.args[1]): n for n in nodes if n.target is ops.gradient}
+    """Of those that are used in the end: of a parameter whose optimizer has stepped, a gradient may be made that nobody reads."""
+    used: set[Node] = set()
+    for node in reversed(nodes):
+        if node in used or node.op == "output" or node.target is torch.ops.aten.copy_.default:
+            used.update(node.all_input_nodes, [node])
+    return {str(n.args[1]): n for n in nodes if n.target is ops.gradient and n in used}
 
 
 def _only_tracing(target: Callable | str) -> bool:

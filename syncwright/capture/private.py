@@ -37,6 +37,7 @@ __all__ = [
     "guards_of",
     "host_number",
     "is_between_steps",
+    "is_unscaled",
     "make_fx",
     "newest_call",
     "no_printing",
@@ -48,6 +49,7 @@ __all__ = [
     "specialised",
     "symbol_of",
     "symbolic_extremes",
+    "unscale_anew",
     "without_own_scaling",
 ]
 
@@ -224,6 +226,17 @@ def skipping(scaler: GradScaler, step: Callable) -> Iterator[None]:
 def is_between_steps(scaler: GradScaler) -> bool:
     """Whether no optimizer has been unscaled or stepped since the last `update()`. Public: none."""
     return all(state["stage"] is OptState.READY for state in scaler._per_optimizer_states.values())
+
+
+def is_unscaled(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's gradients have been unscaled since the last `update()`. Public: none."""
+    return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
+
+
+def unscale_anew(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """`unscale_`, of which only the last call counts. Public: `unscale_`, once between two updates."""
+    scaler._per_optimizer_states[id(optimizer)] = _refresh_per_optimizer_state()
+    scaler.unscale_(optimizer)
 
 
 def changed_scaling(kind: type[GradScaler]) -> list[str]:

@@ -85,7 +85,7 @@ class Binding:
                 "variables. Put what the step trains into a module (an nn.ModuleDict joins several)."
             )
         self.model = model
-        self.optimizers = _named_optimizers(optimizer)
+        self.optimizers = named_optimizers(optimizer)
         self.extra = dict(state or {})
         self.variables: dict[str, Variable] = {}
         self.modules: dict[str, list[ModuleSlot]] = {}
@@ -424,7 +424,8 @@ def _declared_floats(kind: type[Optimizer]) -> set[str]:
     return {p.name for p in declared if "float" in str(p.annotation) or isinstance(p.default, float)}
 
 
-def _named_optimizers(optimizer: object) -> dict[str, Optimizer]:
+def named_optimizers(optimizer: object) -> dict[str, Optimizer]:
+    """One optimizer, a tuple or a dict of them, by label: `optimizer`, `optimizer.0`, `optimizer.<key>`."""
     if isinstance(optimizer, Optimizer):
         return {"optimizer": optimizer}
     named: dict[str, Any]

@@ -34,7 +34,7 @@ def wrap_optimizers(
     scopes = [inspect.unwrap(type(o).step).__globals__ for o in binding.optimizers.values()]
     undo.enter_context(private.symbolic_extremes(scopes))
     for each in binding.optimizers.values():
-        undo.callback(_restore, each, "step", each.__dict__.get("step"))
+        undo.callback(restore, each, "step", each.__dict__.get("step"))
         original = each.step
         if is_sparse_adam(each):
             names = {id(given[name]): name for name in binding.modules}
@@ -63,7 +63,7 @@ def _stepper(each: torch.optim.Optimizer, original: Callable, lookups: SparseLoo
     return step
 
 
-def _restore(owner: object, key: str, before: object) -> None:
+def restore(owner: object, key: str, before: object) -> None:
     """An attribute of the instance is what it was; None: there was none."""
     if before is None:
         vars(owner).pop(key, None)

@@ -4,6 +4,7 @@ compression               what gradients are made of before trainers reduce them
 partition and placement   how a variable is cut, and which server keeps each piece
 outer                     what trainers that train alone make of their values when they exchange them
 sync                      the ways of sharing a variable: the union `Sync`
+precision                 by what the loss is scaled
 groups                    which trainers communicate with each other
 rules                     Rules and their YAML
 plan                      Plan and its YAML
@@ -19,6 +20,7 @@ from syncwright.plan.outer import Geo, Mean, Optimizer, Outer
 from syncwright.plan.partition import Blocks, Even, Hashed, Partition, Uneven, Whole, axis_length, cut
 from syncwright.plan.placement import Hash, LeastLoaded, On, Placement, RoundRobin, Small, place
 from syncwright.plan.plan import Piece, Plan, Sharing
+from syncwright.plan.precision import Dynamic
 from syncwright.plan.resolve import Update, resolve
 from syncwright.plan.rules import BufferPolicy, Rules, Uncuttable
 from syncwright.plan.spans import plan_at, starts_of
@@ -50,6 +52,7 @@ __all__ = [
     "Cast",
     "Collective",
     "Compression",
+    "Dynamic",
     "ErrorFeedback",
     "Even",
     "Geo",

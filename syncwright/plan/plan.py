@@ -14,13 +14,14 @@ from syncwright.errors import PlanError
 from syncwright.near import did_you_mean
 from syncwright.plan.groups import Groups, fault
 from syncwright.plan.partition import Hashed
+from syncwright.plan.precision import Dynamic
 from syncwright.plan.rules import BufferPolicy, Clip
 from syncwright.plan.sync import AllGather, Shard, Sync, asks_for_hosts, not_accumulated, served_by
 from syncwright.typed import Count, Index, Size, check_fields, decode, encode
 
 VERSION = 1
 _KEYS = ("version", "digest", "trainers", "servers", "reducer", "variables", "buffers", "notes")
-_RARE = ("clip", "sync_batch_norm", "memory_gb", "accumulate", "hosts")
+_RARE = ("clip", "sync_batch_norm", "memory_gb", "accumulate", "loss_scale", "hosts")
 Travelling = Literal["", "touched", "all"]
 _HEADER = "# How each variable is shared, complete. Made for the program with this digest; may be edited by hand.\n"
 
@@ -117,6 +118,7 @@ class Plan:
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     memory_gb  gigabytes (2**30 bytes) that a trainer may hold at once in a step; None: as many as it takes
     accumulate  so many calls of a step make one update, of the gradient of all their batches together
+    loss_scale  by what the loss of a step without a GradScaler is scaled; None: by nothing
     """
 
     digest: str
@@ -131,6 +133,7 @@ class Plan:
     sync_batch_norm: bool = False
     memory_gb: Size | None = None
     accumulate: Count = 1
+    loss_scale: Dynamic | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PlanError)
@@ -226,6 +229,7 @@ class Plan:
             **({"sync_batch_norm": True} if self.sync_batch_norm else {}),
             **({"memory_gb": self.memory_gb} if self.memory_gb is not None else {}),
             **({"accumulate": self.accumulate} if self.accumulate > 1 else {}),
+            **({"loss_scale": encode(self.loss_scale, complete=True)} if self.loss_scale is not None else {}),
             **({"hosts": self.hosts} if self.hosts else {}),
         }
         return _HEADER + write(document, flow=("sync",))
@@ -251,6 +255,7 @@ class Plan:
             "sync_batch_norm": decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
             "memory_gb": decode(nodes["memory_gb"], Size) if "memory_gb" in nodes else None,
             "accumulate": decode(nodes["accumulate"], Count) if "accumulate" in nodes else 1,
+            "loss_scale": decode(nodes["loss_scale"], Dynamic | None) if "loss_scale" in nodes else None,
             "hosts": decode(nodes["hosts"], tuple[Count, ...]) if "hosts" in nodes else (),
         }
         try:

@@ -95,6 +95,7 @@ def resolve(
         sync_batch_norm=_normalized_together(rules, chosen),
         memory_gb=rules.memory_gb,
         accumulate=rules.accumulate,
+        loss_scale=rules.loss_scale,
         hosts=_hosts(rules, sharings, groups.hosts),
     )
 

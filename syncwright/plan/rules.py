@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from syncwright.document import Node, read, write
 from syncwright.errors import PlanError
+from syncwright.plan.precision import Dynamic
 from syncwright.plan.sync import Sync
 from syncwright.typed import Count, Size, check_fields, decode, describe, encode
 
@@ -31,7 +32,17 @@ _DEFAULT = 'Add a line such as "default: all_reduce".'
 _PATTERN = 'Write a line such as - "embed.*": parameter_server.'
 _BUFFER = 'Write a line such as - "*.running_mean": trainer0.'
 _SHARING = "Write one of them."
-_KEYS = ("default", "variables", "buffers", "clip", "sync_batch_norm", "memory_gb", "accumulate", "uncuttable")
+_KEYS = (
+    "default",
+    "variables",
+    "buffers",
+    "clip",
+    "sync_batch_norm",
+    "memory_gb",
+    "accumulate",
+    "loss_scale",
+    "uncuttable",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Rules:
     sync_batch_norm  whether batch norm in train mode normalises by the examples of all trainers, and not each by its own
     memory_gb   gigabytes (2**30 bytes) that a trainer may hold at once in a step; None: as many as it takes
     accumulate  so many calls of a step make one update, of the gradient of all their batches together
+    loss_scale  by what the loss of a step without a GradScaler is scaled; None: by nothing
     uncuttable  what becomes of a partition where a variable's update cannot be cut: "refuse" it (what a
                 person wrote is meant), or "keep_whole" with a note in the plan (named strategies)
     source      what errors call these rules: the file's name
@@ -59,6 +71,7 @@ class Rules:
     sync_batch_norm: bool = False
     memory_gb: Size | None = None
     accumulate: Count = 1
+    loss_scale: Dynamic | None = None
     source: str = field(default="rules", compare=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +106,7 @@ class Rules:
             sync_batch_norm=decode(nodes["sync_batch_norm"], bool) if "sync_batch_norm" in nodes else False,
             memory_gb=decode(nodes["memory_gb"], Size) if "memory_gb" in nodes else None,
             accumulate=decode(nodes["accumulate"], Count) if "accumulate" in nodes else 1,
+            loss_scale=decode(nodes["loss_scale"], Dynamic | None) if "loss_scale" in nodes else None,
             source=top.source,
         )
 
@@ -106,6 +120,7 @@ class Rules:
             "sync_batch_norm": self.sync_batch_norm,
             "memory_gb": self.memory_gb,
             "accumulate": self.accumulate if self.accumulate > 1 else None,
+            "loss_scale": encode(self.loss_scale),
             "uncuttable": self.uncuttable if self.uncuttable != "refuse" else None,
         }
         return write({key: value for key, value in document.items() if value}, flow=_tags_of(self))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from syncwright.capture.own_scale import scaled_by
 from syncwright.capture.state import Binding
 from syncwright.errors import BatchError, DeadlineExceeded
 from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
-from syncwright.planning import PlanSource, make_plan
+from syncwright.planning import PlanSource, loss_scale_of, make_plan
 from syncwright.runtime.executor import Blocked
 from syncwright.runtime.gathers import CopiedGathered, Pieces
 from syncwright.runtime.joint_server import JointServer
@@ -58,7 +59,7 @@ def loopback(
     """
     source = plan
     training = Training(
-        *(step, model, optimizer, state, examples),
+        *(scaled_by(step, loss_scale_of(source)), model, optimizer, state, examples),
         plan=lambda program: check_scheduler(make_plan(source, program, trainers, servers, hosts), scheduler),
         without=without,
         check_replicas=check_replicas,

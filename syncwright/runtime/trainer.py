@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from syncwright.capture.own_scale import scaled_by
 from syncwright.errors import JobError, PeerLost
 from syncwright.job import Job
 from syncwright.nn.hash_embedding import HashTable
 from syncwright.plan import Plan
-from syncwright.planning import PlanSource, make_plan
+from syncwright.planning import PlanSource, loss_scale_of, make_plan
 from syncwright.runtime.deadlines import Deadlines
 from syncwright.runtime.heap import keep_freed_memory
 from syncwright.runtime.hosting import Hosted
@@ -85,7 +86,7 @@ def distribute(
     """
     place = membership(os.environ, metrics)
     given = Training(
-        *(step, model, optimizer, state, examples),
+        *(scaled_by(step, loss_scale_of(plan)), model, optimizer, state, examples),
         plan=lambda program: check_scheduler(
             make_plan(plan, program, place.trainers, _server_count(place, plan), place.hosts), scheduler
         ),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from syncwright.capture import capture
+from syncwright.capture.own_scale import scaled_by
 from syncwright.cluster import trainers_by_host
 from syncwright.errors import PlanError
 from syncwright.plan import Plan, Rules
-from syncwright.planning import PlanSource, complete_plan, make_plan, plan_variables
+from syncwright.planning import PlanSource, complete_plan, loss_scale_of, make_plan, plan_variables
 from syncwright.program import Program
 from syncwright.runtime.intercept import FirstStep
 from syncwright.strategies import named
@@ -45,14 +46,21 @@ def look(
                        where
     """
     first = first_step(script, arguments)
-    program = capture(first.step, first.model, first.optimizer, *first.batch, state=first.state)
-    given = choose(program) if choose is not None else source if source is not None else first.plan
+    given = source if source is not None else first.plan
+    if choose is not None:
+        given = choose(_captured(first))
+    first = replace(first, step=scaled_by(first.step, loss_scale_of(given)))
+    program = _captured(first)
     complete = complete_plan(given)
     trainers = trainers or (complete.trainers if complete else TRAINERS)
     if servers is None:
         servers = complete.servers if complete else 0
     hosts = trainers_by_host(os.environ, trainers) or None
     return Look(first, program, make_plan(complete or given, program, trainers, servers or trainers, hosts))
+
+
+def _captured(first: FirstStep) -> Program:
+    return capture(first.step, first.model, first.optimizer, *first.batch, state=first.state)
 
 
 def rules_of(strategy: str, program: Program, options: Mapping[str, object]) -> Rules:
