@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class Start(StrEnum):
+    """How `run` starts roles."""
+
+    AUTO = "auto"
+    FORK = "fork"
+    SPAWN = "spawn"
 
 
 class TakesScript(TyperCommand):
@@ -67,10 +76,14 @@ def run(
     servers: Annotated[int, typer.Option(min=0, help="How many server processes; 0: threads of the trainers.")] = 0,
     disable_passes: Disabled = "",
     metrics: Annotated[bool, typer.Option("--metrics", help="Every role serves its numbers, for top too.")] = False,
+    start: Annotated[
+        Start, typer.Option(help="Roles as copies of one process that has imported, or each by itself.")
+    ] = Start.AUTO,
 ) -> None:
     """Run SCRIPT as a job of several processes on this machine; all behind SCRIPT is its own."""
     from syncwright.lower import pipeline
     from syncwright.passes import PIPELINE
+    from syncwright.runtime.forking import can_fork
     from syncwright.runtime.launch import launch
     from syncwright.runtime.membership import DISABLED_PASSES, METRICS
 
@@ -79,7 +92,9 @@ def run(
         if not Path(script).is_file():
             raise RequestError(f"script: found no file {script!r}, expected a Python script. Check the path.")
         asked = ({DISABLED_PASSES: disable_passes} if disable_passes else {}) | ({METRICS: "1"} if metrics else {})
-        raise typer.Exit(launch(script, _behind(arguments), trainers, servers, environment={**os.environ, **asked}))
+        forks = can_fork() if start is Start.AUTO else start is Start.FORK
+        environment = {**os.environ, **asked}
+        raise typer.Exit(launch(script, _behind(arguments), trainers, servers, environment=environment, forks=forks))
 
 
 @app.command(cls=TakesScript, context_settings=_OPTIONS_ANYWHERE)

@@ -212,6 +212,7 @@ runtime         what runs a job
     sockets
     meeting
     announce
+    forking
     launch
     watching
     rows

@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from syncwright.errors import ClusterError
 from syncwright.runtime.announce import Announced, announce
+from syncwright.runtime.forking import Forked, fork, preload
 from syncwright.runtime.messages import Address, Kind
 from syncwright.runtime.rendezvous import FAILED, LOST, SURVIVES
 
@@ -48,7 +49,7 @@ class Child:
     """Changes: a role's process and the thread that passes its output on."""
 
     me: Address
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     pump: threading.Thread | None = None
     reported: bool = False
 
@@ -83,6 +84,7 @@ def launch(
     *,
     environment: Mapping[str, str] | None = None,
     patience: Patience | None = None,
+    forks: bool = False,
 ) -> int:
     """Runs `python script arguments...` once per role until all have ended; the job's exit status.
 
@@ -93,6 +95,9 @@ def launch(
 
     Output: every line of a role is prefixed with its name, `[server 0] `. Trainer 0 writes to the terminal
     itself where standard output is one (so progress bars work), and a job of one process always does.
+
+    forks: roles are copies of this process, in which what they import is imported once (see `forking`). Only for a process that
+    has started no threads.
 
     Must be called from the main thread, which is where signals arrive.
     """
@@ -106,15 +111,22 @@ def launch(
     children: list[Child] = []
     with _handling(ending.signals):
         try:
-            store = TCPStore(
-                *(LOOPBACK, port), is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-            announce(folder, Announced(os.getpid(), f"{LOOPBACK}:{port}", script))
+            if forks:
+                preload()
             base = dict(os.environ if environment is None else environment)
             for me in _roles(trainers, servers):
                 own = _environment(base, me, trainers, servers, port, folder)
                 direct = me == Address(Kind.TRAINER, 0) and (trainers + servers == 1 or sys.stdout.isatty())
-                children.append(_start(me, [sys.executable, script, *arguments], own, direct))
+                if forks:
+                    children.append(_fork(me, script, arguments, own, direct, listener.fileno(), children))
+                else:
+                    children.append(_start(me, [sys.executable, script, *arguments], own, direct))
+            store = TCPStore(
+                *(LOOPBACK, port), is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )  # has threads: behind the last fork; until then who calls waits at the listener
+            announce(folder, Announced(os.getpid(), f"{LOOPBACK}:{port}", script))
+            for child in children:
+                _pump_output(child)
             _supervise(children, PrefixStore("syncwright/0", store), ending, patience)
         finally:
             _kill(children)
@@ -161,11 +173,26 @@ def _start(me: Address, command: list[str], environment: dict[str, str], direct:
         stderr=None if direct else subprocess.STDOUT,
         process_group=0,  # a terminal's Ctrl-C comes here only, and is passed on once
     )
-    child = Child(me, process)
-    if process.stdout is not None:
-        child.pump = threading.Thread(target=_pump, args=(me, process.stdout), daemon=True)
+    return Child(me, process)
+
+
+def _fork(
+    me: Address,
+    script: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    direct: bool,
+    listener: int,
+    earlier: Sequence[Child],
+) -> Child:
+    others = [child.process.stdout.fileno() for child in earlier if child.process.stdout is not None]
+    return Child(me, fork(str(me), script, arguments, environment, direct, [listener, *others]))
+
+
+def _pump_output(child: Child) -> None:
+    if child.process.stdout is not None:
+        child.pump = threading.Thread(target=_pump, args=(child.me, child.process.stdout), daemon=True)
         child.pump.start()
-    return child
 
 
 def _pump(me: Address, lines: IO[bytes]) -> None:

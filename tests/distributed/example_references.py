@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from syncwright import ParameterServer
 from syncwright.plan import Plan
-from syncwright.runtime.launch import launch
 from syncwright.runtime.sharding import part_of
 from tests.distributed import example_job as job
 from tests.distributed.example_job import Data, Setting
+from tests.distributed.launching import launched
 from tests.equivalence import relative
 
 SCRIPT = Path(job.__file__)
@@ -181,7 +181,7 @@ class Ended:
 def start(setting: Setting, folder: Path, categories: int = FEW) -> Ended:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
     torch.save((data(categories), setting, SIZE), folder / "job.pt")
-    status = launch(str(SCRIPT), [str(folder)], setting.trainers, setting.servers, environment=environment)
+    status = launched(str(SCRIPT), [str(folder)], setting.trainers, setting.servers, environment=environment)
     assert status == 0, f"the job ended with status {status}"
     reports = [torch.load(folder / f"{k}.pt", weights_only=False) for k in range(setting.trainers)]
     return Ended(Plan.from_yaml(reports[0]["plan"]), reports, outcomes(reports[0], data(categories), setting.variants))

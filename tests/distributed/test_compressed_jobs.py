@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import syncwright
-from syncwright.runtime.launch import launch
+from tests.distributed.launching import launched
 from tests.scripts import compressed
 
 pytestmark = pytest.mark.processes
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 def test_every_compression_in_buckets_of_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
     """In memory that trainers share, and over sockets."""
     script = str(Path(compressed.__file__))
-    assert launch(script, [str(tmp_path)], trainers=2, servers=0, environment=environment) == 0
+    assert launched(script, [str(tmp_path)], 2, 0, environment=environment) == 0
     job = syncwright.loopback(
         compressed.step, *compressed.build(), plan=compressed.PLAN, trainers=2, check_replicas=True
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import syncwright
 from syncwright.runtime.sharding import part_of
+from tests.distributed.launching import CLI
 from tests.scripts import deferred
 
 pytestmark = pytest.mark.processes
 
-CLI = [sys.executable, "-c", "from syncwright.cli import app; app()"]
 MOST_SECONDS = 300.0
 
 

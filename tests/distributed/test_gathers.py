@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from syncwright.runtime.launch import launch
+from tests.distributed.launching import launched
 
 pytestmark = pytest.mark.processes
 
@@ -13,4 +13,4 @@ pytestmark = pytest.mark.processes
 def test_many_gathers_under_way_come_out_right_in_twenty_rounds(shared: str, monkeypatch: pytest.MonkeyPatch):
     """In memory that trainers share, and over sockets."""
     monkeypatch.setenv("SYNCWRIGHT_SHARED_MEMORY", shared)
-    assert launch(str(Path(__file__).parent / "gathering.py"), [], trainers=2, servers=0) == 0
+    assert launched(str(Path(__file__).parent / "gathering.py"), [], 2, 0) == 0

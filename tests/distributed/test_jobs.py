@@ -132,10 +132,11 @@ def ended(process: subprocess.Popen, folder: Path, stop: bool) -> int:
 
 LAUNCH = """
 import sys
+from syncwright.runtime.forking import can_fork
 from syncwright.runtime.launch import Patience, launch
 script, case, folder, trainers, servers = sys.argv[1:]
 patience = Patience(serve=20, end=25, terminate=2) if case != "stopped" else Patience(serve=20, end=3, terminate=2)
-raise SystemExit(launch(script, [case, folder], int(trainers), int(servers), patience=patience))
+raise SystemExit(launch(script, [case, folder], int(trainers), int(servers), patience=patience, forks=can_fork()))
 """
 
 

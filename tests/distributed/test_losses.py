@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.launching import CLI
 from tests.scripts.early import STEPS as STEPS_OF_EACH
 from tests.scripts.paused import PAUSED_AT, STEPS
 
 pytestmark = pytest.mark.processes
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "paused.py"
-CLI = [sys.executable, "-c", "from syncwright.cli import app; app()"]
 LONGEST = 240.0
 
 

@@ -9,21 +9,21 @@ import torch
 from torch.utils.data import DataLoader
 
 import syncwright
-from syncwright.runtime.launch import launch
 from syncwright.runtime.sharding import part_of
 from tests.distributed import table_job as job
+from tests.distributed.launching import launched
 
 pytestmark = pytest.mark.processes
 
 
-def launched(folder: Path, environment: dict[str, str], mode: str) -> list[dict]:
+def reports_of(folder: Path, environment: dict[str, str], mode: str) -> list[dict]:
     script = str(Path(job.__file__))
-    assert launch(script, [str(folder), mode], 2, 2, environment=environment) == 0
+    assert launched(script, [str(folder), mode], 2, 2, environment=environment) == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def test_in_step_it_is_loopback(tmp_path: Path, environment: dict[str, str]):
-    reports = launched(tmp_path, environment, "sync")
+    reports = reports_of(tmp_path, environment, "sync")
     model, optimizer = job.build()
     loopback = syncwright.loopback(job.step, model, optimizer, plan=job.plan("sync"), trainers=2, servers=2)
     table, since, losses, exports = model["table"], None, [], []
@@ -54,7 +54,7 @@ def test_in_step_it_is_loopback(tmp_path: Path, environment: dict[str, str]):
 
 
 def test_asynchronously_all_trainers_end_with_what_servers_have(tmp_path: Path, environment: dict[str, str]):
-    first, second = (report["end"] for report in launched(tmp_path, environment, "async"))
+    first, second = (report["end"] for report in reports_of(tmp_path, environment, "async"))
     tables = []
     for end in (first, second):
         model, _ = job.build()

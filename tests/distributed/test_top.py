@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import job
+from tests.distributed.launching import CLI
 
 pytestmark = pytest.mark.processes
 
-CLI = [sys.executable, "-c", "from syncwright.cli import app; app()"]
 ROLES = ["server 0", "trainer 0", "trainer 1"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import syncwright
-from syncwright.runtime.launch import launch
+from tests.distributed.launching import launched
 from tests.scripts import uneven
 
 pytestmark = pytest.mark.processes
@@ -28,7 +28,7 @@ def calls() -> list[list[tuple]]:
 
 def test_all_go_on_until_the_last_loader_has_ended(tmp_path: Path, environment: dict[str, str]) -> None:
     script = str(Path(uneven.__file__))
-    assert launch(script, [str(tmp_path)], uneven.TRAINERS, 0, environment=environment) == 0
+    assert launched(script, [str(tmp_path)], uneven.TRAINERS, 0, environment=environment) == 0
     for name, plan in uneven.PLANS.items():
         model, optimizer = uneven.build()
         job = syncwright.loopback(uneven.step_of(name), model, optimizer, plan=plan, trainers=3, servers=3)
