@@ -16,10 +16,7 @@ from syncwright.capture.state import Binding
 from syncwright.errors import CaptureError, PlanError
 from syncwright.plan import Dynamic
 from syncwright.runtime.loopback import Loopback
-
-FINITE = (1, 1, 1, 0, 1)
-NUMBERS = ((8.0, 1), (8.0, 2), (16.0, 0), (8.0, 0), (8.0, 1))
-"""SEMANTICS section 7: scale and count behind every step, from scale 8 with a growth interval of 3."""
+from tests.test_scaling import NUMBERS, Net, batches, scaled, scaler_of, values
 
 SCALE = Dynamic(init_scale=8.0, growth_interval=3)
 MIX = {"first.weight": ParameterServer(), "second.weight": Shard(stage=3), "second.bias": ParameterServer()}
@@ -32,16 +29,6 @@ RULES: dict[str, tuple[Rules, int]] = {
 }
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
 def plain(model, optimizer, x, y):
     optimizer.zero_grad()
     loss = ((model(x) - y) ** 2).mean()
@@ -51,31 +38,8 @@ def plain(model, optimizer, x, y):
     return loss
 
 
-def with_scaler(scaler: torch.amp.GradScaler) -> Callable:
-    def step(model, optimizer, x, y):
-        optimizer.zero_grad()
-        loss = ((model(x) - y) ** 2).mean()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        scaler.step(optimizer)
-        scaler.update()
-        return loss
-
-    return step
-
-
-def batches(trainers: int = 2) -> list[list[tuple]]:
-    generator = torch.Generator().manual_seed(2)
-    found = []
-    for good in FINITE:
-        parts = [
-            (torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)) for _ in range(trainers)
-        ]
-        if not good:
-            parts[-1][1][0, 0] = float("inf")
-        found.append(parts)
-    return found
+def with_scaler() -> Callable:
+    return scaled(scaler_of(), clip=True)
 
 
 def job_of(step: Callable, rules: Rules | Plan, servers: int, **options) -> Loopback:
@@ -84,17 +48,12 @@ def job_of(step: Callable, rules: Rules | Plan, servers: int, **options) -> Loop
     return syncwright.loopback(step, model, optimizer, plan=rules, trainers=2, servers=servers, **options)
 
 
-def values(job: Loopback) -> dict[str, torch.Tensor]:
-    job.sync()
-    return {name: torch.as_tensor(value).clone() for name, value in job.binding.values().items()}
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_it_is_torchs_scaler_in_the_step(name: str) -> None:
     """Scale and count of the semantics on every trainer, and every value that of the step with a scaler, to the bit."""
     rules, servers = RULES[name]
     ours = job_of(plain, replace(rules, loss_scale=SCALE), servers, check_replicas=True)
-    theirs = job_of(with_scaler(torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)), rules, servers)
+    theirs = job_of(with_scaler(), rules, servers)
     for parts, numbers in zip(batches(), NUMBERS, strict=True):
         assert torch.equal(ours.step(parts), theirs.step(parts))
         for replica in ours.replicas:
@@ -197,10 +156,10 @@ def test_on_one_device_the_same_step_runs_as_it_is() -> None:
     model, other = Net(), Net()
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
     mine = scaled_by(plain, SCALE)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    theirs_step = with_scaler()
     for parts in batches():
         batch = [torch.cat(each) for each in zip(*parts, strict=True)]
-        assert torch.equal(mine(model, ours, *batch), with_scaler(scaler)(other, theirs, *batch))
+        assert torch.equal(mine(model, ours, *batch), theirs_step(other, theirs, *batch))
     found, expected = Binding(model, ours).values(), Binding(other, theirs).values()
     assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
     assert "step" not in vars(ours)
@@ -235,9 +194,9 @@ def test_a_plan_says_it_and_a_checkpoint_holds_it(tmp_path) -> None:
 
 
 def test_a_step_with_a_scaler_of_its_own_is_refused() -> None:
-    job = job_of(with_scaler(torch.amp.GradScaler("cpu")), Rules(AllReduce(), loss_scale=SCALE), 0)
+    job = job_of(with_scaler(), Rules(AllReduce(), loss_scale=SCALE), 0)
     with pytest.raises(
-        CaptureError, match=r"test_loss_scale.py.*found GradScaler.scale\(\), and loss_scale in the plan"
+        CaptureError, match=r"test_scaling.py.*found GradScaler.scale\(\), and loss_scale in the plan"
     ):
         job.step(batches()[0])
 
