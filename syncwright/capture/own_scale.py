@@ -109,7 +109,7 @@ class _Scaling:
                 parameter.grad = parameter.grad.clone()
         if any(each is optimizer for each in self.stepped):
             inverse = private.scaler_number(self._scaler, "scale").double().reciprocal().float()
-            for parameter in before.keys() & new:
+            for parameter in (each for each in before if each in new):
                 parameter.grad = self._gradients[parameter].scaled * inverse
         else:
             private.unscale_anew(self._scaler, optimizer)
