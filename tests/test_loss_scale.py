@@ -195,9 +195,7 @@ def test_a_plan_says_it_and_a_checkpoint_holds_it(tmp_path) -> None:
 
 def test_a_step_with_a_scaler_of_its_own_is_refused() -> None:
     job = job_of(with_scaler(), Rules(AllReduce(), loss_scale=SCALE), 0)
-    with pytest.raises(
-        CaptureError, match=r"test_scaling.py.*found GradScaler.scale\(\), and loss_scale in the plan"
-    ):
+    with pytest.raises(CaptureError, match=r"test_scaling.py.*found GradScaler.scale\(\), and loss_scale in the plan"):
         job.step(batches()[0])
 
 
